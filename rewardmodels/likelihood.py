@@ -1,0 +1,73 @@
+"""How a teacher's answer depends on the returns of the two clips."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rewardmodels.errors import InvalidInput
+
+
+def preference_probability(difference: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+    r"""Probability that the second clip is preferred (Bradley-Terry with mistakes).
+
+    $P = (1 - \epsilon)\,\sigma(R_2 - R_1) + \epsilon / 2$: with probability $\epsilon$ the
+    teacher answers at random (Christiano et al. 2017, §2.2.1 and §2.2.3).
+
+    Args:
+        difference: Return of the second clip minus that of the first, any shape, reward units.
+        mistake_rate: $\epsilon$, from 0 to below 1.
+
+    Returns:
+        Probabilities of the same shape.
+
+    Example:
+        >>> preference_probability(torch.tensor([0.0, 100.0]), mistake_rate=0.1)
+        tensor([0.5000, 0.9500])
+    """
+    check_mistake_rate(mistake_rate)
+    return (1 - mistake_rate) * torch.sigmoid(difference) + mistake_rate / 2
+
+
+def negative_log_likelihood(
+    difference: Tensor, preference: Tensor, *, mistake_rate: float = 0.0
+) -> Tensor:
+    r"""Cross-entropy of each answer under `preference_probability`, in nats.
+
+    $-[\mu \log P + (1 - \mu) \log (1 - P)]$ for a preference $\mu$; a tie is $\mu = 1/2$
+    (Christiano et al. 2017, eq. 1). Computed in log space, so it stays finite and has a
+    gradient however large the difference.
+
+    Args:
+        difference: Return of the second clip minus that of the first, reward units.
+        preference: $\mu$, in [0, 1], of a shape that broadcasts against `difference`.
+        mistake_rate: $\epsilon$, from 0 to below 1.
+
+    Returns:
+        One number per answer, in the broadcast shape.
+
+    Example:
+        >>> negative_log_likelihood(torch.tensor([0.0]), torch.tensor([1.0]))
+        tensor([0.6931])
+    """
+    check_mistake_rate(mistake_rate)
+    difference, preference = torch.broadcast_tensors(difference, preference)
+    log_second, log_first = F.logsigmoid(difference), F.logsigmoid(-difference)
+    if mistake_rate > 0:
+        keep, err = math.log1p(-mistake_rate), math.log(mistake_rate / 2)
+        err = torch.full_like(difference, err)
+        log_second = torch.logaddexp(keep + log_second, err)
+        log_first = torch.logaddexp(keep + log_first, err)
+    return -(preference * log_second + (1 - preference) * log_first)
+
+
+def check_mistake_rate(mistake_rate: float) -> None:
+    """Raises InvalidInput unless 0 <= mistake_rate < 1."""
+    if not 0 <= mistake_rate < 1:
+        raise InvalidInput(
+            "mistake_rate: expected a probability from 0 to below 1 of a random answer, got "
+            f"{mistake_rate}."
+        )

@@ -1,0 +1,183 @@
+"""A joint belief over the returns of N clips: the one thing a predictor hands to the outside."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rewardmodels.errors import InvalidInput
+from rewardmodels.likelihood import preference_probability
+
+_CHUNK = 1 << 20  # numbers held at once while many pairs are worked through (4 MiB)
+_QUADRATURE = 32  # Gauss-Hermite nodes: 1e-6 of the integral for standard deviations up to 5
+
+
+class Difference(NamedTuple):
+    """Belief about the return of each pair's second clip minus that of its first.
+
+    Attributes:
+        mean: `(Q,)`, reward units.
+        variance: `(Q,)`, reward units².
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+
+class ReturnPosterior(ABC):
+    """A belief over the returns of N clips, joint because only differences are ever observed.
+
+    Two forms exist: `SampledPosterior` (ensembles, dropout, epinets) and `GaussianPosterior`
+    (Laplace, Gaussian processes). What asks for a belief needn't know which it got.
+    """
+
+    @property
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """`(N,)`, reward units."""
+
+    @property
+    @abstractmethod
+    def variance(self) -> Tensor:
+        """`(N,)`, reward units²; epistemic: of the return, not of a teacher's answer."""
+
+    @property
+    @abstractmethod
+    def covariance(self) -> Tensor:
+        """`(N, N)`, reward units²; formed at each access, and by nothing else in here."""
+
+    @abstractmethod
+    def rsample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws `(n, N)`: each row is one function's view of all N clips, in reward units."""
+
+    @abstractmethod
+    def difference(self, pairs: Tensor) -> Difference:
+        """Mean and variance of second minus first, for pairs `(Q, 2)` of clip indices."""
+
+    @abstractmethod
+    def preference(self, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+        """`(Q,)` probability that the second is preferred, the belief integrated out."""
+
+
+class SampledPosterior(ReturnPosterior):
+    """The belief that the returns are one of S equally likely rows.
+
+    Moments are those of the S rows themselves (population, not the unbiased estimate), so
+    that samples, variances and preferences all speak of one distribution.
+
+    Args:
+        samples: `(S, N)`, reward units.
+
+    Example:
+        >>> belief = SampledPosterior(torch.tensor([[0.0, 1.0], [0.0, 3.0]]))
+        >>> belief.difference(torch.tensor([[0, 1]]))
+        Difference(mean=tensor([2.]), variance=tensor([1.]))
+    """
+
+    def __init__(self, samples: Tensor) -> None:
+        if samples.ndim != 2 or len(samples) == 0:
+            came = tuple(samples.shape)
+            raise InvalidInput(f"samples: expected shape (S, N) with S >= 1, got {came}.")
+        self.samples = samples
+
+    @property
+    def mean(self) -> Tensor:
+        return self.samples.mean(0)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.samples.var(0, correction=0)
+
+    @property
+    def covariance(self) -> Tensor:
+        centred = self.samples - self.samples.mean(0)
+        return centred.T @ centred / len(centred)
+
+    def rsample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws n rows, as evenly as can be: none comes twice before each has come once."""
+        size = len(self.samples)
+        draws = [torch.randperm(size, generator=generator) for _ in range(-(-n // size))]
+        return self.samples[torch.cat(draws)[:n].to(self.samples.device)]
+
+    def difference(self, pairs: Tensor) -> Difference:
+        parts = []
+        for some in _chunks(pairs, len(self.samples)):
+            d = self.samples[:, some[:, 1]] - self.samples[:, some[:, 0]]
+            parts.append(Difference(d.mean(0), d.var(0, correction=0)))
+        return _join(parts)
+
+    def preference(self, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+        parts = []
+        for some in _chunks(pairs, len(self.samples)):
+            d = self.samples[:, some[:, 1]] - self.samples[:, some[:, 0]]
+            parts.append(preference_probability(d, mistake_rate=mistake_rate).mean(0))
+        return torch.cat(parts)
+
+
+class GaussianPosterior(ReturnPosterior):
+    r"""A normal belief with covariance $L L^\top$, held as its root L.
+
+    Args:
+        mean: `(N,)`, reward units.
+        root: `(N, R)`, reward units; R may be far below N (the width of a last layer, say).
+
+    Example:
+        >>> belief = GaussianPosterior(torch.tensor([0.0, 1.0]), torch.tensor([[1.0], [1.0]]))
+        >>> belief.difference(torch.tensor([[0, 1]]))  # what both clips share cancels
+        Difference(mean=tensor([1.]), variance=tensor([0.]))
+    """
+
+    def __init__(self, mean: Tensor, root: Tensor) -> None:
+        if mean.ndim != 1 or root.ndim != 2 or len(root) != len(mean):
+            raise InvalidInput(
+                "mean, root: expected shapes (N,) and (N, R), got "
+                f"{tuple(mean.shape)} and {tuple(root.shape)}."
+            )
+        self._mean, self.root = mean, root
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.root.square().sum(1)
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.root @ self.root.T
+
+    def rsample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(n, self.root.shape[1], generator=generator, dtype=self.root.dtype)
+        return self._mean + noise.to(self.root.device) @ self.root.T
+
+    def difference(self, pairs: Tensor) -> Difference:
+        mean = self._mean[pairs[:, 1]] - self._mean[pairs[:, 0]]
+        parts = [
+            (self.root[some[:, 1]] - self.root[some[:, 0]]).square().sum(1)
+            for some in _chunks(pairs, self.root.shape[1])
+        ]
+        return Difference(mean, torch.cat(parts))
+
+    def preference(self, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+        mean, variance = self.difference(pairs)
+        nodes, weights = np.polynomial.hermite_e.hermegauss(_QUADRATURE)
+        p = torch.zeros_like(mean)
+        for node, weight in zip(nodes, weights / weights.sum(), strict=True):
+            at = mean + float(node) * variance.sqrt()
+            p += float(weight) * preference_probability(at, mistake_rate=mistake_rate)
+        return p
+
+
+def _chunks(pairs: Tensor, width: int) -> tuple[Tensor, ...]:
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise InvalidInput(f"pairs: expected shape (Q, 2), got {tuple(pairs.shape)}.")
+    return pairs.split(max(1, _CHUNK // max(1, width)))
+
+
+def _join(parts: list[Difference]) -> Difference:
+    return Difference(*(torch.cat(column) for column in zip(*parts, strict=True)))
