@@ -1,0 +1,1 @@
+"""When to stop trusting: detectors of the unfamiliar, and guards that act on them."""
