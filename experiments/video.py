@@ -106,9 +106,9 @@ def _encode(frames: NDArray[np.uint8], path: Path, rate: Fraction) -> None:
                 stream.encode(
                     picture.reformat(
                         format="yuv420p",
-                        src_color_range=ColorRange.JPEG,
-                        dst_color_range=ColorRange.MPEG,
-                        dst_colorspace=Colorspace.ITU709,
+                        src_color_range="JPEG",
+                        dst_color_range="MPEG",
+                        dst_colorspace="ITU709",
                     )
                 )
             )
