@@ -62,8 +62,8 @@ class Clips:
             empty = int((~self.mask.any(1)).nonzero()[0])
             raise InvalidInput(f"mask: expected a real frame in every clip, clip {empty} has none.")
         for name, value in self._tensors():
-            if name != "mask" and value.is_floating_point():
-                _refuse_non_finite(name, value, self.mask)
+            if value.is_floating_point():
+                object.__setattr__(self, name, _finite(name, value, self.mask))
 
     def __len__(self) -> int:
         return self.observations.shape[0]
@@ -163,15 +163,17 @@ def _pad(value: Tensor, length: int) -> Tensor:
     return torch.cat([value, value.new_zeros(len(value), missing, *value.shape[2:])], 1)
 
 
-def _refuse_non_finite(name: str, value: Tensor, mask: Tensor) -> None:
+def _finite(name: str, value: Tensor, mask: Tensor) -> Tensor:
     # One sum finds the usual case (all finite) at a fraction of a mask's memory.
     if bool(torch.isfinite(value.sum())):
-        return
-    bad = (~torch.isfinite(value)).flatten(2).any(2) if value.ndim > 2 else ~torch.isfinite(value)
-    bad = (bad & mask).nonzero()
+        return value
+    frames = torch.isfinite(value) if value.ndim == 2 else torch.isfinite(value).flatten(2).all(2)
+    bad = (~frames & mask).nonzero()
     if len(bad):
         clip, frame = bad[0].tolist()
         raise InvalidInput(
             f"{name}: expected finite numbers, got NaN or infinity in {len(bad)} frame(s), "
             f"the first in clip {clip}, frame {frame}."
         )
+    # Only the padding isn't finite. A gradient would still see it (0 x NaN), so it goes.
+    return value.masked_fill(~mask.view(*mask.shape, *(1,) * (value.ndim - 2)), 0)

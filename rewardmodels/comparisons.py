@@ -83,6 +83,11 @@ class Comparisons:
         """Returns the same answers with each pair written the other way round."""
         return replace(self, pairs=self.pairs.flip(1), preference=1 - self.preference)
 
+    def compact(self) -> Comparisons:
+        """Returns the same answers with only the clips that are in some pair."""
+        used, pairs = self.pairs.unique(return_inverse=True)
+        return replace(self, clips=self.clips[used], pairs=pairs)
+
     @classmethod
     def cat(cls, parts: Sequence[Comparisons]) -> Comparisons:
         """Joins answers; clips are concatenated and pairs renumbered to match."""

@@ -1,0 +1,101 @@
+"""What the agent has lately done: a ring of frames of all environments, from which clips are cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rewardmodels import Clips, InvalidInput
+
+_COLUMNS = ("observations", "actions", "rewards", "ends", "states")
+
+
+class History:
+    """The last `capacity` steps of `n_envs` environments side by side.
+
+    Args:
+        capacity: Steps kept, of each environment; older ones are overwritten.
+        n_envs: Environments.
+    """
+
+    def __init__(self, capacity: int, n_envs: int) -> None:
+        self.capacity, self.n_envs = capacity, n_envs
+        self.steps = 0
+        self._columns: dict[str, NDArray[np.generic]] = {}
+
+    def add(
+        self,
+        observations: NDArray[np.floating],
+        actions: NDArray[np.floating],
+        rewards: NDArray[np.floating],
+        ends: NDArray[np.bool_],
+        states: NDArray[np.floating] | None = None,
+    ) -> None:
+        """Adds one step of every environment.
+
+        Args:
+            observations: `(n_envs, *obs)`, what was seen before acting.
+            actions: `(n_envs, *act)`.
+            rewards: `(n_envs,)`, the task's own, for synthetic teachers and evaluation.
+            ends: `(n_envs,)`, whether the episode ended with this step.
+            states: `(n_envs, s)`, simulator states at the observations.
+        """
+        row = self.steps % self.capacity
+        for name, value in zip(_COLUMNS, (observations, actions, rewards, ends, states)):
+            if value is None:
+                continue
+            if name not in self._columns:
+                dtype = bool if name == "ends" else np.float32
+                shape = (self.capacity, *np.shape(value))
+                self._columns[name] = np.zeros(shape, dtype)
+            self._columns[name][row] = value
+        self.steps += 1
+
+    def cut(self, length: int, n: int, rng: np.random.Generator, *, recent: int = 0) -> Clips:
+        """Cuts n clips, every place inside an episode equally likely and none taken twice.
+
+        Fewer come back where there are fewer places.
+
+        Args:
+            length: Frames per clip.
+            n: Clips wanted.
+            rng: Source of randomness.
+            recent: Only from the last so many steps of each environment; 0 for all kept.
+
+        Raises:
+            InvalidInput: Nowhere `length` frames of one episode stand together.
+        """
+        kept = min(self.steps, self.capacity, recent or self.capacity)
+        order = (self.steps - kept + np.arange(kept)) % self.capacity
+        starts = kept - length + 1
+        if starts < 1:
+            raise InvalidInput(
+                f"length: expected at most the {kept} steps recorded so far, got {length}."
+            )
+        ends = self._columns["ends"][order].astype(np.int32)
+        passed = np.concatenate([np.zeros((1, self.n_envs), np.int32), ends.cumsum(0)])
+        within = passed[length - 1 : length - 1 + starts] == passed[:starts]
+        start, env = np.nonzero(within)
+        if len(start) == 0:
+            raise InvalidInput(f"length: expected at most an episode's length, got {length}.")
+        chosen = rng.choice(len(start), min(n, len(start)), replace=False)
+        rows = order[start[chosen, None] + np.arange(length)]
+        columns = {
+            name: torch.from_numpy(column[rows, env[chosen, None]])
+            for name, column in self._columns.items()
+            if name != "ends"
+        }
+        return Clips(**columns)
+
+    def save(self, path: Path) -> None:
+        """Writes everything kept to an `.npz` file."""
+        np.savez(path, steps=self.steps, **self._columns)
+
+    def load(self, path: Path) -> None:
+        """Takes up what `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            self.steps = int(file["steps"])
+            self._columns = {name: file[name] for name in file.files if name != "steps"}

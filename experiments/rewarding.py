@@ -1,0 +1,116 @@
+"""The learned reward in the place of the task's own, for any Stable-Baselines3 algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+
+from experiments.history import History
+from rewardmodels import Clips, RewardModel
+
+Array = NDArray[Any]
+RewardFunction = Callable[[Array, Array], Array]
+"""From observations `(B, *obs)` and actions `(B, *act)` to rewards `(B,)`."""
+
+
+def zero_reward(observations: Array, actions: Array) -> Array:
+    """The arm that shows what an agent does for no reason at all."""
+    return np.zeros(len(observations), np.float32)
+
+
+class LearnedReward:
+    r"""$(\mu - \kappa \sigma) / s$: a model's reward, less what it doesn't know, at one scale.
+
+    Christiano et al. 2017, §2.2.1, normalise the learned reward to constant standard deviation,
+    since comparisons don't fix its scale for the policy's optimiser: s is the standard deviation
+    of $\mu$ over `clips`.
+
+    Args:
+        model: A fitted model; its mean reward over its reference batch is zero.
+        clips: What the policy lately did.
+        pessimism: $\kappa$, how many standard deviations are taken off.
+    """
+
+    def __init__(self, model: RewardModel, clips: Clips, pessimism: float = 0.0) -> None:
+        self.model, self.pessimism, self.scale = model, pessimism, 1.0
+        observations = clips.observations.flatten(0, 1)[:8192]
+        usual = self(observations.numpy(), clips.actions.flatten(0, 1)[:8192].numpy())
+        self.scale = max(float(usual.std()), 1e-6)
+
+    def __call__(self, observations: Array, actions: Array) -> Array:
+        belief = self.model.frame_posterior(
+            torch.from_numpy(observations), torch.from_numpy(actions)
+        )
+        reward = belief.mean
+        if self.pessimism:
+            reward = reward - self.pessimism * belief.variance.sqrt()
+        return reward.cpu().numpy() / self.scale
+
+
+class RewardWrapper(VecEnvWrapper):
+    """Pays `reward` for each step in place of the task's own, and records what happened.
+
+    Attributes:
+        reward: What is paid; None for the task's own. May be replaced at any time.
+        episode_returns: `(task's own, paid)` returns of episodes ended since last emptied.
+    """
+
+    def __init__(self, venv: VecEnv, history: History, reward: RewardFunction | None) -> None:
+        super().__init__(venv)
+        self.history, self.reward = history, reward
+        self.episode_returns: list[tuple[float, float]] = []
+        self._sums = np.zeros((2, self.num_envs))
+
+    def reset(self) -> Any:
+        """As the environments' own."""
+        self._seen = self.venv.reset()
+        self._sums[:] = 0
+        return self._seen
+
+    def step_async(self, actions: Array) -> None:
+        """As the environments' own."""
+        self._done = np.array(actions, dtype=np.float32)
+        self._states = self.venv.states() if hasattr(self.venv, "states") else None
+        self.venv.step_async(actions)
+
+    def step_wait(self) -> VecEnvStepReturn:
+        """As the environments' own, but for the reward."""
+        observations, task_rewards, ends, infos = self.venv.step_wait()
+        rewards = task_rewards
+        if self.reward is not None:
+            rewards = self.reward(self._seen, self._done)
+        self.history.add(self._seen, self._done, task_rewards, ends, self._states)
+        self._sums += task_rewards, rewards
+        if ends.any():
+            self.episode_returns += [(float(a), float(b)) for a, b in self._sums[:, ends].T]
+            self._sums[:, ends] = 0
+        self._seen = observations
+        return observations, rewards, ends, infos
+
+
+def relabel(agent: OffPolicyAlgorithm, reward: RewardFunction, *, at_once: int = 65536) -> None:
+    """Pays a replay buffer anew, as a changed reward makes every stored one stale.
+
+    Args:
+        agent: An off-policy algorithm with some transitions in its buffer.
+        reward: What is paid now.
+        at_once: Transitions per call of `reward`.
+    """
+    buffer = agent.replay_buffer
+    assert buffer is not None
+    size = buffer.size()
+    observations = buffer.observations[:size].reshape(-1, *buffer.obs_shape)
+    actions = buffer.actions[:size].reshape(len(observations), -1)
+    actions = agent.policy.unscale_action(actions).astype(np.float32)
+    paid = [
+        reward(observations[i : i + at_once], actions[i : i + at_once])
+        for i in range(0, len(observations), at_once)
+    ]
+    buffer.rewards[:size] = np.concatenate(paid).reshape(size, -1)

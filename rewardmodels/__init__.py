@@ -1,0 +1,47 @@
+"""Reward models that learn from comparisons, and know how sure they are."""
+
+from rewardmodels.clips import Clips, cut
+from rewardmodels.comparisons import Comparisons
+from rewardmodels.ensemble import DeepEnsemble
+from rewardmodels.errors import (
+    FitDiverged,
+    InvalidInput,
+    NotFitted,
+    RewardModelsError,
+    UnknownName,
+    UnreadableFile,
+)
+from rewardmodels.fitting import FitReport, fit
+from rewardmodels.likelihood import negative_log_likelihood, preference_probability
+from rewardmodels.model import FrameSpec, PairBatch, RewardModel, SampledRewardModel
+from rewardmodels.posterior import (
+    Difference,
+    GaussianPosterior,
+    ReturnPosterior,
+    SampledPosterior,
+)
+
+__all__ = [
+    "Clips",
+    "Comparisons",
+    "DeepEnsemble",
+    "Difference",
+    "FitDiverged",
+    "FitReport",
+    "FrameSpec",
+    "GaussianPosterior",
+    "InvalidInput",
+    "NotFitted",
+    "PairBatch",
+    "ReturnPosterior",
+    "RewardModel",
+    "RewardModelsError",
+    "SampledPosterior",
+    "SampledRewardModel",
+    "UnknownName",
+    "UnreadableFile",
+    "cut",
+    "fit",
+    "negative_log_likelihood",
+    "preference_probability",
+]
