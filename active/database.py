@@ -1,0 +1,149 @@
+"""The feedback store's file: its schema, and opening it without harming what isn't ours."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from rewardmodels.errors import InvalidInput, UnreadableFile
+
+VERSION: Final = 1
+APPLICATION: Final = 0x52574D46  # "RWMF" in the file's header: what tells our files from others
+
+_SCHEMA: Final = """
+CREATE TABLE clips (
+    id INTEGER PRIMARY KEY,
+    sha256 BLOB NOT NULL,
+    twin INTEGER NOT NULL,
+    data BLOB NOT NULL
+);
+CREATE UNIQUE INDEX clip_once ON clips (sha256, twin);
+CREATE TABLE queries (
+    id INTEGER PRIMARY KEY,
+    round INTEGER NOT NULL,
+    first INTEGER NOT NULL REFERENCES clips,
+    second INTEGER NOT NULL REFERENCES clips,
+    put_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+    CHECK (first <> second)
+);
+CREATE INDEX query_round ON queries (round);
+CREATE TABLE answers (
+    id INTEGER PRIMARY KEY,
+    query INTEGER NOT NULL REFERENCES queries,
+    preference REAL CHECK (preference BETWEEN 0 AND 1),
+    teacher TEXT NOT NULL,
+    answered_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
+);
+CREATE UNIQUE INDEX answer_once ON answers (query);
+"""
+# An index, where UNIQUE in the table would do, can be dropped by a later version.
+
+_APPEND_ONLY: Final = """
+CREATE TRIGGER {table}_{verb} BEFORE {verb} ON {table}
+BEGIN SELECT RAISE(ABORT, 'the feedback store is append-only'); END;
+"""
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Opens or makes a feedback store.
+
+    A file that exists is first looked at through a connection that cannot write.
+
+    Raises:
+        InvalidInput: A folder that doesn't exist.
+        UnreadableFile: Not a feedback store of this version or an earlier one, or damaged.
+    """
+    if not path.parent.is_dir():
+        raise InvalidInput(f"path: expected a file in an existing folder, got {path}.")
+    # A rollback journal is what a process killed while making the file leaves behind; SQLite
+    # takes it back on the first connection that may write, and the rest is then as usual.
+    interrupted = path.with_name(path.name + "-journal").exists()
+    if path.exists() and path.stat().st_size > 0 and not interrupted:
+        with refuse_damage(path):
+            looking = _open(path, "ro")
+            try:
+                _check(path, looking)
+            finally:
+                looking.close()
+    with refuse_damage(path):
+        db = _open(path, "rwc")
+        try:
+            _make(db)
+            if interrupted:
+                _check(path, db)
+            db.execute("PRAGMA journal_mode = WAL")
+        except BaseException:
+            db.close()
+            raise
+    return db
+
+
+@contextmanager
+def refuse_damage(path: Path) -> Iterator[None]:
+    """Turns SQLite's word for a damaged or foreign file into UnreadableFile."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise
+        raise _damaged(path, str(error)) from error
+
+
+def _open(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    # Transactions are ours to begin and end, so that none is ever open by accident.
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA synchronous = FULL")
+    return db
+
+
+def _make(db: sqlite3.Connection) -> None:
+    """Writes the schema into an empty file, all or nothing, whoever comes first."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            triggers = [
+                _APPEND_ONLY.format(table=table, verb=verb)
+                for table in ("clips", "queries", "answers")
+                for verb in ("UPDATE", "DELETE")
+            ]
+            for statement in [*_SCHEMA.strip().split(";\n"), *triggers]:
+                db.execute(statement)
+            db.execute(f"PRAGMA application_id = {APPLICATION}")
+            db.execute(f"PRAGMA user_version = {VERSION}")
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _check(path: Path, db: sqlite3.Connection) -> None:
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    if application != APPLICATION:
+        raise UnreadableFile(
+            f"{path}: expected a feedback store, got an SQLite database of another kind "
+            f"(application id {application}). It was left as it was; choose another path."
+        )
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > VERSION:
+        raise UnreadableFile(
+            f"{path}: expected schema version {VERSION} or earlier, got {version}, written by a "
+            "newer release. It was left as it was; upgrade the library to read it."
+        )
+    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise _damaged(path, found)
+
+
+def _damaged(path: Path, found: str) -> UnreadableFile:
+    return UnreadableFile(
+        f"{path}: expected a feedback store, got a file that is damaged or of another format "
+        f"({found}). It was left as it was. Restore it from a copy, or save what can be saved "
+        f"with `sqlite3 {path} .recover | sqlite3 rescued.sqlite` and open that."
+    )
