@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
 VERSION: Final = 1
 APPLICATION: Final = 0x52574D46  # "RWMF" in the file's header: what tells our files from others
+
+_MAGIC: Final = b"SQLite format 3\x00"
 
 _SCHEMA: Final = """
 CREATE TABLE clips (
@@ -62,12 +65,7 @@ def connect(path: Path) -> sqlite3.Connection:
     # takes it back on the first connection that may write, and the rest is then as usual.
     interrupted = path.with_name(path.name + "-journal").exists()
     if path.exists() and path.stat().st_size > 0 and not interrupted:
-        with refuse_damage(path):
-            looking = _open(path, "ro")
-            try:
-                _check(path, looking)
-            finally:
-                looking.close()
+        _look(path)
     with refuse_damage(path):
         db = _open(path, "rwc")
         try:
@@ -91,6 +89,38 @@ def refuse_damage(path: Path) -> Iterator[None]:
         if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise
         raise _damaged(path, str(error)) from error
+
+
+def _look(path: Path) -> None:
+    """Checks a file without writing to it or beside it."""
+    while True:
+        before = _state(path)
+        try:
+            with path.open("rb") as file:
+                if file.read(len(_MAGIC)) != _MAGIC:
+                    raise _damaged(path, "file is not a database")
+            with refuse_damage(path):
+                # Nobody has a file open that has no log beside it; SQLite may then be told that
+                # it won't change, and leaves no files of its own.
+                looking = _open(path, "ro" if before.has_log else "ro&immutable=1")
+                try:
+                    _check(path, looking)
+                finally:
+                    looking.close()
+            return
+        except UnreadableFile:
+            # What looks torn may be another process's write, which a second look finds whole.
+            if _state(path) == before:
+                raise
+
+
+class _State(NamedTuple):
+    modified_ns: int
+    has_log: bool
+
+
+def _state(path: Path) -> _State:
+    return _State(path.stat().st_mtime_ns, path.with_name(path.name + "-wal").exists())
 
 
 def _open(path: Path, mode: str) -> sqlite3.Connection:
@@ -144,6 +174,7 @@ def _check(path: Path, db: sqlite3.Connection) -> None:
 def _damaged(path: Path, found: str) -> UnreadableFile:
     return UnreadableFile(
         f"{path}: expected a feedback store, got a file that is damaged or of another format "
-        f"({found}). It was left as it was. Restore it from a copy, or save what can be saved "
-        f"with `sqlite3 {path} .recover | sqlite3 rescued.sqlite` and open that."
+        f"({' '.join(found.split())}). It was left as it was. Restore it from a copy, or save "
+        f"what can be saved with `sqlite3 {shlex.quote(str(path))} .recover | sqlite3 "
+        "rescued.sqlite` and open that."
     )

@@ -153,6 +153,7 @@ class Disagreement(QueryStrategy):
     """
 
     def __init__(self, samples: int = 32, power: float | None = None) -> None:
+        self.samples, self.power = samples, power
         self._scored = ScoredStrategy("preference_variance", _rule(power), samples)
 
     def select(
@@ -189,6 +190,7 @@ class BALD(QueryStrategy):
         self, samples: int = 32, power: float | None = None, mistake_rate: float = 0.0
     ) -> None:
         check_mistake_rate(mistake_rate)
+        self.samples, self.power, self.mistake_rate = samples, power, mistake_rate
         score = partial(mutual_information, mistake_rate=mistake_rate)
         self._scored = ScoredStrategy(score, _rule(power), samples)
 
