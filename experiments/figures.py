@@ -201,26 +201,27 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 def save(figure: Figure, stem: Path) -> str:
     """Write `stem.svg`, for a page, and `stem.pdf`, for a paper; returns the SVG's text."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    nothing = {"Date": None, "Creator": None}
     with mpl.rc_context(STYLE):
-        figure.savefig(stem.with_suffix(".svg"), metadata=nothing)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out now; each format would do so twice more
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
         figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
     return stem.with_suffix(".svg").read_text("utf-8")
 
 
 @_styled
 def return_vs_steps(runs: Sequence[Run]) -> Figure:
-    """True return over training, a line a run.
+    """True return over training, a line a run; runs of one arm share a colour and a label.
 
     Raises:
         InvalidInput: If no run has a finished episode.
     """
     figure, axes = _figure()
     ends = []
-    for run, name in zip(runs, labels(runs), strict=True):
+    for run in runs:
         x, y = run.curve("step", "task_return")
         if len(x):
-            ends.append(_line(axes, x, y, run.arm, name))
+            ends.append(_line(axes, x, y, run.arm))
     if not ends:
         raise InvalidInput("runs: expected a row of metrics with a task_return, got none.")
     axes.set_xlabel("environment steps")
@@ -237,19 +238,18 @@ def return_vs_comparisons(runs: Sequence[Run]) -> Figure:
         InvalidInput: If no run has made a comparison and finished an episode.
     """
     figure, axes = _figure()
-    named = list(zip(runs, labels(runs), strict=True))
     ends = []
-    for run, name in named:
+    for run in runs:
         x, y = run.curve("comparisons", "task_return")
         if len(x) and x.max() > 0:
-            ends.append(_line(axes, x, y, run.arm, name))
+            ends.append(_line(axes, x, y, run.arm))
     if not ends:
         raise InvalidInput("runs: expected a run with comparisons and a task_return, got none.")
     right = max(end[0] for end in ends)
-    for run, name in named:
+    for run in runs:
         if not run.last("comparisons") > 0 and np.isfinite(run.final_return):
             level = np.full(2, run.final_return)
-            ends.append(_line(axes, np.array([0, right]), level, run.arm, name, marker=""))
+            ends.append(_line(axes, np.array([0, right]), level, run.arm, marker=""))
     axes.set_xlabel("comparisons (answers given)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("true return per episode\n(the task's reward units)")
@@ -349,10 +349,11 @@ def _figure(height: float = 3.3, rows: int = 1) -> tuple[Any, ...]:
 
 
 def _line(
-    axes: Axes, x: Floats, y: Floats, arm: Arm, name: str, *, marker: str | None = None
+    axes: Axes, x: Floats, y: Floats, arm: Arm, name: str = "", marker: str | None = None
 ) -> End:
-    few = len(x) <= 40
-    marker = marker if marker is not None else arm.marker if few else ""
+    name = name or arm.name
+    if marker is None:
+        marker = arm.marker if len(x) <= 40 else ""
     axes.plot(x, y, color=arm.colour, linestyle=arm.line, marker=marker, label=name, clip_on=False)
     return float(x[-1]), float(y[-1]), name, arm.colour
 
@@ -368,7 +369,8 @@ def _named(figure: Figure, ends: Mapping[Axes, Sequence[End]]) -> Figure:
         axes.set_xlim(0, max(1, *(x for x, *_ in lines)))
         axes.margins(y=0.08)
     figure.draw_without_rendering()  # only now is it known where on the page a value falls
-    for axes, lines in ends.items():
+    for axes, each in ends.items():
+        lines = _merged(each)
         texts = [textwrap.fill(name, 14) for _, _, name, _ in lines]
         points = 72 / figure.dpi
         at = [points * float(axes.transData.transform((x, y))[1]) for x, y, _, _ in lines]
@@ -386,6 +388,22 @@ def _named(figure: Figure, ends: Mapping[Axes, Sequence[End]]) -> Figure:
                 annotation_clip=False,
             )
     return figure
+
+
+def _merged(ends: Sequence[End]) -> list[End]:
+    """One label for all lines of a name, at the mean of their ends."""
+    groups: dict[str, list[End]] = {}
+    for end in ends:
+        groups.setdefault(end[2], []).append(end)
+    return [
+        (
+            max(x for x, *_ in group),
+            float(np.mean([y for _, y, *_ in group])),
+            name if len(group) == 1 else f"{name}, {len(group)} runs",
+            group[0][3],
+        )
+        for name, group in groups.items()
+    ]
 
 
 def spread(centres: Sequence[float], halves: Sequence[float]) -> list[float]:

@@ -132,11 +132,10 @@ def headline(run: Run, references: Sequence[Run] = ()) -> str:
     if answers > 0:
         effort.insert(0, f"{number(answers)} comparison{'s' if answers != 1 else ''}")
     others = "; ".join(
-        f"{name}: {number(other.final_return)}"
-        for name, other in list(zip(labels([run, *references]), [run, *references], strict=True))[
-            1:
-        ]
-        if np.isfinite(other.final_return)
+        f"{'another run on ' if n == 1 else f'{n} other runs on '}{name}: {text}"
+        if name == run.arm.name
+        else f"{name}{f', {n} runs' if n > 1 else ''}: {text}"
+        for name, n, text in _by_arm([(r, r.final_return) for r in references])
     )
     opening = f"After {' and '.join(effort)} the agent" if effort else "The agent"
     if run.arm != ARMS["learned"]:
@@ -167,18 +166,32 @@ def _share(run: Run, references: Sequence[Run]) -> str:
 
 def sentence_steps(runs: Sequence[Run]) -> str:
     """What `return_vs_steps` shows."""
-    drawn = [
-        (name, *(values[-1] for values in run.curve("step", "task_return")))
-        for run, name in zip(runs, labels(runs), strict=True)
-        if len(run.curve("step", "task_return")[0])
-    ]
-    together = len({step for _, step, _ in drawn}) == 1
+    curves = [(run, run.curve("step", "task_return")) for run in runs]
+    last = [(run, steps[-1], values[-1]) for run, (steps, values) in curves if len(steps)]
+    together = len({step for _, step, _ in last}) == 1
     parts = [
-        f"{number(value)} with {name}" + ("" if together else f" (at {number(step)} steps)")
-        for name, step, value in drawn
+        f"{value} with {name}{f', {n} runs' if n > 1 else ''}"
+        + ("" if together else f" (at {step} steps)")
+        for (name, n, value), (_, _, step) in zip(
+            _by_arm([(run, value) for run, _, value in last]),
+            _by_arm([(run, step) for run, step, _ in last]),
+            strict=True,
+        )
     ]
-    when = f", at {number(drawn[0][1])} steps," if together else ""
+    when = f", at {number(last[0][1])} steps," if together else ""
     return f"In the last round{when} an episode of training returns on average {'; '.join(parts)}."
+
+
+def _by_arm(values: Sequence[tuple[Run, float]]) -> list[tuple[str, int, str]]:
+    """For each arm its name, how many runs have a value, and the value or its range in words."""
+    groups: dict[str, list[float]] = {}
+    for run, value in values:
+        if np.isfinite(value):
+            groups.setdefault(run.arm.name, []).append(float(value))
+    return [
+        (name, len(group), " to ".join(dict.fromkeys(map(number, (min(group), max(group))))))
+        for name, group in groups.items()
+    ]
 
 
 def sentence_comparisons(runs: Sequence[Run]) -> str:
