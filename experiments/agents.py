@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+import inspect
+from os import PathLike, fspath
 from typing import Any
 
 import stable_baselines3
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from experiments.tasks import Task
-from rewardmodels.errors import UnknownName
+from rewardmodels.errors import InvalidInput, UnknownName
 
-ALGORITHMS = ("PPO", "SAC", "TD3", "A2C", "DDPG")
+# How many environments PPO's settings were measured with.
+PPO_ENVS = 32
+
+# Steps between two updates, over all environments together.
+PPO_ROLLOUT = 2048
 
 _PPO: dict[str, Any] = {
-    "n_steps": 64,
     "batch_size": 256,
     "n_epochs": 10,
     "learning_rate": 3e-4,
     "gamma": 0.99,
     "gae_lambda": 0.95,
     "clip_range": 0.2,
+    "ent_coef": 0.0,
     "policy_kwargs": {"log_std_init": -0.5, "net_arch": [64, 64]},
 }
-PPO_ENVS = 32
+
+# What a task needs otherwise.
 PPO_SETTINGS: dict[str, dict[str, Any]] = {}
 
 
-def ppo_settings(task: Task) -> dict[str, Any]:
-    """PPO's settings for a task: those that all share, with the task's own in front."""
-    return _PPO | PPO_SETTINGS.get(task.name, {})
+def ppo_settings(task: Task, n_envs: int = PPO_ENVS) -> dict[str, Any]:
+    """PPO's arguments for a task: those that all tasks share, but for the task's own.
+
+    `n_steps` is such that an update sees about as many steps, however many environments there
+    are.
+
+    Example:
+        >>> from experiments.tasks import find_task
+        >>> ppo_settings(find_task("Hopper"), n_envs=32)["n_steps"]
+        64
+    """
+    shared = {"n_steps": max(1, PPO_ROLLOUT // n_envs), **_PPO}
+    return shared | PPO_SETTINGS.get(task.name, {})
+
+
+def _off_policy_settings(task: Task) -> dict[str, Any]:
+    return {
+        # One gradient step for every transition, as with a single environment, which is what
+        # Stable-Baselines3's own settings were found with.
+        "gradient_steps": -1,
+        "learning_starts": 10 * task.horizon,
+    }
 
 
 def make_agent(
@@ -37,26 +64,61 @@ def make_agent(
     env: VecEnv,
     task: Task,
     seed: int,
-    tensorboard_log: str | None = None,
+    tensorboard_log: str | PathLike[str] | None = None,
     **overrides: Any,
 ) -> BaseAlgorithm:
-    """An untrained agent of Stable-Baselines3, on the CPU unless `device` says otherwise.
+    """An agent that hasn't learned yet, with settings that learn the task.
 
     Args:
-        algorithm: The name of a class in `stable_baselines3`, such as `"PPO"` or `"SAC"`.
-        env: The environments; for PPO with observations and rewards normalised (`VecNormalize`).
+        algorithm: A class of `stable_baselines3` by its name, such as `"PPO"` or `"SAC"`.
+        env: The task's environments. PPO's settings are for `PPO_ENVS` of them, with
+            observations and rewards normalised (`VecNormalize`).
         task: Whose settings to take.
-        seed: Of the networks, the actions and the environments (PyTorch's, NumPy's and Python's
-            global generators too: Stable-Baselines3 draws from those).
-        tensorboard_log: Directory to log to.
-        overrides: Arguments of the algorithm, in place of the settings.
+        seed: Of the networks, the actions and `env`. Stable-Baselines3 draws from the global
+            generators of PyTorch, NumPy and Python, and sets all three.
+        tensorboard_log: A directory for TensorBoard's logs; None keeps none.
+        overrides: Arguments of the algorithm's class, in place of the settings'. `device` is
+            the CPU otherwise: for networks this small a GPU is slower.
 
     Raises:
-        UnknownName: If Stable-Baselines3 has no such algorithm.
+        UnknownName: If Stable-Baselines3 has no such algorithm, or the algorithm no such argument.
+        InvalidInput: If the algorithm can't act in the task's action space.
+
+    Example:
+        >>> from experiments.tasks import find_task, make_vec_env
+        >>> task = find_task("Pendulum")
+        >>> agent = make_agent("PPO", make_vec_env(task, 4, seed=0), task, seed=0, gamma=0.9)
+        >>> agent.gamma, agent.n_steps
+        (0.9, 512)
     """
     found = getattr(stable_baselines3, algorithm, None)
     if not (isinstance(found, type) and issubclass(found, BaseAlgorithm)):
-        raise UnknownName("algorithm", algorithm, ALGORITHMS)
-    settings = ppo_settings(task) if algorithm == "PPO" else {}
-    settings = {"device": "cpu", **settings, **overrides}
-    return found("MlpPolicy", env, seed=seed, tensorboard_log=tensorboard_log, **settings)
+        raise UnknownName("algorithm", algorithm, _algorithms())
+    arguments = set(inspect.signature(found).parameters)
+    for name in overrides:
+        if name not in arguments:
+            raise UnknownName(f"{algorithm}'s argument", name, arguments)
+    settings: dict[str, Any] = {}
+    if algorithm == "PPO":
+        settings = ppo_settings(task, env.num_envs)
+    elif issubclass(found, OffPolicyAlgorithm):
+        settings = _off_policy_settings(task)
+    try:
+        return found(
+            "MlpPolicy",
+            env,
+            seed=seed,
+            tensorboard_log=None if tensorboard_log is None else fspath(tensorboard_log),
+            **{"device": "cpu", **settings, **overrides},
+        )
+    except AssertionError as error:
+        # Stable-Baselines3's own check of the action space is an assert.
+        raise InvalidInput(
+            f"algorithm: expected one for {task.name}'s actions, {env.action_space}, got "
+            f"{algorithm!r}: {error}"
+        ) from error
+
+
+def _algorithms() -> list[str]:
+    classes = {name: getattr(stable_baselines3, name) for name in stable_baselines3.__all__}
+    return [n for n, c in classes.items() if isinstance(c, type) and issubclass(c, BaseAlgorithm)]

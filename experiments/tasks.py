@@ -123,7 +123,7 @@ def make_env(task: Task, render_mode: str | None = None) -> gym.Env[Any, Any]:
         task.env_id,
         render_mode=render_mode,
         max_episode_steps=task.horizon,
-        disable_env_checker=True,  # it warns of observations beyond ±inf's own precision
+        disable_env_checker=True,  # it looks at every reset and step of every copy
         **task.kwargs,
     )
     return FixedHorizon(env)
@@ -406,7 +406,7 @@ def render_states(
 def _draw_mujoco(
     simulator: Any, states: NDArray[np.float64], width: int, height: int
 ) -> NDArray[np.uint8]:
-    import mujoco  # type: ignore[import-untyped]
+    import mujoco
 
     model, data = simulator.model, simulator.data
     model.vis.global_.offwidth, model.vis.global_.offheight = width, height
@@ -417,6 +417,7 @@ def _draw_mujoco(
         camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
     else:
         mujoco.mjv_defaultFreeCamera(model, camera)
+        camera.distance = model.stat.extent  # MuJoCo stands half as far again back
     frames = np.empty((len(states), height, width, 3), np.uint8)
     whole = mujoco.MjrRect(0, 0, width, height)
     with _opengl(width, height):
