@@ -20,6 +20,7 @@ from rewardmodels.posterior import (
     ReturnPosterior,
     SampledPosterior,
 )
+from rewardmodels.saving import load, save
 
 __all__ = [
     "Clips",
@@ -42,6 +43,8 @@ __all__ = [
     "UnreadableFile",
     "cut",
     "fit",
+    "load",
     "negative_log_likelihood",
     "preference_probability",
+    "save",
 ]

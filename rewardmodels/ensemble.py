@@ -68,9 +68,7 @@ class DeepEnsemble(SampledRewardModel):
     def loss(self, batch: PairBatch) -> Tensor:
         """Mean over members of each one's mean over its bootstrap."""
         difference = self.returns(batch.second) - self.returns(batch.first)
-        nll = negative_log_likelihood(
-            difference, batch.preference, mistake_rate=self.mistake_rate
-        )
+        nll = negative_log_likelihood(difference, batch.preference, mistake_rate=self.mistake_rate)
         counts = self.counts(int(batch.index.max()) + 1)[batch.index.cpu()].T.to(nll)
         return (nll * counts).mean()
 
@@ -78,6 +76,8 @@ class DeepEnsemble(SampledRewardModel):
         """`(Q, K)`, how often each member counts each of the first Q comparisons."""
         if len(self._counts) < comparisons:
             # Drawn row by row from one stream: the counts of earlier answers stay as they were.
-            draws = np.random.default_rng(self.members).poisson(1.0, (2 * comparisons, self.members))
+            draws = np.random.default_rng(self.members).poisson(
+                1.0, (2 * comparisons, self.members)
+            )
             self._counts = torch.from_numpy(draws).float()
         return self._counts[:comparisons]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_SMALLEST_SCALE = 1e-3  # below this an input counts as constant: dividing by it would only add noise
+_SMALLEST_SCALE = (
+    1e-3  # below this an input counts as constant: dividing by it would only add noise
+)
 
 
 class RunningNorm(nn.Module):

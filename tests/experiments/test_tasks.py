@@ -107,7 +107,8 @@ def test_an_episodes_end_is_as_stable_baselines_wants_it(name, backend):
     assert [step for step, (_, _, dones, _) in enumerate(cut, 1) if dones.any()] == [10, 20]
     assert first.dtype == cut[0][0].dtype == short.observation_space.dtype == np.float32
     for i in range(2):
-        assert cut[8][3][i] == {}
+        assert "terminal_observation" not in cut[8][3][i]
+        assert not cut[8][3][i].get("TimeLimit.truncated", False)
         # The very observation that an episode without an end goes on from.
         np.testing.assert_array_equal(cut[9][3][i]["terminal_observation"], uncut[9][0][i])
         assert cut[9][3][i]["TimeLimit.truncated"] is True

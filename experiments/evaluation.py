@@ -1,0 +1,90 @@
+"""What a trained policy is worth by the task's own reward, and what it looks like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecNormalize
+
+from experiments.tasks import RenderingUnavailable, Task, make_vec_env, render_states
+from experiments.video import write_video
+from rewardmodels import Clips, RewardModel
+
+_FRAMES_A_SECOND = 25
+
+
+def play(
+    agent: BaseAlgorithm,
+    normalised: VecNormalize,
+    task: Task,
+    *,
+    episodes: int,
+    seed: int,
+    steps: int | None = None,
+    deterministic: bool = False,
+) -> Clips:
+    """Plays whole episodes, all at once.
+
+    Args:
+        agent: Who acts.
+        normalised: Holds the statistics by which the agent's inputs were normalised.
+        task: The task.
+        episodes: How many.
+        seed: Of the first states; the actions' comes with the caller's.
+        steps: Only so many of each episode; None for all.
+        deterministic: Take the most likely action, and don't explore.
+
+    Returns:
+        `episodes` clips with the task's own reward and, where there are any, simulator states.
+    """
+    venv = make_vec_env(task, episodes, seed)
+    seen = venv.reset()
+    frames = []
+    for _ in range(steps or task.horizon):
+        action, _ = agent.predict(normalised.normalize_obs(seen), deterministic=deterministic)
+        states = venv.states()
+        next_seen, rewards, _, _ = venv.step(action)
+        frames.append((seen, action, rewards, states))
+        seen = next_seen
+    venv.close()
+    observations, actions, rewards, states = zip(*frames, strict=True)
+    return Clips(
+        _stack(observations),
+        _stack(actions),
+        rewards=_stack(rewards),
+        states=None if states[0] is None else _stack(states),
+    )
+
+
+def show(task: Task, clips: Clips, path: Path, *, frames: int = 200) -> str | None:
+    """Writes a video of the first clip; where that can't be done, returns the reason instead."""
+    if clips.states is None:
+        return f"{task.name} doesn't show the simulator's state, from which a video is drawn."
+    try:
+        pictures = render_states(task, clips.states[0, :frames].numpy())
+    except RenderingUnavailable as error:
+        return str(error)
+    write_video(pictures, path, _FRAMES_A_SECOND)
+    return None
+
+
+def write_frames(model: RewardModel, clips: Clips, path: Path, *, frames: int = 4096) -> float:
+    """Writes predicted and true reward of frames that the policy visits.
+
+    Returns:
+        The correlation of predicted with true reward over these frames.
+    """
+    rows = torch.linspace(0, clips.mask.numel() - 1, frames).long()
+    observations, actions = (x.flatten(0, 1)[rows] for x in (clips.observations, clips.actions))
+    belief = model.frame_posterior(observations, actions)
+    assert clips.rewards is not None
+    true = clips.rewards.flatten()[rows]
+    np.savez(path, predicted=belief.mean, std=belief.variance.sqrt(), true=true)
+    return float(torch.corrcoef(torch.stack([belief.mean, true]))[0, 1])
+
+
+def _stack(steps: tuple[np.ndarray, ...]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(steps, 1).astype(np.float32))

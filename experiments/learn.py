@@ -1,0 +1,346 @@
+"""Deep reinforcement learning from human preferences (Christiano et al. 2017, arXiv 1706.03741).
+
+The agent never sees the task's reward. Three processes alternate (§2.2):
+
+1. the policy interacts with the environment, and is trained by ordinary reinforcement learning
+   to maximise the sum of predicted rewards;
+2. pairs of clips are chosen from what it did, and a teacher says which of each pair is better;
+3. the reward model is fitted to all comparisons collected so far.
+
+The paper runs them asynchronously; here they take turns, in `rounds`, so that a run can be
+repeated, and goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecNormalize
+from tqdm import tqdm
+
+from active import (
+    BALD,
+    Constant,
+    FeedbackStore,
+    QueryStrategy,
+    Schedule,
+    SyntheticTeacher,
+    Teacher,
+    Uniform,
+    all_pairs,
+)
+from experiments.agents import PPO_ENVS, make_agent
+from experiments.evaluation import play, show, write_frames
+from experiments.history import History
+from experiments.report import write_report
+from experiments.rewarding import LearnedReward, RewardWrapper, relabel, zero_reward
+from experiments.run import Run, versions
+from experiments.tasks import find_task, make_vec_env
+from rewardmodels import (
+    Clips,
+    DeepEnsemble,
+    InvalidInput,
+    RewardModel,
+    SampledPosterior,
+    fit,
+    load,
+    save,
+)
+from rewardmodels.fitting import MIN_COMPARISONS
+
+
+@dataclass
+class LearnConfig:
+    """Settings of one run.
+
+    Args:
+        task: HalfCheetah, Hopper, Walker2d, Ant, Swimmer, Reacher, Pendulum, InvertedPendulum, or
+            any Gymnasium id with a time limit.
+        comparisons: Answers to learn from, in all.
+        steps: Environment steps to train the policy for.
+        reward: `learned` from comparisons, or one to compare with: the `task`'s own, or `zero`.
+        model: The reward predictor.
+        strategy: Which pairs of clips are asked about.
+        schedule: When they are asked about.
+        teacher: Who answers.
+        algorithm: Any Stable-Baselines3 algorithm, by name.
+        pessimism: Standard deviations that are taken off the learned reward.
+        rounds: How often asking, fitting and training take turns.
+        clip_length: Frames per clip; an episode's length where that is shorter.
+        candidates: Clips from among which a round's pairs are chosen.
+        epochs: The most passes over the comparisons at each fit.
+        evaluate: Episodes that the final policy is judged by.
+        video: Whether to make a video of the final policy.
+        seed: Of everything that is drawn at random.
+        out: The run directory.
+
+    Raises:
+        InvalidInput: A number out of range, or an unknown task.
+    """
+
+    task: str = "HalfCheetah"
+    comparisons: int = 400
+    steps: int = 600_000
+    reward: Literal["learned", "task", "zero"] = "learned"
+    model: RewardModel = field(default_factory=DeepEnsemble)
+    strategy: QueryStrategy = field(default_factory=lambda: BALD(power=1.0))
+    schedule: Schedule = field(default_factory=Constant)
+    teacher: Teacher = field(default_factory=SyntheticTeacher)
+    algorithm: str = "PPO"
+    pessimism: float = 0.0
+    rounds: int = 20
+    clip_length: int = 50
+    candidates: int = 300
+    epochs: int = 40
+    evaluate: int = 32
+    video: bool = True
+    seed: int = 0
+    out: Path = Path("runs/learn")
+
+    def __post_init__(self) -> None:
+        find_task(self.task)
+        for name, least in (
+            ("comparisons", 8), ("steps", 1), ("rounds", 1), ("clip_length", 1), ("candidates", 2),
+            ("epochs", 1), ("evaluate", 1), ("pessimism", 0), ("seed", 0),
+        ):  # fmt: skip
+            if not getattr(self, name) >= least:
+                value = getattr(self, name)
+                raise InvalidInput(f"{name}: expected a number of at least {least}, got {value}.")
+        if self.candidates * (self.candidates - 1) // 2 < self.comparisons:
+            raise InvalidInput(
+                "candidates: expected enough clips for as many pairs as comparisons "
+                f"({self.comparisons}), got {self.candidates}."
+            )
+
+
+def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Learns a task from comparisons, and leaves everything about it in a run directory.
+
+    Args:
+        config: The settings.
+        resume: Go on with the run that stands in `config.out`.
+        progress: Show a progress bar on standard error.
+
+    Returns:
+        What stands in the run's `result.json`.
+
+    Raises:
+        InvalidInput: The directory holds a run already (or none to resume, or another).
+    """
+    run = Run(config.out)
+    run.start(config, resume=resume)
+    if run.result is not None:
+        return run.result
+    learner = Learner(config, run)
+    bar = tqdm(total=config.steps, initial=learner.step, unit="step", disable=not progress)
+    with bar, FeedbackStore(config.out / "answers.sqlite") as answers:
+        for round in range(learner.rounds_done, config.rounds):
+            learner.seed(round)
+            if config.reward == "learned":
+                learner.ask(round, answers)
+                learner.fit_reward(answers)
+            learner.train_policy((round + 1) * config.steps // config.rounds, bar)
+            learner.keep(round, answers, bar)
+        result = learner.finish(answers)
+    write_report(config.out)
+    return result
+
+
+class Learner:
+    """The state of a run, and the three things that take turns.
+
+    Every round draws from generators seeded by `(seed, round)`, so that what it draws doesn't
+    depend on whether the process was restarted in between.
+    """
+
+    def __init__(self, config: LearnConfig, run: Run) -> None:
+        self.config, self.run = config, run
+        self.task = find_task(config.task)
+        self.model = config.model
+        self.rounds_done, self.seconds = 0, 0.0
+
+        copies = PPO_ENVS if config.algorithm in ("PPO", "A2C") else 1
+        self.clip_length = min(config.clip_length, self.task.horizon)
+        # Steps of each copy that count as what the policy now does.
+        self.latest = max(config.steps // (config.rounds * copies), 2 * self.clip_length)
+        self.history = History(self.latest, copies)
+        # Nothing is paid until there is something to pay for.
+        reward = None if config.reward == "task" else zero_reward
+        venv = make_vec_env(self.task, copies, config.seed)
+        self.env = RewardWrapper(venv, self.history, reward)
+        self.normalised = VecNormalize(self.env)
+        self.agent = make_agent(config.algorithm, self.normalised, self.task, config.seed)
+        run.restore(self._read)
+        self._started = time.monotonic() - self.seconds
+
+    @property
+    def step(self) -> int:
+        """Environment steps that the policy has been trained for."""
+        return int(self.agent.num_timesteps)
+
+    def seed(self, round: int) -> None:
+        """Starts the generators of a round."""
+        (number,) = np.random.SeedSequence([self.config.seed, round]).generate_state(1)
+        set_random_seed(int(number))  # Stable-Baselines3 draws from the global generators
+        self.rng = np.random.default_rng(number)
+        self.generator = torch.Generator().manual_seed(int(number))
+
+    def ask(self, round: int, answers: FeedbackStore) -> None:
+        """Chooses queries among the agent's latest clips, and has the teacher answer them."""
+        if not answers.queries(round):  # else they were put before the run was interrupted
+            if round == 0:
+                self._act_at_random()
+            if (n := self._due(round) - answers.counts().answered) > 0:
+                clips = self._latest_clips(self.config.candidates)
+                pairs = self._choose(clips, n)
+                answers.add_queries(clips, pairs, round=round)
+        if unanswered := [query.id for query in answers.queries(round, unanswered=True)]:
+            clips, pairs = answers.clips_of(unanswered)
+            said = self.config.teacher.answer(clips, pairs, self.generator)
+            for query, preference in zip(unanswered, said.tolist(), strict=True):
+                answers.answer(query, preference, type(self.config.teacher).__name__)
+
+    def fit_reward(self, answers: FeedbackStore) -> None:
+        """Fits the model to all answers so far, and pays by it from now on."""
+        comparisons = answers.comparisons()
+        if comparisons is None or len(comparisons) < MIN_COMPARISONS:
+            return  # the teacher has skipped nearly everything so far
+        fit(self.model, comparisons, epochs=self.config.epochs, seed=self.config.seed)
+        latest = self._latest_clips(100)
+        self.env.reward = LearnedReward(self.model, latest, self.config.pessimism)
+        if isinstance(self.agent, OffPolicyAlgorithm):
+            relabel(self.agent, self.env.reward)
+
+    def train_policy(self, until: int, bar: tqdm) -> None:
+        """Trains the policy by ordinary reinforcement learning, up to a step."""
+
+        def advance(*_: Any) -> bool:
+            bar.update(self.step - bar.n)
+            return True
+
+        if until > self.step:
+            self.agent.learn(until - self.step, callback=advance, reset_num_timesteps=False)
+
+    def keep(self, round: int, answers: FeedbackStore, bar: tqdm) -> None:
+        """Logs how it goes, and writes down all that is needed to go on from here."""
+        row = self._metrics(answers)
+        self.run.log(row)
+        self.run.checkpoint(round, self._write)
+        bar.set_postfix_str(
+            f"round {round + 1}/{self.config.rounds}, {row['comparisons']:.0f} comparisons, "
+            f"true return {row.get('task_return', float('nan')):.0f}"
+        )
+
+    def finish(self, answers: FeedbackStore) -> dict[str, Any]:
+        """Plays the final policy, and writes the result, a video and the model."""
+        self.seed(self.config.rounds)
+        config, out = self.config, self.config.out
+        last = {name: value for row in self.run.rows for name, value in row.items()}
+        clips = play(
+            self.agent, self.normalised, self.task, episodes=config.evaluate, seed=config.seed + 1
+        )
+        put, answered, skipped = answers.counts()
+        result = {
+            "task": self.task.name,
+            "reward": config.reward,
+            "algorithm": config.algorithm,
+            "seed": config.seed,
+            "steps": self.step,
+            "comparisons": answered,
+            "queries": put,
+            "skipped": skipped,
+            "final_return": float(clips.returns.mean()),
+            "final_returns": clips.returns.tolist(),
+            "held_out_accuracy": last.get("held_out_accuracy"),
+            "reward_correlation": None,
+            "wall_seconds": last["seconds"],
+            "steps_per_second": self.step / last["seconds"],
+            "versions": versions(),
+        }
+        if self.model.fitted:
+            save(self.model, out / "model.safetensors")
+            result["reward_correlation"] = write_frames(self.model, clips, out / "frames.npz")
+        if config.video:
+            result["video_note"] = show(self.task, clips, out / "video.mp4")
+        self.run.finish(result)
+        return result
+
+    def _due(self, round: int) -> int:
+        """Answers that there should be before this round's training; all by the last."""
+        a_round = self.config.steps // self.config.rounds
+        return self.config.schedule.comparisons_by(
+            round * a_round,
+            total_steps=max(1, (self.config.rounds - 1) * a_round),
+            budget=self.config.comparisons,
+        )
+
+    def _act_at_random(self) -> None:
+        self.env.action_space.seed(self.config.seed)
+        self.env.reset()
+        for _ in range(min(self.latest, self.task.horizon)):
+            self.env.step(
+                np.stack([self.env.action_space.sample() for _ in range(self.env.num_envs)])
+            )
+        self.env.episode_returns.clear()
+
+    def _latest_clips(self, n: int) -> Clips:
+        return self.history.cut(self.clip_length, n, self.rng)
+
+    def _choose(self, clips: Clips, n: int) -> torch.Tensor:
+        """`(n, 2)` pairs: the strategy's choice, or a random one while there is no belief."""
+        pairs = all_pairs(len(clips))
+        fitted = self.model.fitted
+        belief = (
+            self.model.posterior(clips) if fitted else SampledPosterior(torch.zeros(1, len(clips)))
+        )
+        strategy = self.config.strategy if fitted else Uniform()
+        return pairs[strategy.select(belief, pairs, n, generator=self.generator)]
+
+    def _metrics(self, answers: FeedbackStore) -> dict[str, float]:
+        put, answered, skipped = answers.counts()
+        row: dict[str, float] = {
+            "step": self.step,
+            "comparisons": answered,
+            "queries": put,
+            "skipped": skipped,
+            "episodes": len(self.env.episode_returns),
+            "seconds": time.monotonic() - self._started,
+        }
+        if ended := self.env.episode_returns:
+            row["task_return"], row["learned_return"] = np.mean(ended, 0).tolist()
+            ended.clear()
+        if self.model.fitted:
+            report = self.model.fit_report
+            row["held_out_accuracy"] = report.held_out_accuracy
+            row["held_out_log_loss"] = report.held_out_log_loss
+            row["train_log_loss"] = report.train_log_loss
+            latest = self._latest_clips(200)
+            seen = torch.stack([self.model.posterior(latest).mean, latest.returns])
+            row["reward_correlation"] = float(torch.corrcoef(seen)[0, 1])
+        return {name: value for name, value in row.items() if np.isfinite(value)}
+
+    def _write(self, folder: Path) -> None:
+        self.agent.save(folder / "agent.zip")
+        self.normalised.save(str(folder / "normalise.pkl"))
+        self.history.save(folder / "history.npz")
+        if isinstance(self.agent, OffPolicyAlgorithm):
+            self.agent.save_replay_buffer(folder / "replay.pkl")
+        if self.model.fitted:
+            save(self.model, folder / "model.safetensors")
+
+    def _read(self, folder: Path, number: int) -> None:
+        self.rounds_done, self.seconds = number + 1, self.run.rows[-1]["seconds"]
+        self.history.load(folder / "history.npz")
+        self.normalised = VecNormalize.load(str(folder / "normalise.pkl"), self.env)
+        self.agent = type(self.agent).load(folder / "agent.zip", self.normalised)
+        if isinstance(self.agent, OffPolicyAlgorithm):
+            self.agent.load_replay_buffer(folder / "replay.pkl")
+        if (folder / "model.safetensors").exists():
+            self.model = load(folder / "model.safetensors", type(self.model))

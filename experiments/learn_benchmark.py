@@ -1,0 +1,7 @@
+"""x."""
+
+from pathlib import Path
+
+
+def benchmark_learn(quick: bool = False, json: Path | None = None) -> None:
+    """X."""

@@ -1,0 +1,188 @@
+"""A run's directory: settings, metrics, checkpoints and result, each written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import io
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from rewardmodels import InvalidInput, RewardModel, UnreadableFile
+
+METRICS = (
+    "step",
+    "comparisons",
+    "queries",
+    "skipped",
+    "episodes",
+    "task_return",
+    "learned_return",
+    "held_out_accuracy",
+    "held_out_log_loss",
+    "train_log_loss",
+    "reward_correlation",
+    "seconds",
+)
+
+
+class Run:
+    """What is kept of one run.
+
+    Args:
+        path: The run directory; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.rows: list[dict[str, float]] = []
+
+    def start(self, config: Any, *, resume: bool) -> None:
+        """Makes the directory, or checks that the one there holds the same run.
+
+        Raises:
+            InvalidInput: It holds a run and `resume` is off, or holds none and `resume` is on, or
+                holds one with other settings.
+        """
+        file = self.path / "config.yaml"
+        text = yaml.safe_dump(describe_settings(config), sort_keys=False)
+        if resume and not file.exists():
+            raise InvalidInput(
+                f"out: expected a run to go on with, got {self.path}, which has none."
+            )
+        if not resume and file.exists():
+            raise InvalidInput(
+                f"out: expected a new directory, got {self.path}, which already holds a run. Pass "
+                "--resume to go on with it, or another --out."
+            )
+        if resume and (changed := _changed(yaml.safe_load(file.read_text()), yaml.safe_load(text))):
+            raise InvalidInput(
+                f"resume: expected the settings that {self.path} was started with, got another "
+                f"{changed}. Leave that out, or start a new run in another --out."
+            )
+        if not resume:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, text)
+
+    def log(self, row: dict[str, float]) -> None:
+        """Adds a row to `metrics.csv` and to TensorBoard."""
+        self.rows.append(row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, METRICS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path / "metrics.csv", text.getvalue())
+        with SummaryWriter(self.path / "tensorboard") as board:
+            for name, value in row.items():
+                if name != "step":
+                    board.add_scalar(name, value, int(row["step"]))
+
+    def checkpoint(self, number: int, write: Callable[[Path], None]) -> None:
+        """Keeps what `write` puts into a fresh directory; the one before stays as a spare."""
+        folder = self.path / "checkpoints"
+        part = folder / "part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        write(part)
+        write_atomically(part / "rows.json", json.dumps(self.rows))
+        os.replace(part, folder / f"{number:04d}")
+        for old in self._checkpoints()[:-2]:
+            shutil.rmtree(old)
+
+    def restore(self, read: Callable[[Path, int], None]) -> None:
+        """Lets `read` take up the newest checkpoint and its number, if there is one.
+
+        Raises:
+            UnreadableFile: The checkpoint is damaged.
+        """
+        if not (found := self._checkpoints()):
+            return
+        newest = found[-1]
+        try:
+            self.rows = json.loads((newest / "rows.json").read_text())
+            read(newest, int(newest.name))
+        except Exception as error:
+            raise UnreadableFile(
+                f"{newest}: expected a whole checkpoint, got a damaged one ({error}). Delete this "
+                "directory to go on from the one before; no answer is lost by that."
+            ) from error
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Writes `result.json`, which marks the run as complete."""
+        write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None while the run is incomplete."""
+        file = self.path / "result.json"
+        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        return found
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(p for p in (self.path / "checkpoints").glob("[0-9]*") if p.is_dir())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    names = ("rewardmodels", "torch", "lightning", "stable-baselines3", "gymnasium", "mujoco")
+    found = {name: version(name) for name in names}
+    with suppress(PackageNotFoundError):
+        found["envpool"] = version("envpool")
+    return {"python": platform.python_version(), **found}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old one or the new one."""
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def describe_settings(config: Any) -> dict[str, Any]:
+    """A settings dataclass as the YAML that the command line reads, but for where it is kept."""
+    return {
+        field.name: describe(getattr(config, field.name))
+        for field in fields(config)
+        if field.name != "out"
+    }
+
+
+def describe(value: Any) -> Any:
+    """A setting as plain data; an object as its class path and constructor arguments.
+
+    Raises:
+        InvalidInput: An object that doesn't keep a constructor argument as an attribute.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [describe(item) for item in value]
+    kept = value.hparams if isinstance(value, RewardModel) else vars(value)
+    arguments = list(inspect.signature(type(value)).parameters)
+    if missing := [name for name in arguments if name not in kept]:
+        raise InvalidInput(
+            f"{type(value).__name__}: expected each constructor argument kept as an attribute, so "
+            f"that the run can be repeated; {', '.join(missing)} isn't."
+        )
+    path = f"{type(value).__module__}.{type(value).__qualname__}"
+    return {"class_path": path, "init_args": {n: describe(kept[n]) for n in arguments}}
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
+    return ", ".join(name for name in old | new if old.get(name) != new.get(name))
