@@ -88,12 +88,12 @@ def test_weights_multiply_a_pairs_score_by_both_its_clips():
 
 
 def test_bald_takes_the_teachers_mistakes_into_account():
-    # A: samples certain of opposite answers. B: one sample sure, one tossing a coin.
-    posterior = SampledPosterior(torch.tensor([[0.0, 3.0, 1.5], [0.0, -3.0, -1.5]]))
-    pairs = torch.tensor([[0, 1], [0, 2]])
-    for rate in (0.0, 0.5):
-        expected = mutual_information(posterior.samples, pairs, mistake_rate=rate).argmax()
-        assert BALD(2, mistake_rate=rate).select(posterior, pairs, 1).item() == expected
+    # Two samples' beliefs in two answers: 0.1% or 15%, and 35% or 65%. Random answers bury the
+    # first, which told more while "yes" was rare and meant something.
+    samples = torch.tensor([[0.5, 0.001, 0.35], [0.5, 0.15, 0.65]]).logit()
+    posterior, pairs = SampledPosterior(samples), torch.tensor([[0, 1], [0, 2]])
+    assert BALD(2, mistake_rate=0.0).select(posterior, pairs, 1).item() == 0
+    assert BALD(2, mistake_rate=0.3).select(posterior, pairs, 1).item() == 1
     with pytest.raises(InvalidInput, match="mistake_rate"):
         BALD(mistake_rate=1.5)
 
