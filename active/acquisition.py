@@ -81,7 +81,7 @@ def mutual_information(returns: Tensor, pairs: Tensor, *, mistake_rate: float = 
 
     $H[\mathbb{E}_s p_s] - \mathbb{E}_s H[p_s]$ with
     $p_s = (1 - \epsilon)\,\sigma(R_b^s - R_a^s) + \epsilon / 2$ and $H$ the entropy of a yes or
-    no (Houlsby et al. 2011, eq. 2; for comparisons Bıyık et al. 2019, eq. 4). Unlike
+    no (Houlsby et al. 2011; for comparisons Bıyık et al. 2019, arXiv 1910.04365). Unlike
     `preference_variance`, it discounts pairs that the teacher would answer by tossing a coin.
 
     Args:

@@ -89,7 +89,7 @@ class Hyperbolic(Schedule):
     r"""Many at first, ever fewer later: a rate proportional to $c / (t + c)$.
 
     Its integral, normalised to reach 1 at the end, is
-    $f(t) = \log(1 + t / c) / \log(1 + T / c)$. Christiano et al. 2017, Appendix A.1, use
+    $f(t) = \log(1 + t / c) / \log(1 + T / c)$. Christiano et al. 2017, Appendix A, use
     $c = 2 \cdot 10^6$ frames. The rate doesn't depend on how long the training is, the share
     does.
 
