@@ -191,13 +191,15 @@ class GymnasiumVecEnv(DummyVecEnv):
         self.seed(seed)
 
     def reset(self) -> FloatArray:
-        return np.asarray(super().reset(), np.float32)
+        return np.asarray(super().reset(), self.observation_space.dtype)
 
     def step_wait(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_], list[dict[str, Any]]]:
         observations, rewards, dones, infos = super().step_wait()
+        dtype = self.observation_space.dtype
         for i in np.flatnonzero(dones):
-            infos[i]["terminal_observation"] = infos[i]["terminal_observation"].astype(np.float32)
-        return np.asarray(observations, np.float32), rewards, dones, infos
+            last = infos[i]["terminal_observation"]
+            infos[i]["terminal_observation"] = np.asarray(last, dtype)
+        return np.asarray(observations, dtype), rewards, dones, infos
 
     def states(self) -> FloatArray | None:
         """The simulators' states at the current observation, as `render_states` takes them.
@@ -273,7 +275,8 @@ class EnvPoolVecEnv(VecEnv):
             ended = self._ids[dones]
             infos = [{} for _ in self._ids]
             for i in ended:
-                infos[i] = _end(observations[i].copy())
+                last = observations[i].copy()
+                infos[i] = {"terminal_observation": last, "TimeLimit.truncated": True}
             first, info = self._pool.reset(ended)
             observations[info["env_id"]] = first
             for name, position in self._positions.items():
@@ -333,10 +336,6 @@ class EnvPoolVecEnv(VecEnv):
 
 
 TaskVecEnv = GymnasiumVecEnv | EnvPoolVecEnv
-
-
-def _end(last_observation: FloatArray) -> dict[str, Any]:
-    return {"terminal_observation": last_observation, "TimeLimit.truncated": True}
 
 
 def _in_float32(space: gym.Space[Any]) -> gym.Space[Any]:
