@@ -7,9 +7,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from experiments.benchmarks.learn import benchmark_learn
 from experiments.demo import demo
 from experiments.learn import LearnConfig, learn
-from experiments.learn_benchmark import benchmark_learn
 from rewardmodels import InvalidInput, RewardModelsError
 
 

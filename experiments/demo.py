@@ -4,6 +4,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from experiments.figures import Run as Finished
+from experiments.learn import LearnConfig, learn
+from experiments.report import headline, write_report
 
-def demo(out: Path = Path("runs/demo")) -> None:
-    """X."""
+
+def demo(
+    out: Path = Path("runs/demo"),
+    task: str = "HalfCheetah",
+    comparisons: int = 100,
+    steps: int = 150_000,
+    seed: int = 0,
+) -> None:
+    """Learns a task from comparisons, and beside it from a reward of zero; writes one report.
+
+    A second call goes on where the first was interrupted, or shows what it came to.
+
+    Args:
+        out: Where the two runs and their report go.
+        task: What is learned.
+        comparisons: Answers of a synthetic teacher.
+        steps: Environment steps of each agent.
+        seed: Of everything drawn at random.
+    """
+    for arm in ("learned", "zero"):
+        print(f"{task}, {arm} reward, {steps:,} steps", flush=True)
+        config = LearnConfig(
+            task=task,
+            reward=arm,  # type: ignore[arg-type]
+            comparisons=comparisons,
+            steps=steps,
+            rounds=10,
+            seed=seed,
+            out=Path(out) / arm,
+        )
+        learn(config, resume=(config.out / "config.yaml").exists())
+    learned, zero = Path(out) / "learned", Path(out) / "zero"
+    report = write_report(learned, references=[zero])
+    print(headline(Finished.read(learned), [Finished.read(zero)]))
+    print(f"Report: {report}")

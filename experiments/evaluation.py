@@ -47,7 +47,7 @@ def play(
         action, _ = agent.predict(normalised.normalize_obs(seen), deterministic=deterministic)
         states = venv.states()
         next_seen, rewards, _, _ = venv.step(action)
-        frames.append((seen, action, rewards, states))
+        frames.append((next_seen, action, rewards, states))
         seen = next_seen
     venv.close()
     observations, actions, rewards, states = zip(*frames, strict=True)

@@ -78,6 +78,8 @@ class LearnConfig:
         epochs: The most passes over the comparisons at each fit.
         evaluate: Episodes that the final policy is judged by.
         video: Whether to make a video of the final policy.
+        threads: Threads of PyTorch; the networks are so small that one is fastest, and several
+            runs side by side then don't get in each other's way.
         seed: Of everything that is drawn at random.
         out: The run directory.
 
@@ -101,6 +103,7 @@ class LearnConfig:
     epochs: int = 40
     evaluate: int = 32
     video: bool = True
+    threads: int = 1
     seed: int = 0
     out: Path = Path("runs/learn")
 
@@ -108,7 +111,7 @@ class LearnConfig:
         find_task(self.task)
         for name, least in (
             ("comparisons", 8), ("steps", 1), ("rounds", 1), ("clip_length", 1), ("candidates", 2),
-            ("epochs", 1), ("evaluate", 1), ("pessimism", 0), ("seed", 0),
+            ("epochs", 1), ("evaluate", 1), ("threads", 1), ("pessimism", 0), ("seed", 0),
         ):  # fmt: skip
             if not getattr(self, name) >= least:
                 value = getattr(self, name)
@@ -138,8 +141,16 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
     run.start(config, resume=resume)
     if run.result is not None:
         return run.result
+    torch.set_num_threads(config.threads)
     learner = Learner(config, run)
-    bar = tqdm(total=config.steps, initial=learner.step, unit="step", disable=not progress)
+    bar = tqdm(
+        total=config.steps,
+        initial=learner.step,
+        unit=" steps",
+        unit_scale=True,
+        mininterval=1.0,
+        disable=not progress,
+    )
     with bar, FeedbackStore(config.out / "answers.sqlite") as answers:
         for round in range(learner.rounds_done, config.rounds):
             learner.seed(round)
@@ -213,6 +224,10 @@ class Learner:
         if comparisons is None or len(comparisons) < MIN_COMPARISONS:
             return  # the teacher has skipped nearly everything so far
         fit(self.model, comparisons, epochs=self.config.epochs, seed=self.config.seed)
+        self.pay()
+
+    def pay(self) -> None:
+        """Pays the model's reward from now on, and for what a replay buffer remembers."""
         latest = self._latest_clips(100)
         self.env.reward = LearnedReward(self.model, latest, self.config.pessimism)
         if isinstance(self.agent, OffPolicyAlgorithm):

@@ -1,0 +1,166 @@
+"""Whether a policy learned from comparisons is as good, and trained as fast, as on the true reward."""
+
+from __future__ import annotations
+
+import json as json_
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+
+from active import all_pairs, mutual_information
+from experiments.learn import LearnConfig, Learner, learn
+from experiments.run import Run, versions, write_atomically
+from experiments.statistics import bootstrap_interval, interquartile_mean
+from rewardmodels import Clips, Comparisons, DeepEnsemble, fit
+
+TASKS = ("HalfCheetah", "Hopper", "Walker2d")
+ARMS = ("learned", "task", "zero")
+
+
+def benchmark_learn(
+    quick: bool = False,
+    json: Path | None = None,
+    out: Path = Path("runs/benchmark"),
+    seeds: int = 5,
+    steps: int = 300_000,
+    jobs: int = 2,
+) -> dict[str, Any]:
+    """Measures return, throughput and the scoring of pairs.
+
+    Args:
+        quick: In under 50 seconds, for trends: one small task, one seed.
+        json: File for the figures; they are printed too.
+        out: Where the runs are kept; a second call goes on with those that are there.
+        seeds: Runs of each arm on each task.
+        steps: Environment steps of each run.
+        jobs: Runs side by side.
+
+    Returns:
+        Flat keys: `return_ratio.<Task>`, `throughput_ratio`, `pairs_seconds`, `pairs_peak_mib` and
+        what they rest on.
+    """
+    figures: dict[str, Any] = {}
+    figures |= score_pairs()
+    figures |= measure_throughput(rollouts=3 if quick else 12)
+    if quick:
+        with tempfile.TemporaryDirectory() as folder:
+            small = {"comparisons": 60, "rounds": 4, "evaluate": 8, "video": False}
+            figures |= compare_arms(
+                Path(folder), ("InvertedPendulum",), 1, 24_576, 1, ("learned", "task"), **small
+            )
+    else:
+        figures |= compare_arms(out, TASKS, seeds, steps, jobs, ARMS)
+    figures["versions"] = versions()
+    text = json_.dumps(figures, indent=2)
+    print(text)
+    if json is not None:
+        write_atomically(Path(json), text + "\n")
+    return figures
+
+
+def compare_arms(
+    out: Path,
+    tasks: tuple[str, ...],
+    seeds: int,
+    steps: int,
+    jobs: int,
+    arms: tuple[str, ...],
+    **settings: Any,
+) -> dict[str, Any]:
+    """Return on the learned reward over that on the task's own, interquartile means over seeds."""
+    cells = [(task, arm, seed) for seed in range(seeds) for task in tasks for arm in arms]
+    work = (
+        delayed(_run)(out / f"{task}-{arm}-{seed}", task, arm, seed, steps, settings)
+        for task, arm, seed in cells
+    )
+    returns: dict[tuple[str, str], list[float]] = {}
+    done = Parallel(n_jobs=jobs, return_as="generator")(work)
+    for (task, arm, seed), value in zip(cells, done, strict=True):
+        returns.setdefault((task, arm), []).append(value)
+        print(f"{task}, {arm} reward, seed {seed}: {value:.0f}", file=sys.stderr, flush=True)
+    figures: dict[str, Any] = {}
+    for task in tasks:
+        by_arm = {arm: np.array(returns[task, arm]) for arm in arms}
+        learned, own = by_arm["learned"], by_arm["task"]
+        figures[f"return_ratio.{task}"] = float(_ratio(learned, own))
+        figures[f"return_ratio_interval.{task}"] = bootstrap_interval(_ratio, learned, own)
+        for arm, values in by_arm.items():
+            figures[f"return.{task}.{arm}"] = float(interquartile_mean(values))
+            figures[f"return_interval.{task}.{arm}"] = bootstrap_interval(
+                interquartile_mean, values
+            )
+            figures[f"returns.{task}.{arm}"] = values.tolist()
+    return figures
+
+
+def _ratio(learned: np.ndarray, own: np.ndarray) -> np.ndarray:
+    return interquartile_mean(learned) / interquartile_mean(own)
+
+
+def _run(out: Path, task: str, arm: str, seed: int, steps: int, settings: dict[str, Any]) -> float:
+    config = LearnConfig(task=task, reward=arm, seed=seed, steps=steps, out=out, **settings)
+    resume = (out / "config.yaml").exists()
+    return float(learn(config, resume=resume, progress=False)["final_return"])
+
+
+def measure_throughput(rollouts: int) -> dict[str, float]:
+    """Environment steps a second with the learned and the task's own reward, taking turns."""
+    seconds: dict[str, list[float]] = {"learned": [], "task": []}
+    steps = 0
+    with tempfile.TemporaryDirectory() as folder:
+        learners = {}
+        for arm in seconds:
+            config = LearnConfig("Hopper", reward=arm, out=Path(folder) / arm)
+            learners[arm] = Learner(config, Run(config.out))
+            learners[arm].agent.learn(4096)
+        learned = learners["learned"]
+        learned.seed(0)
+        clips = learned.history.cut(50, 200, learned.rng)
+        pairs = torch.arange(200).view(100, 2)
+        better = (clips.returns[pairs[:, 1]] > clips.returns[pairs[:, 0]]).float()
+        fit(learned.model, Comparisons(clips, pairs, better), epochs=5)
+        learned.pay()
+        for _ in range(rollouts):
+            for arm, learner in learners.items():
+                before, started = learner.step, time.perf_counter()
+                learner.agent.learn(4096, reset_num_timesteps=False)
+                seconds[arm].append(time.perf_counter() - started)
+                steps = learner.step - before
+    per_second = {arm: steps / statistics.median(times) for arm, times in seconds.items()}
+    return {
+        "throughput_ratio": per_second["learned"] / per_second["task"],
+        "steps_per_second.learned": per_second["learned"],
+        "steps_per_second.task": per_second["task"],
+    }
+
+
+def score_pairs() -> dict[str, float]:
+    """Seconds and memory for the value of all pairs of 1,000 clips of 50 frames, 7 members."""
+    with get_context("spawn").Pool(1) as pool:  # a process of its own, for a peak of its own
+        return pool.apply(_score_pairs)
+
+
+def _score_pairs() -> dict[str, float]:
+    torch.set_num_threads(2)
+    draw = torch.Generator().manual_seed(0)
+    clips = Clips(
+        torch.randn(1000, 50, 17, generator=draw), torch.randn(1000, 50, 6, generator=draw)
+    )
+    some = Comparisons(clips[:4], torch.tensor([[0, 1], [2, 3]]), torch.tensor([0.0, 1.0]))
+    model = fit(DeepEnsemble(members=7), some, epochs=1)
+    pairs = all_pairs(len(clips))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    mutual_information(model.posterior(clips).rsample(7), pairs)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"pairs": len(pairs), "pairs_seconds": seconds, "pairs_peak_mib": peak / 1024}

@@ -1,7 +1,0 @@
-"""x."""
-
-from pathlib import Path
-
-
-def benchmark_learn(quick: bool = False, json: Path | None = None) -> None:
-    """X."""
