@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.figures import Run as Finished
 from experiments.learn import LearnConfig, learn
-from experiments.report import headline, write_report
+from experiments.report import write_report
+from experiments.results import RunFiles
+from experiments.sentences import headline
 
 
 def demo(
@@ -41,5 +42,5 @@ def demo(
         learn(config, resume=(config.out / "config.yaml").exists())
     learned, zero = Path(out) / "learned", Path(out) / "zero"
     report = write_report(learned, references=[zero])
-    print(headline(Finished.read(learned), [Finished.read(zero)]))
+    print(headline(RunFiles.read(learned), [RunFiles.read(zero)]))
     print(f"Report: {report}")

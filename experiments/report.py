@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from experiments import figures
-from experiments.figures import ARMS, Run, correlation, labels
+from experiments import figures, results, sentences
+from experiments.results import RunFiles
+from experiments.sentences import headline, labels, number, percent
 from rewardmodels.errors import InvalidInput
 
 # Larger pages are slow to open and refused by many mail servers.
@@ -24,11 +24,11 @@ EMBEDDED_VIDEO_BYTES = 8_000_000
 REPEAT = "rewardmodels learn --config config.yaml --out NEW"
 # The page's style sheet gives each of the figures' colours a second value for dark mode.
 INKS = {
-    figures.INK: "ink",
-    figures.FAINT: "faint",
-    figures.BLUE: "blue",
-    figures.ORANGE: "orange",
-    figures.GREY: "grey",
+    results.INK: "ink",
+    results.FAINT: "faint",
+    results.BLUE: "blue",
+    results.ORANGE: "orange",
+    results.GREY: "grey",
 }
 
 
@@ -61,8 +61,8 @@ def write_report(run: Path, *, references: Sequence[Path] = ()) -> Path:
         UnreadableFile: If a file of a run is damaged.
     """
     run = Path(run)
-    main = Run.read(run)
-    others = [Run.read(Path(p)) for p in references if Path(p).resolve() != run.resolve()]
+    main = RunFiles.read(run)
+    others = [RunFiles.read(Path(p)) for p in references if Path(p).resolve() != run.resolve()]
     task = _task(main)
     for other in others:
         if None not in (task, _task(other)) and _task(other) != task:
@@ -92,158 +92,7 @@ def write_report(run: Path, *, references: Sequence[Path] = ()) -> Path:
     return target
 
 
-def number(value: float) -> str:
-    """A number as a sentence says it: three figures or whole, with a true minus sign.
-
-    Example:
-        >>> number(1234.5), number(-12.04), number(0.0512), number(float("nan"))
-        ('1,234', '−12.0', '0.051', 'not known')
-    """
-    if not np.isfinite(value):
-        return "not known"
-    size = abs(value)
-    digits = 0 if size >= 100 or value == int(value) else 1 if size >= 10 else 2
-    if 0 < size < 1:
-        digits = 3
-    text = f"{value:,.{digits}f}".replace("-", "−")
-    return text.lstrip("−") if float(text.replace("−", "").replace(",", "")) == 0 else text
-
-
-def percent(value: float) -> str:
-    """A fraction in whole per cent."""
-    return f"{100 * value:.0f}%".replace("-", "−") if np.isfinite(value) else "not known"
-
-
-def headline(run: Run, references: Sequence[Run] = ()) -> str:
-    """What the run came to, beside its references, in one or two sentences.
-
-    Args:
-        run: The run.
-        references: Other runs of the same task.
-
-    Returns:
-        Text, without markup.
-    """
-    reached = run.final_return
-    if not np.isfinite(reached):
-        return "No episode has finished yet, so there is no return to tell of."
-    answers, steps = run.outcome("comparisons"), run.outcome("steps", "step")
-    effort = [f"{number(steps)} steps"] if np.isfinite(steps) else []
-    if answers > 0:
-        effort.insert(0, f"{number(answers)} comparison{'s' if answers != 1 else ''}")
-    others = "; ".join(
-        f"{'another run on ' if n == 1 else f'{n} other runs on '}{name}: {text}"
-        if name == run.arm.name
-        else f"{name}{f', {n} runs' if n > 1 else ''}: {text}"
-        for name, n, text in _by_arm([(r, r.final_return) for r in references])
-    )
-    opening = f"After {' and '.join(effort)} the agent" if effort else "The agent"
-    if run.arm != ARMS["learned"]:
-        opening += f", trained on {run.arm.name},"
-    text = f"{opening} reaches {number(reached)}{f' ({others})' if others else ''}"
-    returns = run.final_returns
-    if not run.result:
-        return f"{text} in its last round. The run hasn't ended: it has no result.json."
-    if len(returns) > 1:
-        text += (
-            f": the mean true return of {len(returns)} evaluation episodes, "
-            f"from {number(min(returns))} to {number(max(returns))}"
-        )
-    return f"{text}.{_share(run, references)}"
-
-
-def _share(run: Run, references: Sequence[Run]) -> str:
-    """How far from zero reward to the task's own reward the run came, where that has a sense."""
-    means = {
-        name: np.mean([r.final_return for r in references if r.arm == ARMS[name]] or [np.nan])
-        for name in ("zero", "task")
-    }
-    if run.arm != ARMS["learned"] or not means["task"] > means["zero"]:
-        return ""
-    share = (run.final_return - means["zero"]) / (means["task"] - means["zero"])
-    return f" That is {percent(float(share))} of the way from zero reward to the task's own reward."
-
-
-def sentence_steps(runs: Sequence[Run]) -> str:
-    """What `return_vs_steps` shows."""
-    curves = [(run, run.curve("step", "task_return")) for run in runs]
-    last = [(run, steps[-1], values[-1]) for run, (steps, values) in curves if len(steps)]
-    together = len({step for _, step, _ in last}) == 1
-    parts = [
-        f"{value} with {name}{f', {n} runs' if n > 1 else ''}"
-        + ("" if together else f" (at {step} steps)")
-        for (name, n, value), (_, _, step) in zip(
-            _by_arm([(run, value) for run, _, value in last]),
-            _by_arm([(run, step) for run, step, _ in last]),
-            strict=True,
-        )
-    ]
-    when = f", at {number(last[0][1])} steps," if together else ""
-    return f"In the last round{when} an episode of training returns on average {'; '.join(parts)}."
-
-
-def _by_arm(values: Sequence[tuple[Run, float]]) -> list[tuple[str, int, str]]:
-    """For each arm its name, how many runs have a value, and the value or its range in words."""
-    groups: dict[str, list[float]] = {}
-    for run, value in values:
-        if np.isfinite(value):
-            groups.setdefault(run.arm.name, []).append(float(value))
-    return [
-        (name, len(group), " to ".join(dict.fromkeys(map(number, (min(group), max(group))))))
-        for name, group in groups.items()
-    ]
-
-
-def sentence_comparisons(runs: Sequence[Run]) -> str:
-    """What `return_vs_comparisons` shows."""
-    x, y = runs[0].curve("comparisons", "task_return")
-    best = int(np.argmax(y))
-    text = (
-        f"The mean return goes from {number(y[0])} after {number(x[0])} comparisons to "
-        f"{number(y[-1])} after {number(x[-1])}; the best round, {number(y[best])}, "
-        f"came at {number(x[best])}."
-    )
-    if np.sum(x == x[-1]) > 1:
-        text += " Training goes on after the last answer, hence the upright end."
-    if any(not run.last("comparisons") > 0 for run in runs):
-        text += " Level lines are final results of runs that asked nothing."
-    return text
-
-
-def sentence_held_out(run: Run) -> str:
-    """What `held_out` shows."""
-    x, accuracy = run.curve("comparisons", "held_out_accuracy")
-    loss = run.curve("comparisons", "held_out_log_loss")[1]
-    text = (
-        f"After {number(x[-1])} comparisons the learned reward predicts {percent(accuracy[-1])} "
-        "of the answers kept from its training (guessing: 50%)"
-    )
-    if len(loss):
-        better = "better" if loss[-1] < np.log(2) else "no better"
-        text += (
-            f", with a log loss of {number(loss[-1])} nats an answer, "
-            f"{better} than saying 50% each time ({number(float(np.log(2)))})"
-        )
-    return text + "."
-
-
-def sentence_frames(frames: Mapping[str, figures.Floats]) -> str:
-    """What `predicted_vs_true` shows."""
-    n, r = len(frames["true"]), correlation(frames)
-    text = f"On {n:,} frames that the final policy visits, learned and true reward "
-    text += (
-        f"correlate by {number(r)}."
-        if np.isfinite(r)
-        else "have no correlation, as one of them never changes."
-    )
-    return text + (
-        " The stronger the colour, the more frames. Dots are means of a tenth of the frames each, "
-        f"bars one epistemic standard deviation ({number(float(frames['std'].mean()))} on "
-        "average). Comparisons leave the learned reward's scale and offset free."
-    )
-
-
-def _plates(run: Run, references: Sequence[Run]) -> list[Plate]:
+def _plates(run: RunFiles, references: Sequence[RunFiles]) -> list[Plate]:
     """Every figure that the run has numbers for."""
     runs = [run, *references]
     comparisons, _ = run.curve("comparisons", "task_return")
@@ -254,28 +103,28 @@ def _plates(run: Run, references: Sequence[Run]) -> list[Plate]:
             "True return while training",
             any(len(r.curve("step", "task_return")[0]) for r in runs),
             lambda: figures.return_vs_steps(runs),
-            lambda: sentence_steps(runs),
+            lambda: sentences.sentence_steps(runs),
         ),
         (
             "return_vs_comparisons",
             "True return for answers given",
             max(comparisons, default=0) > 0,
             lambda: figures.return_vs_comparisons(runs),
-            lambda: sentence_comparisons(runs),
+            lambda: sentences.sentence_comparisons(runs),
         ),
         (
             "held_out",
             "Answers kept from training",
             len(run.curve("comparisons", "held_out_accuracy")[0]) > 0,
             lambda: figures.held_out(run),
-            lambda: sentence_held_out(run),
+            lambda: sentences.sentence_held_out(run),
         ),
         (
             "predicted_vs_true",
             "Learned against true reward",
             bool(run.frames),
             lambda: figures.predicted_vs_true(run.frames),
-            lambda: sentence_frames(run.frames),
+            lambda: sentences.sentence_frames(run.frames),
         ),
     ]
     plates = []
@@ -304,7 +153,7 @@ def inline(svg: str, name: str, alt: str) -> Markup:
     return Markup("{} role='img' aria-label='{}'>{}").format(Markup(head), alt, Markup(body))
 
 
-def _video(run: Run) -> dict[str, str]:
+def _video(run: RunFiles) -> dict[str, str]:
     """Where the page finds the video, or why there is none."""
     file = run.path / "video.mp4"
     if not file.is_file():
@@ -315,7 +164,7 @@ def _video(run: Run) -> dict[str, str]:
     return {"source": "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()}
 
 
-def _table(runs: Sequence[Run]) -> list[list[str]]:
+def _table(runs: Sequence[RunFiles]) -> list[list[str]]:
     """A row of outcomes for each run."""
     rows = []
     for run, name in zip(runs, labels(runs), strict=True):
@@ -335,12 +184,12 @@ def _table(runs: Sequence[Run]) -> list[list[str]]:
     return [[cell.replace("not known", "–") for cell in row] for row in rows]
 
 
-def _clock(run: Run) -> str:
+def _clock(run: RunFiles) -> str:
     seconds = run.outcome("wall_seconds", "seconds")
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{number(seconds)} s"
 
 
-def _task(run: Run) -> str | None:
+def _task(run: RunFiles) -> str | None:
     task = run.result.get("task", run.settings.get("task"))
     return None if task is None else str(task)
 

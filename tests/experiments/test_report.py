@@ -14,9 +14,11 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from matplotlib import rcParams
 
-from experiments import figures, report
-from experiments.figures import Run
-from experiments.report import headline, write_report
+from experiments import figures, report, sentences
+from experiments.labelling import spread
+from experiments.report import write_report
+from experiments.results import ARMS, RunFiles
+from experiments.sentences import headline
 from experiments.video import write_video
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
@@ -151,7 +153,9 @@ def column(run: Path, name: str) -> list[float]:
 
 
 def test_headline_has_the_results_numbers(demo: dict[str, Path]) -> None:
-    text = headline(Run.read(demo["learned"]), [Run.read(demo["zero"]), Run.read(demo["task"])])
+    text = headline(
+        RunFiles.read(demo["learned"]), [RunFiles.read(demo["zero"]), RunFiles.read(demo["task"])]
+    )
     assert text == (
         "After 100 comparisons and 500,000 steps the agent reaches 812 (zero reward: −12; the "
         "task's own reward: 900): the mean true return of 10 evaluation episodes, from 794 to 830. "
@@ -160,7 +164,7 @@ def test_headline_has_the_results_numbers(demo: dict[str, Path]) -> None:
 
 
 def test_headline_of_the_other_arms(demo: dict[str, Path]) -> None:
-    text = headline(Run.read(demo["zero"]))
+    text = headline(RunFiles.read(demo["zero"]))
     assert text.startswith("After 500,000 steps the agent, trained on zero reward, reaches −12:")
 
 
@@ -180,7 +184,7 @@ def test_sentences_have_the_files_numbers(demo: dict[str, Path], page: Page) -> 
 
 
 def test_a_reward_worse_than_guessing_is_called_so(tmp_path: Path) -> None:
-    run = Run(
+    run = RunFiles(
         tmp_path,
         {
             "comparisons": np.array([10.0, 20.0]),
@@ -188,17 +192,17 @@ def test_a_reward_worse_than_guessing_is_called_so(tmp_path: Path) -> None:
             "held_out_log_loss": np.array([0.7, 0.81]),
         },
     )
-    assert "0.810 nats an answer, no better than" in report.sentence_held_out(run)
+    assert "0.810 nats an answer, no better than" in sentences.sentence_held_out(run)
 
 
 def test_lines_are_the_csvs_columns(demo: dict[str, Path]) -> None:
-    runs = [Run.read(demo[arm]) for arm in ("learned", "zero", "task")]
+    runs = [RunFiles.read(demo[arm]) for arm in ("learned", "zero", "task")]
     lines = figures.return_vs_steps(runs).axes[0].lines
     for line, arm in zip(lines, ("learned", "zero", "task"), strict=True):
         # The first round has no finished episode.
         np.testing.assert_array_equal(line.get_xdata(), column(demo[arm], "step")[1:])
         np.testing.assert_array_equal(line.get_ydata(), column(demo[arm], "task_return"))
-        assert line.get_color() == figures.ARMS[arm].colour
+        assert line.get_color() == ARMS[arm].colour
 
     learned, zero, task = figures.return_vs_comparisons(runs).axes[0].lines
     np.testing.assert_array_equal(learned.get_xdata(), column(demo["learned"], "comparisons")[1:])
@@ -219,7 +223,7 @@ def test_lines_are_the_csvs_columns(demo: dict[str, Path]) -> None:
 
 
 def test_every_frame_is_in_the_density(demo: dict[str, Path]) -> None:
-    frames = Run.read(demo["learned"]).frames
+    frames = RunFiles.read(demo["learned"]).frames
     axes = figures.predicted_vs_true(frames).axes[0]
     assert np.sum(np.asarray(axes.collections[0].get_array())) == 3000
     means = axes.lines[0]  # tenths of 3000 ordered frames: 300 each
@@ -230,7 +234,7 @@ def test_every_frame_is_in_the_density(demo: dict[str, Path]) -> None:
 
 def test_figures_leave_matplotlibs_settings_alone(demo: dict[str, Path], tmp_path: Path) -> None:
     before = dict(rcParams)
-    figures.save(figures.predicted_vs_true(Run.read(demo["learned"]).frames), tmp_path / "a")
+    figures.save(figures.predicted_vs_true(RunFiles.read(demo["learned"]).frames), tmp_path / "a")
     assert dict(rcParams) == before
 
 
@@ -241,7 +245,7 @@ def test_figures_are_files_too_and_the_same_each_time(
     files = {f.name: f.read_bytes() for f in (demo["learned"] / "figures").iterdir()}
     assert set(files) == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
     assert all(files[f"{name}.pdf"].startswith(b"%PDF") for name in names)
-    again = figures.predicted_vs_true(Run.read(demo["learned"]).frames)
+    again = figures.predicted_vs_true(RunFiles.read(demo["learned"]).frames)
     figures.save(again, tmp_path / "again")
     for kind in ("svg", "pdf"):
         assert (tmp_path / f"again.{kind}").read_bytes() == files[f"predicted_vs_true.{kind}"]
@@ -293,15 +297,17 @@ def test_names_from_files_are_text(tmp_path: Path, hostile: str) -> None:
 
 
 def test_runs_of_one_arm_are_told_apart(tmp_path: Path) -> None:
-    runs = [Run.read(make_run(tmp_path / f"s{s}", seed=s, video=False)) for s in (3, 4)]
-    assert figures.labels(runs) == ["learned reward, seed 3", "learned reward, seed 4"]
-    same = [runs[0], Run.read(make_run(tmp_path / "again", seed=3, video=False))]
-    assert figures.labels(same) == ["learned reward, s3", "learned reward, again"]
+    runs = [RunFiles.read(make_run(tmp_path / f"s{s}", seed=s, video=False)) for s in (3, 4)]
+    assert sentences.labels(runs) == ["learned reward, seed 3", "learned reward, seed 4"]
+    same = [runs[0], RunFiles.read(make_run(tmp_path / "again", seed=3, video=False))]
+    assert sentences.labels(same) == ["learned reward, s3", "learned reward, again"]
 
 
 def test_runs_of_one_arm_share_a_label_and_a_range(tmp_path: Path) -> None:
     runs = [
-        Run.read(make_run(tmp_path / str(s), seed=s, final=700.0 + s, video=False, rounds=5 + s))
+        RunFiles.read(
+            make_run(tmp_path / str(s), seed=s, final=700.0 + s, video=False, rounds=5 + s)
+        )
         for s in range(4)
     ]
     assert "reaches 700 (3 other runs on learned reward: 701 to 703):" in headline(
@@ -309,7 +315,7 @@ def test_runs_of_one_arm_share_a_label_and_a_range(tmp_path: Path) -> None:
     )
     assert "reaches 700 (another run on learned reward: 702):" in headline(runs[0], runs[2:3])
     ends = sorted(column(run.path, "task_return")[-1] for run in runs)
-    assert report.sentence_steps(runs) == (
+    assert sentences.sentence_steps(runs) == (
         "In the last round an episode of training returns on average "
         f"{ends[0]:.0f} to {ends[-1]:.0f} with learned reward, 4 runs "
         "(at 100,000 to 160,000 steps)."
@@ -329,22 +335,24 @@ def test_a_run_that_hasnt_ended(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rounds=1, ended=False, frames=False)
     page = Page(write_report(run))
     assert len(page.all("svg")) == 1  # no episode has ended, but answers were held out
-    two = Run.read(make_run(tmp_path / "two", rounds=2, ended=False, frames=False))
+    two = RunFiles.read(make_run(tmp_path / "two", rounds=2, ended=False, frames=False))
     assert "The run hasn't ended" in headline(two)
-    assert f"reaches {report.number(column(two.path, 'task_return')[-1])} in its" in headline(two)
+    assert f"reaches {sentences.number(column(two.path, 'task_return')[-1])} in its" in headline(
+        two
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 11])
 def test_frames_that_are_few_or_all_alike(n: int) -> None:
     frames = {name: np.ones(n) for name in ("predicted", "std", "true")}
     figures.predicted_vs_true(frames)
-    assert "no correlation" in report.sentence_frames(frames)
+    assert "no correlation" in sentences.sentence_frames(frames)
 
 
 def test_frames_without_a_value_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", video=False)
     np.savez(run / "frames.npz", predicted=[1, np.nan, 3], std=[1, 1, 1], true=[0, 1, np.inf])
-    assert Run.read(run).frames["predicted"].tolist() == [1]
+    assert RunFiles.read(run).frames["predicted"].tolist() == [1]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.csv"])
@@ -389,8 +397,8 @@ def test_spread_keeps_order_and_distance() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         centres, halves = rng.uniform(0, 60, 6), rng.uniform(2, 8, 6)
-        placed = np.array(figures.spread(centres.tolist(), halves.tolist()))
+        placed = np.array(spread(centres.tolist(), halves.tolist()))
         order = np.argsort(centres)
         gaps = np.diff(placed[order]) - (halves[order][1:] + halves[order][:-1])
         assert (gaps > -1e-9).all()
-    assert figures.spread([40.0, 0.0], [5.0, 5.0]) == [40.0, 0.0]
+    assert spread([40.0, 0.0], [5.0, 5.0]) == [40.0, 0.0]
