@@ -11,9 +11,9 @@ from rewardmodels.errors import (
     UnknownName,
     UnreadableFile,
 )
-from rewardmodels.fitting import FitReport, fit
+from rewardmodels.fitting import fit
 from rewardmodels.likelihood import negative_log_likelihood, preference_probability
-from rewardmodels.model import FrameSpec, PairBatch, RewardModel, SampledRewardModel
+from rewardmodels.model import FitReport, FrameSpec, PairBatch, RewardModel, SampledRewardModel
 from rewardmodels.posterior import (
     Difference,
     GaussianPosterior,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -17,18 +17,22 @@ class Clips:
 
     A whole trajectory is simply a long clip, so the same type holds both (see `cut`).
     Clips of different lengths share one T: `mask` is False past a clip's end, and
-    what stands there is never looked at.
+    what stands there is never looked at (and set to 0 where it is a fraction, so that no
+    gradient meets it).
+
+    Clips of different lengths may be compared, but then the constant per frame that comparisons
+    of equal lengths leave free counts once for each frame more (see `RewardModel`).
 
     Args:
-        observations: `(N, T, *obs)`, what the agent saw before it acted.
-        actions: `(N, T, *act)`, what it then did.
+        observations: `(N, T, *obs)`, what the agent saw around each action.
+        actions: `(N, T, *act)`, what it did.
         mask: `(N, T)` bool, True for real frames. Defaults to all True.
         rewards: `(N, T)`, the task's own reward; for synthetic teachers and evaluation only.
         states: `(N, T, s)`, simulator state, so that a clip can be rendered.
 
     Raises:
-        InvalidInput: Shapes that don't agree, a clip without frames, or NaN or infinity in
-            a real frame.
+        InvalidInput: Not tensors, shapes that don't agree, a clip without frames, or NaN or
+            infinity in a real frame.
 
     Example:
         >>> clips = Clips(torch.zeros(4, 10, 3), torch.zeros(4, 10, 1))
@@ -43,11 +47,20 @@ class Clips:
     states: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.observations.ndim < 2:
+        for name, value in self._tensors():
+            if not isinstance(value, Tensor):
+                raise InvalidInput(
+                    f"{name}: expected a torch.Tensor, got {type(value).__name__}; "
+                    "torch.as_tensor makes one of most things."
+                )
+        if self.observations.ndim < 2 or self.length == 0:
             came = tuple(self.observations.shape)
-            raise InvalidInput(f"observations: expected shape (N, T, *obs), got {came}.")
+            raise InvalidInput(
+                f"observations: expected shape (N, T, *obs) with T of at least 1, got {came}."
+            )
         shape = self.observations.shape[:2]
-        if self.mask is None:
+        whole = self.mask is None
+        if whole:
             mask = torch.ones(shape, dtype=torch.bool, device=self.observations.device)
             object.__setattr__(self, "mask", mask)
         for name, value in self._tensors():
@@ -56,22 +69,30 @@ class Clips:
                     f"{name}: expected its first two axes to be (N, T) = {tuple(shape)} as in "
                     f"observations, got shape {tuple(value.shape)}."
                 )
+            if name in ("mask", "rewards") and value.ndim > 2:
+                raise InvalidInput(
+                    f"{name}: expected shape (N, T) = {tuple(shape)}, got {tuple(value.shape)}."
+                )
         if self.mask.dtype != torch.bool:
             raise InvalidInput(f"mask: expected dtype bool, got {self.mask.dtype}.")
-        if len(self) and not bool(self.mask.any(1).all()):
-            empty = int((~self.mask.any(1)).nonzero()[0])
+        padding = None if whole or bool(self.mask.all()) else ~self.mask
+        if padding is not None and bool(padding.all(1).any()):
+            empty = int(padding.all(1).nonzero()[0])
             raise InvalidInput(f"mask: expected a real frame in every clip, clip {empty} has none.")
         for name, value in self._tensors():
             if value.is_floating_point():
-                object.__setattr__(self, name, _finite(name, value, self.mask))
+                if padding is not None:
+                    # Padding may hold NaN, or what overflows: 0 x inf would spoil a gradient.
+                    value = value.masked_fill(_like(padding, value), 0)
+                    object.__setattr__(self, name, value)
+                _check_finite(name, value)
 
     def __len__(self) -> int:
         return self.observations.shape[0]
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Clips:
-        if isinstance(index, int):
-            index = [index]
-        return replace(self, **{name: value[index] for name, value in self._tensors()})
+        rows = as_rows(index)
+        return self._trusted({name: value[rows] for name, value in self._tensors()})
 
     @property
     def length(self) -> int:
@@ -95,34 +116,45 @@ class Clips:
 
     def to(self, device: torch.device | str) -> Clips:
         """Returns the same clips on another device."""
-        return replace(self, **{name: value.to(device) for name, value in self._tensors()})
+        return self._trusted({name: value.to(device) for name, value in self._tensors()})
 
     @classmethod
     def cat(cls, parts: Sequence[Clips]) -> Clips:
         """Joins clips along N; shorter ones are padded to the longest.
 
         `rewards` and `states` are kept where every part has them.
+
+        Raises:
+            InvalidInput: No parts, or frames of different shapes.
         """
         if not parts:
             raise InvalidInput("parts: expected at least one Clips, got none.")
         length = max(part.length for part in parts)
-        joined = {}
-        for field in fields(cls):
-            values = [getattr(part, field.name) for part in parts]
+        joined: dict[str, Tensor] = {}
+        for name in _FIELDS:
+            values = [getattr(part, name) for part in parts]
             if any(value is None for value in values):
-                joined[field.name] = None
                 continue
             if len({value.shape[2:] for value in values}) > 1:
                 shapes = ", ".join(str(tuple(value.shape)) for value in values)
-                raise InvalidInput(
-                    f"parts: expected {field.name} of one shape per frame, got {shapes}."
-                )
-            joined[field.name] = torch.cat([_pad(value, length) for value in values])
-        return cls(**joined)
+                raise InvalidInput(f"parts: expected {name} of one shape per frame, got {shapes}.")
+            joined[name] = torch.cat([_pad(value, length) for value in values])
+        return cls._trusted(joined)
+
+    @classmethod
+    def _trusted(cls, tensors: dict[str, Tensor]) -> Clips:
+        # Rows of checked clips need no second check, which would cost more than a small model.
+        clips = object.__new__(cls)
+        for name in _FIELDS:
+            object.__setattr__(clips, name, tensors.get(name))
+        return clips
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        named = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        named = [(name, getattr(self, name)) for name in _FIELDS]
         return [(name, value) for name, value in named if value is not None]
+
+
+_FIELDS = tuple(field.name for field in fields(Clips))
 
 
 def cut(
@@ -130,30 +162,47 @@ def cut(
 ) -> Clips:
     """Cuts n clips of `length` frames from trajectories, each place equally likely.
 
-    A trajectory shorter than `length` yields its whole self, padded. Draws are with
-    replacement between clips, so two clips may overlap.
+    A trajectory shorter than `length` has one place and yields its whole self, padded to the
+    others. Draws are with replacement between clips, so two clips may overlap.
 
     Args:
         trajectories: N trajectories, held as clips whose real frames come first.
         length: Frames per clip.
         n: Number of clips.
-        generator: Source of randomness.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        n clips of T = `length` frames, or fewer where no trajectory is that long.
 
     Raises:
         InvalidInput: No trajectories, or a length or n below one.
+
+    Example:
+        >>> trajectories = Clips(torch.zeros(2, 100, 3), torch.zeros(2, 100, 1))
+        >>> cut(trajectories, length=10, n=5).observations.shape
+        torch.Size([5, 10, 3])
     """
     if len(trajectories) == 0 or length < 1 or n < 1:
         raise InvalidInput(
             "trajectories, length, n: expected at least one of each, got "
             f"{len(trajectories)}, {length} and {n}."
         )
-    places = (trajectories.lengths - length + 1).clamp_min(1)
+    places = (trajectories.lengths.cpu() - length + 1).clamp_min(1)
     which = torch.multinomial(places.double(), n, replacement=True, generator=generator)
-    start = (torch.rand(n, generator=generator) * places[which]).long()
+    # In single precision the product may round up to a place that doesn't exist.
+    start = (torch.rand(n, dtype=torch.double, generator=generator) * places[which]).long()
     frame = start[:, None] + torch.arange(min(length, trajectories.length))
     frame = frame.clamp_max(trajectories.length - 1)
     parts = {name: value[which[:, None], frame] for name, value in trajectories._tensors()}
     return Clips(**parts)
+
+
+def as_rows(index: int | slice | Tensor | Sequence[int]) -> slice | Tensor:
+    """Returns an index that keeps the first axis, whatever was given: `x[3]` has length 1."""
+    if isinstance(index, slice):
+        return index
+    rows = torch.as_tensor(index)
+    return rows.reshape(-1) if rows.numel() else rows.long().reshape(-1)
 
 
 def _pad(value: Tensor, length: int) -> Tensor:
@@ -163,17 +212,19 @@ def _pad(value: Tensor, length: int) -> Tensor:
     return torch.cat([value, value.new_zeros(len(value), missing, *value.shape[2:])], 1)
 
 
-def _finite(name: str, value: Tensor, mask: Tensor) -> Tensor:
+def _like(mask: Tensor, value: Tensor) -> Tensor:
+    return mask.view(*mask.shape, *(1,) * (value.ndim - 2))
+
+
+def _check_finite(name: str, value: Tensor) -> None:
     # One sum finds the usual case (all finite) at a fraction of a mask's memory.
     if bool(torch.isfinite(value.sum())):
-        return value
-    frames = torch.isfinite(value) if value.ndim == 2 else torch.isfinite(value).flatten(2).all(2)
-    bad = (~frames & mask).nonzero()
-    if len(bad):
-        clip, frame = bad[0].tolist()
+        return
+    bad = (~torch.isfinite(value)).flatten(1 if value.ndim == 2 else 2)
+    frames = (bad if value.ndim == 2 else bad.any(2)).nonzero()
+    if len(frames):
+        clip, frame = frames[0].tolist()
         raise InvalidInput(
-            f"{name}: expected finite numbers, got NaN or infinity in {len(bad)} frame(s), "
+            f"{name}: expected finite numbers, got NaN or infinity in {len(frames)} frame(s), "
             f"the first in clip {clip}, frame {frame}."
         )
-    # Only the padding isn't finite. A gradient would still see it (0 x NaN), so it goes.
-    return value.masked_fill(~mask.view(*mask.shape, *(1,) * (value.ndim - 2)), 0)

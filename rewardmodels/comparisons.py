@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rewardmodels.clips import Clips
+from rewardmodels.clips import Clips, as_rows
 from rewardmodels.errors import InvalidInput
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ class Comparisons:
 
     def __post_init__(self) -> None:
         pairs, preference, n = self.pairs, self.preference, len(self.clips)
-        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype not in _INTEGERS:
             raise InvalidInput(
                 f"pairs: expected integers of shape (Q, 2), got {pairs.dtype} of shape "
                 f"{tuple(pairs.shape)}."
@@ -76,8 +78,9 @@ class Comparisons:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: slice | Tensor | Sequence[int]) -> Comparisons:
-        return replace(self, pairs=self.pairs[index], preference=self.preference[index])
+    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Comparisons:
+        rows = as_rows(index)
+        return replace(self, pairs=self.pairs[rows], preference=self.preference[rows])
 
     def swapped(self) -> Comparisons:
         """Returns the same answers with each pair written the other way round."""
@@ -90,7 +93,11 @@ class Comparisons:
 
     @classmethod
     def cat(cls, parts: Sequence[Comparisons]) -> Comparisons:
-        """Joins answers; clips are concatenated and pairs renumbered to match."""
+        """Joins answers; clips are concatenated and pairs renumbered to match.
+
+        Raises:
+            InvalidInput: No parts, or clips whose frames have different shapes.
+        """
         clips = Clips.cat([part.clips for part in parts])
         offsets = torch.tensor([0, *(len(part.clips) for part in parts[:-1])]).cumsum(0)
         pairs = [part.pairs + offset for part, offset in zip(parts, offsets, strict=True)]

@@ -1,8 +1,9 @@
-"""Deep ensemble: what members trained on different halves of the evidence disagree about."""
+"""Deep ensemble: what members trained on different draws of the evidence disagree about."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -29,12 +30,16 @@ class DeepEnsemble(SampledRewardModel):
         weight_decay: Decoupled weight decay of AdamW.
         mistake_rate: How often the teacher is taken to answer at random.
 
+    Raises:
+        InvalidInput: A number out of range.
+
     Example:
         >>> DeepEnsemble(members=7, hidden=(64, 64)).hparams["members"]
         7
     """
 
     network: MemberMLP
+    bootstrap_seed: Tensor
 
     def __init__(
         self,
@@ -54,10 +59,11 @@ class DeepEnsemble(SampledRewardModel):
         hidden = tuple(hidden)
         self.save_hyperparameters()
         self.members, self.hidden = members, hidden
-        self._counts = torch.empty(0, members)
+        self.register_buffer("bootstrap_seed", torch.tensor(0))
 
     def build(self, inputs: int) -> None:
-        """Makes the members."""
+        """Makes the members, and draws the seed of their bootstraps."""
+        self.bootstrap_seed.random_(2**31)
         self.network = MemberMLP(self.members, inputs, self.hidden)
 
     def rewards(self, observations: Tensor, actions: Tensor) -> Tensor:
@@ -66,18 +72,21 @@ class DeepEnsemble(SampledRewardModel):
         return rewards
 
     def loss(self, batch: PairBatch) -> Tensor:
-        """Mean over members of each one's mean over its bootstrap."""
+        """Mean over members and comparisons of the log loss times its count."""
         difference = self.returns(batch.second) - self.returns(batch.first)
         nll = negative_log_likelihood(difference, batch.preference, mistake_rate=self.mistake_rate)
-        counts = self.counts(int(batch.index.max()) + 1)[batch.index.cpu()].T.to(nll)
+        index = batch.index.cpu()
+        counts = self.counts(int(index.max()) + 1)[index].T.to(nll)
         return (nll * counts).mean()
 
     def counts(self, comparisons: int) -> Tensor:
         """`(Q, K)`, how often each member counts each of the first Q comparisons."""
-        if len(self._counts) < comparisons:
-            # Drawn row by row from one stream: the counts of earlier answers stay as they were.
-            draws = np.random.default_rng(self.members).poisson(
-                1.0, (2 * comparisons, self.members)
-            )
-            self._counts = torch.from_numpy(draws).float()
-        return self._counts[:comparisons]
+        rows = 1 << (comparisons - 1).bit_length()  # so that few different tables are drawn
+        return _poisson(int(self.bootstrap_seed), rows, self.members)[:comparisons]
+
+
+@lru_cache(maxsize=8)
+def _poisson(seed: int, rows: int, columns: int) -> Tensor:
+    # Drawn row by row from one stream: the counts of earlier answers stay as they were.
+    draws = np.random.default_rng(seed).poisson(1.0, (rows, columns))
+    return torch.from_numpy(draws).float()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import lightning as L
@@ -17,32 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import FitDiverged, InvalidInput
-from rewardmodels.model import PairBatch, RewardModel
+from rewardmodels.model import FitReport, PairBatch, RewardModel
 
 AnyModel = TypeVar("AnyModel", bound=RewardModel)
 
 MIN_COMPARISONS = 2
 _MIN_HELD_OUT = 5  # fewer held-out answers than this say nothing about when to stop
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """How a fit went.
-
-    Attributes:
-        epochs: Passes over the training comparisons.
-        train_log_loss: Mean loss of the epoch whose weights were kept, nats per comparison.
-        held_out_log_loss: The same on comparisons kept back; NaN without any.
-        held_out_accuracy: Share of decided (not tied) held-out answers that were predicted;
-            NaN without any.
-        held_out: How many comparisons were kept back.
-    """
-
-    epochs: int
-    train_log_loss: float
-    held_out_log_loss: float
-    held_out_accuracy: float
-    held_out: int
 
 
 def fit(
@@ -60,14 +40,18 @@ def fit(
 
     A share of the comparisons is kept back; training stops when they have not been predicted
     better for `patience` epochs, and the best weights are kept. Which ones are kept back
-    depends on their place and the seed alone, so that adding answers moves none across.
-    What happened stands in `model.fit_report`.
+    depends on their place and the seed alone, so that one kept back stays so when answers are
+    added; none are while they would be fewer than five. What happened stands in
+    `model.fit_report`. Interrupted (Ctrl-C), it keeps the best weights so far and raises
+    KeyboardInterrupt.
 
     Args:
         model: Any predictor.
         comparisons: Q answers.
-        trainer: A Lightning Trainer, for other devices, loggers or callbacks. Its own
-            `max_epochs` then holds instead of `epochs`.
+        trainer: A Lightning Trainer, for other devices, loggers or callbacks, which find the
+            numbers of `FitReport` under their names at the end of each epoch. Its own
+            `max_epochs` then holds instead of `epochs`. It counts the epochs of earlier fits
+            too, so give each fit a new one.
         epochs: The most passes over the comparisons.
         patience: Epochs without a better held-out log loss before stopping.
         batch_size: Comparisons per step.
@@ -79,9 +63,10 @@ def fit(
         The same model.
 
     Raises:
-        InvalidInput: Too few comparisons, or clips of other shapes than the model has learned.
-        FitDiverged: The loss stopped being finite; the weights before this fit, or the best
-            epoch's, are back in place.
+        InvalidInput: Too few comparisons, clips of other shapes than the model has learned, a
+            number out of range, or a trainer that has no epoch left.
+        FitDiverged: The loss or a weight stopped being finite; the model before this fit, or the
+            best epoch's, is back in place.
 
     Example:
         >>> from rewardmodels import Clips, Comparisons, DeepEnsemble
@@ -99,39 +84,56 @@ def fit(
             f"comparisons: expected at least {MIN_COMPARISONS} answers to learn from, got "
             f"{len(comparisons)}."
         )
+    for name, number in (("epochs", epochs), ("patience", patience), ("batch_size", batch_size)):
+        if number < 1:
+            raise InvalidInput(f"{name}: expected at least 1, got {number}.")
     if not 0 <= held_out < 1:
         raise InvalidInput(f"held_out: expected a share from 0 to below 1, got {held_out}.")
     kept_back = torch.from_numpy(np.random.default_rng(seed).random(len(comparisons)) < held_out)
     if kept_back.sum() < _MIN_HELD_OUT:
         kept_back[:] = False
+    if kept_back.all():
+        raise InvalidInput(
+            f"held_out: expected a share that leaves some of the {len(comparisons)} comparisons to "
+            f"learn from, got {held_out}."
+        )
 
     with isolated_randomness(seed), _quiet():
         model.initialise(comparisons.clips)
+        keeper = _KeepBest(model, comparisons[kept_back].compact(), patience)
         model.observe(comparisons.compact().clips)
         model.train()
-        keeper = _KeepBest(comparisons[kept_back].compact(), patience)
         trainer = trainer or L.Trainer(max_epochs=epochs, **_PLAIN)
-        trainer.callbacks.append(keeper)  # type: ignore[attr-defined]
+        # First, so that the caller's callbacks find what it logs.
+        trainer.callbacks.insert(0, keeper)  # type: ignore[attr-defined]
         answers = _Answers(comparisons, (~kept_back).nonzero().squeeze(1))
+        # Lightning's type wants batches put together one by one.
+        loader = DataLoader(answers, batch_size, shuffle=True, collate_fn=_as_is)  # type: ignore[arg-type]
         try:
-            trainer.fit(model, DataLoader(answers, batch_size, shuffle=True, collate_fn=_as_is))
+            with _interruptible():
+                trainer.fit(model, loader)
         finally:
             trainer.callbacks.remove(keeper)  # type: ignore[attr-defined]
             keeper.restore(model)
     if keeper.diverged:
         raise FitDiverged(
-            f"{type(model).__name__}: the training loss stopped being finite in epoch "
+            f"{type(model).__name__}: the loss or a weight stopped being finite in epoch "
             f"{keeper.epoch}; the last good weights are back. Lower the learning rate, or look for "
             "extreme inputs."
         )
-    model.fit_report = keeper.report
+    if keeper.report is None:
+        raise InvalidInput(
+            "trainer: expected one that runs at least one epoch, got one that ran none (epoch "
+            f"{trainer.current_epoch}, max_epochs {trainer.max_epochs}); give each fit a new one."
+        )
     return model
 
 
 @contextmanager
 def isolated_randomness(seed: int) -> Iterator[None]:
-    """Seeds torch's global generator inside the block, and puts it back after it."""
-    with torch.random.fork_rng(devices=[]):
+    """Seeds torch's global generators inside the block, and puts them back after it."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 
@@ -155,32 +157,42 @@ class _Answers(Dataset[PairBatch]):
 class _KeepBest(L.Callback):
     """Keeps the weights of the best epoch, and says when to stop."""
 
-    def __init__(self, held_out: Comparisons, patience: int) -> None:
+    def __init__(self, model: RewardModel, held_out: Comparisons, patience: int) -> None:
+        self.kept = _copy(model)
         self.held_out, self.patience = held_out, patience
         self.report: FitReport | None = None
         self.diverged = False
         self.epoch = 0
         self.best = float("inf")
-        self.losses: list[Tensor] = []
-
-    def on_train_start(self, trainer: L.Trainer, model: L.LightningModule) -> None:
-        self.kept = _copy(model)
+        self.losses: list[Tensor] = []  # summed over each batch
+        self.seen = 0
 
     def on_train_epoch_start(self, trainer: L.Trainer, model: L.LightningModule) -> None:
-        self.losses, self.epoch = [], self.epoch + 1
+        self.losses, self.seen, self.epoch = [], 0, self.epoch + 1
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, model: L.LightningModule, outputs: Any, *_: Any
+        self,
+        trainer: L.Trainer,
+        model: L.LightningModule,
+        outputs: Any,
+        batch: PairBatch,
+        batch_idx: int,
     ) -> None:
-        self.losses.append(outputs["loss"].detach())
+        self.losses.append(outputs["loss"].detach() * len(batch.index))
+        self.seen += len(batch.index)
 
     def on_train_epoch_end(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         assert isinstance(model, RewardModel)
-        train = float(torch.stack(self.losses).mean())
-        if not np.isfinite(train):
+        train = float(torch.stack(self.losses).sum()) / self.seen
+        # The last step of an epoch may break weights that no loss has seen.
+        sound = all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
+        if not (np.isfinite(train) and sound):
             self.diverged = trainer.should_stop = True
             return
         test, accuracy = self._score(model)
+        model.log_dict({"train_log_loss": train})
+        if len(self.held_out):
+            model.log_dict({"held_out_log_loss": test, "held_out_accuracy": accuracy})
         # Without held-out answers every epoch counts as better: the last one is kept.
         if not test >= self.best:
             self.best = test if len(self.held_out) else float("inf")
@@ -191,13 +203,11 @@ class _KeepBest(L.Callback):
 
     def restore(self, model: RewardModel) -> None:
         """Puts the kept weights back, and settles the model if it has learned anything."""
-        if not hasattr(self, "kept"):
-            return
         model.load_state_dict(self.kept, strict=False)
-        if self.report or model.fitted:
-            model.eval()
+        model.eval()
+        if self.report:
             model.settle()
-            model.fitted = True
+            model.fitted, model.fit_report = True, self.report
 
     def _score(self, model: RewardModel) -> tuple[float, float]:
         if not len(self.held_out):
@@ -220,6 +230,19 @@ class _KeepBest(L.Callback):
         return float(loss), float(right)
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets Ctrl-C through: Lightning makes it a SystemExit, and ignores every later one."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from None
+
+
 def _copy(model: L.LightningModule) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -231,6 +254,7 @@ def _as_is(batch: PairBatch) -> PairBatch:
 # What a Trainer does beyond training costs more than a small fit itself.
 _PLAIN: dict[str, Any] = {
     "accelerator": "auto",
+    "devices": 1,  # else every GPU of the machine, each with a copy of the caller's script
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
@@ -247,6 +271,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
             warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
             yield
     finally:

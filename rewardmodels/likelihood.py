@@ -24,6 +24,9 @@ def preference_probability(difference: Tensor, *, mistake_rate: float = 0.0) -> 
     Returns:
         Probabilities of the same shape.
 
+    Raises:
+        InvalidInput: A mistake rate out of range.
+
     Example:
         >>> preference_probability(torch.tensor([0.0, 100.0]), mistake_rate=0.1)
         tensor([0.5000, 0.9500])
@@ -49,6 +52,9 @@ def negative_log_likelihood(
     Returns:
         One number per answer, in the broadcast shape.
 
+    Raises:
+        InvalidInput: A mistake rate out of range.
+
     Example:
         >>> negative_log_likelihood(torch.tensor([0.0]), torch.tensor([1.0]))
         tensor([0.6931])
@@ -57,10 +63,10 @@ def negative_log_likelihood(
     difference, preference = torch.broadcast_tensors(difference, preference)
     log_second, log_first = F.logsigmoid(difference), F.logsigmoid(-difference)
     if mistake_rate > 0:
-        keep, err = math.log1p(-mistake_rate), math.log(mistake_rate / 2)
-        err = torch.full_like(difference, err)
-        log_second = torch.logaddexp(keep + log_second, err)
-        log_first = torch.logaddexp(keep + log_first, err)
+        kept = math.log1p(-mistake_rate)
+        at_random = torch.full_like(difference, math.log(mistake_rate / 2))
+        log_second = torch.logaddexp(kept + log_second, at_random)
+        log_first = torch.logaddexp(kept + log_first, at_random)
     return -(preference * log_second + (1 - preference) * log_first)
 
 

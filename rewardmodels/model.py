@@ -15,7 +15,9 @@ from rewardmodels.likelihood import check_mistake_rate
 from rewardmodels.networks import RunningNorm
 from rewardmodels.posterior import ReturnPosterior, SampledPosterior
 
-_FRAMES_AT_ONCE = 1 << 16  # bounds the memory of `posterior`; each frame is seen once either way
+# Bounds the memory of `posterior`, and keeps it within a processor's cache; each frame is seen
+# once either way.
+_FRAMES_AT_ONCE = 1 << 13
 _REFERENCE_FRAMES = 1024
 
 
@@ -43,6 +45,27 @@ class FrameSpec:
 
 
 @dataclass(frozen=True)
+class FitReport:
+    """How a fit went.
+
+    Attributes:
+        epochs: Passes over the training comparisons that the kept weights have had in this fit.
+        train_log_loss: Mean loss of the last of them, nats per comparison.
+        held_out_log_loss: That of the belief's answers to the comparisons kept back; NaN without
+            any.
+        held_out_accuracy: Share of decided (not tied) held-out answers that were predicted;
+            NaN without any.
+        held_out: How many comparisons were kept back.
+    """
+
+    epochs: int
+    train_log_loss: float
+    held_out_log_loss: float
+    held_out_accuracy: float
+    held_out: int
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """A minibatch of Q comparisons.
 
@@ -60,8 +83,12 @@ class PairBatch:
 
     def to(self, device: torch.device | str) -> PairBatch:
         """Returns the same minibatch on another device."""
-        clips, rest = (self.first, self.second), (self.preference, self.index)
-        return PairBatch(*(x.to(device) for x in clips), *(x.to(device) for x in rest))
+        return PairBatch(
+            self.first.to(device),
+            self.second.to(device),
+            self.preference.to(device),
+            self.index.to(device),
+        )
 
 
 class RewardModel(L.LightningModule, ABC):
@@ -83,6 +110,11 @@ class RewardModel(L.LightningModule, ABC):
         weight_decay: Decoupled weight decay of AdamW.
         mistake_rate: How often the teacher is taken to answer at random (Christiano et al.
             2017, §2.2.3, use 0.1).
+
+    Attributes:
+        spec: Shapes of a frame; None before the first data.
+        fitted: Whether it may be asked.
+        fit_report: How the latest fit went; None before the first, and after `load`.
     """
 
     reference_observations: Tensor
@@ -99,6 +131,7 @@ class RewardModel(L.LightningModule, ABC):
         self.spec: FrameSpec | None = None
         self.norm: RunningNorm | None = None
         self.fitted = False
+        self.fit_report: FitReport | None = None
         self.register_buffer("reference_observations", None)
         self.register_buffer("reference_actions", None)
 
@@ -129,7 +162,9 @@ class RewardModel(L.LightningModule, ABC):
             return
         self.spec = FrameSpec.of(clips)
         frames = clips.mask.flatten().nonzero().squeeze(1)
-        evenly = torch.linspace(0, len(frames) - 1, min(len(frames), _REFERENCE_FRAMES)).long()
+        n = min(len(frames), _REFERENCE_FRAMES)
+        # Single precision doesn't tell frames apart past 2^24 of them.
+        evenly = torch.linspace(0, len(frames) - 1, n, dtype=torch.double).long()
         chosen = frames[evenly.to(frames.device)]
         self.reference_observations = clips.observations.flatten(0, 1)[chosen].clone()
         self.reference_actions = clips.actions.flatten(0, 1)[chosen].clone()
@@ -138,8 +173,8 @@ class RewardModel(L.LightningModule, ABC):
     def observe(self, clips: Clips) -> None:
         """Adds the real frames of these clips to what inputs are normalised by."""
         assert self.norm is not None
-        frames = torch.cat([part[clips.mask].flatten(1).float() for part in _parts(clips)], 1)
-        self.norm.update(frames)
+        parts = clips.observations, clips.actions
+        self.norm.update(torch.cat([part[clips.mask].flatten(1).float() for part in parts], 1))
 
     def inputs(self, observations: Tensor, actions: Tensor) -> Tensor:
         """`(B, D)` normalised inputs of B frames."""
@@ -157,12 +192,14 @@ class RewardModel(L.LightningModule, ABC):
         if not self.fitted:
             raise NotFitted(f"{type(self).__name__}: expected a fitted model; call fit first.")
         self.check(clips)
-        was_training = self.training
+        clips = clips.to(self.device)
+        if not self.training:
+            return self.believe(clips)
         self.eval()
         try:
-            return self.believe(clips.to(self.device))
+            return self.believe(clips)
         finally:
-            self.train(was_training)
+            self.train()
 
     def frame_posterior(self, observations: Tensor, actions: Tensor) -> ReturnPosterior:
         """The joint belief about the rewards of B single frames, each a clip of length one.
@@ -170,6 +207,22 @@ class RewardModel(L.LightningModule, ABC):
         Args:
             observations: `(B, *obs)`.
             actions: `(B, *act)`.
+
+        Returns:
+            A belief over B returns, in reward units per frame.
+
+        Raises:
+            NotFitted: The model has not been fitted yet.
+            InvalidInput: Frames of other shapes than those learned from, or that hold NaN or
+                infinity.
+
+        Example:
+            >>> from rewardmodels import Comparisons, DeepEnsemble, fit
+            >>> clips = Clips(torch.randn(4, 5, 2), torch.randn(4, 5, 1))
+            >>> said = Comparisons(clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))
+            >>> model = fit(DeepEnsemble(members=3), said, epochs=1)
+            >>> model.frame_posterior(torch.zeros(7, 2), torch.zeros(7, 1)).mean.shape
+            torch.Size([7])
         """
         return self.posterior(Clips(observations[:, None], actions[:, None]))
 
@@ -226,7 +279,7 @@ class SampledRewardModel(RewardModel):
     def believe(self, clips: Clips) -> SampledPosterior:
         """Sums centred rewards over each clip's real frames."""
         at_once = max(1, _FRAMES_AT_ONCE // clips.length)
-        some = (clips[i : i + at_once] for i in range(0, len(clips), at_once))
+        some = (clips[i : i + at_once] for i in range(0, max(1, len(clips)), at_once))
         constant = self.gauge[:, None] * clips.lengths
         return SampledPosterior(torch.cat([self.returns(part) for part in some], 1) - constant)
 
@@ -234,7 +287,3 @@ class SampledRewardModel(RewardModel):
         """`(S, N)` returns of each clip under each function, not yet centred."""
         rewards = self.rewards(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
         return rewards.unflatten(1, clips.mask.shape).masked_fill(~clips.mask, 0).sum(2)
-
-
-def _parts(clips: Clips) -> tuple[Tensor, Tensor]:
-    return clips.observations, clips.actions

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_SMALLEST_SCALE = (
-    1e-3  # below this an input counts as constant: dividing by it would only add noise
-)
+# Below this an input counts as constant: dividing by it would only add noise.
+_SMALLEST_SCALE = 1e-3
 
 
 class RunningNorm(nn.Module):
     """Standardises inputs by the mean and variance of every frame it was shown.
+
+    A frame shown again, as at each further fit, counts again.
 
     The statistics are buffers, so they are saved with the model; they change only in `update`
     (Chan et al. 1979, parallel variance), never in `forward`.
@@ -64,10 +66,11 @@ class MemberMLP(nn.Module):
     def __init__(self, members: int, inputs: int, hidden: Sequence[int]) -> None:
         super().__init__()
         widths = [inputs, *hidden, 1]
-        shapes = list(zip(widths[:-1], widths[1:], strict=True))
-        self.weights = nn.ParameterList(nn.Parameter(torch.empty(members, *s)) for s in shapes)
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(members, width, before)) for before, width in pairwise(widths)
+        )
         self.biases = nn.ParameterList(
-            nn.Parameter(torch.zeros(members, 1, out)) for _, out in shapes
+            nn.Parameter(torch.zeros(members, width, 1)) for width in widths[1:]
         )
         for member in range(members):
             for weight in self.weights:
@@ -75,8 +78,9 @@ class MemberMLP(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Returns `(K, B)` outputs for frames `(B, D)`."""
-        members = len(self.weights[0])
-        hidden = frames.expand(members, *frames.shape)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            hidden = F.leaky_relu(torch.baddbmm(bias, hidden, weight))
-        return torch.baddbmm(self.biases[-1], hidden, self.weights[-1]).squeeze(-1)
+        *layers, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
+        # Frames run along the last axis: along the rows, a training step takes a third longer.
+        hidden = frames.T.expand(len(last_weight), -1, -1)
+        for weight, bias in layers:
+            hidden = F.leaky_relu(torch.baddbmm(bias, weight, hidden), inplace=True)
+        return torch.baddbmm(last_bias, last_weight, hidden).squeeze(1)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from rewardmodels.ensemble import DeepEnsemble
 from rewardmodels.errors import NotFitted, UnreadableFile
+from rewardmodels.fitting import isolated_randomness
 from rewardmodels.model import FrameSpec, RewardModel
 
 AnyModel = TypeVar("AnyModel", bound=RewardModel)
@@ -24,8 +26,18 @@ PREDICTORS: dict[str, type[RewardModel]] = {cls.__name__: cls for cls in (DeepEn
 def save(model: RewardModel, path: str | os.PathLike[str]) -> None:
     """Writes a fitted model to one safetensors file, whole or not at all.
 
+    Args:
+        model: A fitted model whose hyper-parameters are numbers, strings or tuples.
+        path: The file; one that stands there is replaced.
+
     Raises:
         NotFitted: There is nothing to save yet.
+
+    Example:
+        >>> save(DeepEnsemble(), "model.safetensors")
+        Traceback (most recent call last):
+            ...
+        rewardmodels.errors.NotFitted: DeepEnsemble: expected a fitted model to save; call fit ...
     """
     if not model.fitted or model.spec is None:
         raise NotFitted(f"{type(model).__name__}: expected a fitted model to save; call fit first.")
@@ -37,9 +49,13 @@ def save(model: RewardModel, path: str | os.PathLike[str]) -> None:
         "action": model.spec.action,
     }
     tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-    beside = Path(path).with_name(Path(path).name + ".part")
-    save_file(tensors, beside, {"rewardmodels": json.dumps(about)})
-    os.replace(beside, path)
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, beside, {"rewardmodels": json.dumps(about)})
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str], cls: type[AnyModel] | None = None) -> AnyModel:
@@ -65,35 +81,48 @@ def load(path: str | os.PathLike[str], cls: type[AnyModel] | None = None) -> Any
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["rewardmodels"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        version, name, hparams = int(about["format"]), about["class"], about["hyper_parameters"]
+        spec = FrameSpec(tuple(about["observation"]), tuple(about["action"]))
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UnreadableFile(
             f"{path}: expected a model written by rewardmodels.save, got a damaged file or one of "
-            f"another format ({error or type(error).__name__})."
+            f"another format ({error!r})."
         ) from error
-    if about["format"] > FORMAT:
+    if version > FORMAT:
         raise UnreadableFile(
-            f"{path}: expected format {FORMAT} or older, got {about['format']}; update rewardmodels."
+            f"{path}: expected format {FORMAT} or older, got {version}; update rewardmodels."
         )
-    known = cls or PREDICTORS.get(about["class"])
-    if known is None or known.__name__ != about["class"]:
+    known = cls or PREDICTORS.get(name)
+    if known is None or known.__name__ != name:
         expected = cls.__name__ if cls else f"one of {', '.join(PREDICTORS)}"
         raise UnreadableFile(
-            f"{path}: expected {expected}, got a {about['class']}; pass its class as load(path, "
-            "cls)."
+            f"{path}: expected {expected}, got a {name}; pass its class as load(path, cls)."
         )
-    model = known(**about["hyper_parameters"])
-    model.spec = FrameSpec(tuple(about["observation"]), tuple(about["action"]))
-    model.configure_model()
-    for name in set(tensors) - set(model.state_dict()):
-        # Buffers that are empty until a first fit; anything else the check below refuses.
-        if name in model._buffers:
-            setattr(model, name, tensors[name])
     try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
+        # Building draws initial weights, which the file's then replace.
+        with isolated_randomness(0):
+            return _rebuilt(known, hparams, spec, tensors)  # type: ignore[return-value]
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise UnreadableFile(
-            f"{path}: expected the tensors of a {about['class']} with {about['hyper_parameters']}, "
-            f"got others: {error}"
+            f"{path}: expected the tensors of a {name} with {hparams}, got others: {error}"
         ) from error
+
+
+def _rebuilt(
+    cls: type[RewardModel],
+    hyper_parameters: dict[str, Any],
+    spec: FrameSpec,
+    tensors: dict[str, Tensor],
+) -> RewardModel:
+    model = cls(**hyper_parameters)
+    model.spec = spec
+    # What is empty until a first fit, and may be what `build` looks at.
+    for name in set(tensors) & {name for name, value in model._buffers.items() if value is None}:
+        setattr(model, name, tensors[name])
+    model.configure_model()
+    model.load_state_dict(tensors)
     model.fitted = True
-    return model.eval()  # type: ignore[return-value]
+    model.eval()
+    # Whether shapes fit together shows when they are used.
+    model.frame_posterior(model.reference_observations[:1], model.reference_actions[:1])
+    return model
