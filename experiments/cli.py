@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from experiments.benchmarks.learn import benchmark_learn
-from experiments.demo import demo
-from experiments.learn import LearnConfig, learn
-from rewardmodels import InvalidInput, RewardModelsError
+# A sub-command's module is imported only once it was asked for: Lightning alone takes seconds.
+
+
+class _Refused(Exception):
+    """Words that name no command."""
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, and how to go on."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,53 +32,147 @@ def main(argv: list[str] | None = None) -> int:
         error), 130 for an interruption.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    sys.path.append(str(Path.cwd()))  # so that a user's own class can be named by its path
-    parser, parts = _parsers()
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # so that a user's own class can be named by its path
     try:
-        chosen = parser.parse_args(arguments)
-        settings = chosen[chosen.subcommand]
-        if chosen.subcommand == "learn":
-            _learn(parts["learn"], settings, arguments[arguments.index("learn") + 1 :])
-        elif chosen.subcommand == "demo":
-            demo(**settings)
-        elif chosen.subcommand == "benchmark":
-            benchmark_learn(**settings[settings.subcommand])
-    except RewardModelsError as error:
+        command, rest = _chosen(arguments)
+        return _run(command, rest)
+    except _Refused as error:
         print(f"rewardmodels: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nrewardmodels: interrupted; nothing that was answered is lost.", file=sys.stderr)
+    except _Interrupted as interruption:
+        print(f"\nrewardmodels: interrupted. {interruption}", file=sys.stderr)
         return 130
+    except KeyboardInterrupt:
+        print("\nrewardmodels: interrupted before any work was done.", file=sys.stderr)
+        return 130
+
+
+def _chosen(arguments: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
+    """The sub-command that the first words name, and the words after them."""
+    for words, (_, command) in _COMMANDS.items():
+        name = words.split()
+        if arguments[: len(name)] == name:
+            return command, arguments[len(name) :]
+    parser = argparse.ArgumentParser(
+        prog="rewardmodels",
+        description="Learn rewards from comparisons, and know how sure of them.",
+        epilog="Each command has its own --help.",
+    )
+    parser.add_argument("--version", action="version", version=version("rewardmodels"))
+    commands = parser.add_subparsers(title="commands")
+    for words, (text, _) in _COMMANDS.items():
+        commands.add_parser(words, help=text, add_help=False)
+    if arguments and arguments[0] in ("-h", "--help", "--version"):
+        parser.parse_args(arguments[:1])
+    came = " ".join(arguments[:2]) if arguments[:1] == ["benchmark"] else " ".join(arguments[:1])
+    close = get_close_matches(came, _COMMANDS, n=1)
+    raise _Refused(
+        f"command: expected one of {', '.join(_COMMANDS)}; got {came or 'none'!r}."
+        + (f" Did you mean {close[0]!r}?" if close else "")
+    )
+
+
+def _run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
+    from rewardmodels.errors import RewardModelsError
+
+    try:
+        command(arguments)
+    except RewardModelsError as error:
+        raise _Refused(str(error)) from error
     return 0
 
 
-def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
-    parts = {name: ArgumentParser(description=text) for name, text in _COMMANDS.items()}
-    parts["learn"].add_argument("--config", action="config", help="YAML with any of these settings")
-    parts["learn"].add_argument(
+def _learn(arguments: list[str]) -> None:
+    from experiments.learn import LearnConfig, learn
+    from rewardmodels.errors import InvalidInput
+
+    parser = _parser("learn")
+    parser.add_argument("--config", action="config", help="YAML with any of these settings")
+    parser.add_argument(
         "--resume", action="store_true", help="go on with the run that stands in --out"
     )
-    parts["learn"].add_class_arguments(LearnConfig)
-    parts["learn"].set_defaults(_DEFAULTS)
-    parts["demo"].add_function_arguments(demo)
-    parts["benchmark learn"].add_function_arguments(benchmark_learn)
-    parser = ArgumentParser(
-        prog="rewardmodels",
-        description="Learn rewards from comparisons, and know how sure of them.",
+    parser.add_class_arguments(LearnConfig)
+    parser.set_defaults(_DEFAULTS)
+    settings = _parse(parser, arguments)
+    out = Path(settings.out)
+    if settings.resume:
+        if not (out / "config.yaml").is_file():
+            raise InvalidInput(
+                f"resume: expected a run to go on with, got {out}, which has none. Leave --resume "
+                "out to start one."
+            )
+        settings = _parse(parser, ["--config", str(out / "config.yaml"), *arguments])
+    made = parser.instantiate(settings)
+    resume = made.pop("resume")
+    made.pop("config")
+    config = LearnConfig(**made)
+    with _interruptible(
+        lambda: (
+            f"To go on: {shlex.join(['rewardmodels', 'learn', '--resume', '--out', str(out)])}"
+            if (out / "config.yaml").is_file()
+            else "Nothing was started."
+        )
+    ):
+        result = learn(config, resume=resume)
+    print(
+        f"{result['task']}, {result['reward']} reward, {result['comparisons']} comparisons: true "
+        f"return {result['final_return']:.0f} after {result['steps']:,} steps.\n"
+        f"Report: {out / 'report.html'}"
     )
-    commands = parser.add_subcommands()
-    for name in ("learn", "demo", "benchmark"):
-        commands.add_subcommand(name, parts[name], help=_COMMANDS[name])
-    kinds = parts["benchmark"].add_subcommands()
-    kinds.add_subcommand("learn", parts["benchmark learn"])
-    return parser, parts
+
+
+def _demo(arguments: list[str]) -> None:
+    from experiments.demo import demo
+
+    _call("demo", demo, arguments)
+
+
+def _benchmark_learn(arguments: list[str]) -> None:
+    from experiments.benchmarks.learn import benchmark_learn
+
+    _call("benchmark learn", benchmark_learn, arguments)
+
+
+def _call(words: str, function: Callable[..., object], arguments: list[str]) -> None:
+    parser = _parser(words)
+    parser.add_function_arguments(function)
+    settings = _parse(parser, arguments)
+    again = shlex.join(["rewardmodels", *words.split(), *arguments])
+    with _interruptible(lambda: f"The same command goes on: {again}"):
+        function(**settings)
+
+
+def _parser(words: str) -> ArgumentParser:
+    return ArgumentParser(
+        prog=f"rewardmodels {words}", description=_COMMANDS[words][0], exit_on_error=False
+    )
+
+
+def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    from experiments.usage import refusal
+
+    try:
+        return parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        raise refusal(str(error), parser) from error
+
+
+@contextmanager
+def _interruptible(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning's Trainer answers Ctrl-C with SystemExit.
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        raise _Interrupted(how_to_go_on()) from None
 
 
 _COMMANDS = {
-    "learn": "Learn a task from comparisons of behaviour.",
-    "demo": "See it happen: learn HalfCheetah from 100 comparisons, beside a reward of zero.",
-    "benchmark": "Measure what the README says.",
-    "benchmark learn": "Return, throughput and scoring of pairs.",
+    "learn": ("learn a task from comparisons of behaviour", _learn),
+    "demo": ("learn HalfCheetah from 100 comparisons, beside a reward of zero", _demo),
+    "benchmark learn": ("measure returns, throughput and the scoring of pairs", _benchmark_learn),
 }
 
 # Classes by name: LearnConfig's own defaults are objects, which no help text can show.
@@ -77,20 +182,3 @@ _DEFAULTS = {
     "schedule": {"class_path": "active.Constant"},
     "teacher": {"class_path": "active.SyntheticTeacher"},
 }
-
-
-def _learn(parser: ArgumentParser, settings: Namespace, arguments: list[str]) -> None:
-    if settings.resume:
-        config = Path(settings.out) / "config.yaml"
-        if not config.exists():
-            raise InvalidInput(f"resume: expected a run in --out, got {settings.out}, without one.")
-        settings = parser.parse_args(["--config", str(config), *arguments])
-    made = parser.instantiate(settings)
-    resume = made.pop("resume")
-    made.pop("config")
-    result = learn(LearnConfig(**made), resume=resume)
-    print(
-        f"{result['task']}, {result['reward']} reward, {result['comparisons']} comparisons: true "
-        f"return {result['final_return']:.0f} after {result['steps']:,} steps.\n"
-        f"Report: {made['out']}/report.html"
-    )

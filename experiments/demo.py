@@ -32,7 +32,7 @@ def demo(
         print(f"{task}, {arm} reward, {steps:,} steps", flush=True)
         config = LearnConfig(
             task=task,
-            reward=arm,  # type: ignore[arg-type]
+            reward=arm,
             comparisons=comparisons,
             steps=steps,
             rounds=10,

@@ -1,4 +1,4 @@
-"""What the agent has lately done: a ring of frames of all environments, from which clips are cut."""
+"""What the agent has lately done: a ring of frames of all environments, to cut clips from."""
 
 from __future__ import annotations
 
@@ -37,14 +37,16 @@ class History:
         """Adds one step of every environment.
 
         Args:
-            observations: `(n_envs, *obs)`, what was seen before acting.
+            observations: `(n_envs, *obs)`, what the action led to.
             actions: `(n_envs, *act)`.
             rewards: `(n_envs,)`, the task's own, for synthetic teachers and evaluation.
             ends: `(n_envs,)`, whether the episode ended with this step.
-            states: `(n_envs, s)`, simulator states at the observations.
+            states: `(n_envs, s)`, simulator states before acting.
         """
         row = self.steps % self.capacity
-        for name, value in zip(_COLUMNS, (observations, actions, rewards, ends, states)):
+        for name, value in zip(
+            _COLUMNS, (observations, actions, rewards, ends, states), strict=True
+        ):
             if value is None:
                 continue
             if name not in self._columns:
@@ -53,6 +55,11 @@ class History:
                 self._columns[name] = np.zeros(shape, dtype)
             self._columns[name][row] = value
         self.steps += 1
+
+    def break_off(self) -> None:
+        """Marks that what comes next doesn't follow from the last step, as after a reset."""
+        if self.steps:
+            self._columns["ends"][(self.steps - 1) % self.capacity] = True
 
     def cut(self, length: int, n: int, rng: np.random.Generator, *, recent: int = 0) -> Clips:
         """Cuts n clips, every place inside an episode equally likely and none taken twice.
@@ -92,7 +99,7 @@ class History:
 
     def save(self, path: Path) -> None:
         """Writes everything kept to an `.npz` file."""
-        np.savez(path, steps=self.steps, **self._columns)
+        np.savez(path, allow_pickle=False, steps=self.steps, **self._columns)
 
     def load(self, path: Path) -> None:
         """Takes up what `save` wrote."""

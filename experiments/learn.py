@@ -13,6 +13,7 @@ repeated, and goes on where it stopped.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,8 @@ from rewardmodels import (
     save,
 )
 from rewardmodels.fitting import MIN_COMPARISONS
+
+_MAX_SEED = 2**31 - 10_001  # EnvPool's are 32 bits, and each copy of an environment has its own
 
 
 @dataclass
@@ -116,6 +119,10 @@ class LearnConfig:
             if not getattr(self, name) >= least:
                 value = getattr(self, name)
                 raise InvalidInput(f"{name}: expected a number of at least {least}, got {value}.")
+        if self.pessimism == math.inf:
+            raise InvalidInput("pessimism: expected a finite number, got inf.")
+        if self.seed > _MAX_SEED:
+            raise InvalidInput(f"seed: expected at most {_MAX_SEED:,}, got {self.seed}.")
         if self.candidates * (self.candidates - 1) // 2 < self.comparisons:
             raise InvalidInput(
                 "candidates: expected enough clips for as many pairs as comparisons "
@@ -138,11 +145,14 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
         InvalidInput: The directory holds a run already (or none to resume, or another).
     """
     run = Run(config.out)
-    run.start(config, resume=resume)
+    run.check(config, resume=resume)
     if run.result is not None:
+        if not (config.out / "report.html").exists():
+            write_report(config.out)
         return run.result
     torch.set_num_threads(config.threads)
     learner = Learner(config, run)
+    run.start(config)  # only now, so that what is refused leaves no directory behind
     bar = tqdm(
         total=config.steps,
         initial=learner.step,
@@ -179,8 +189,9 @@ class Learner:
 
         copies = PPO_ENVS if config.algorithm in ("PPO", "A2C") else 1
         self.clip_length = min(config.clip_length, self.task.horizon)
-        # Steps of each copy that count as what the policy now does.
-        self.latest = max(config.steps // (config.rounds * copies), 2 * self.clip_length)
+        # Steps of each copy that count as what the policy now does: whole episodes, since copies
+        # start together, and a Hopper that fell is a poor sample of one that stood.
+        self.latest = max(config.steps // (config.rounds * copies), self.task.horizon)
         self.history = History(self.latest, copies)
         # Nothing is paid until there is something to pay for.
         reward = None if config.reward == "task" else zero_reward
@@ -205,13 +216,13 @@ class Learner:
 
     def ask(self, round: int, answers: FeedbackStore) -> None:
         """Chooses queries among the agent's latest clips, and has the teacher answer them."""
-        if not answers.queries(round):  # else they were put before the run was interrupted
-            if round == 0:
-                self._act_at_random()
-            if (n := self._due(round) - answers.counts().answered) > 0:
-                clips = self._latest_clips(self.config.candidates)
-                pairs = self._choose(clips, n)
-                answers.add_queries(clips, pairs, round=round)
+        if round == 0:
+            self._act_at_random()
+        n = self._due(round) - answers.counts().answered
+        if n > 0 and not answers.queries(round):  # else they were put before an interruption
+            clips = self._latest_clips(self.config.candidates)
+            pairs = self._choose(clips, n)
+            answers.add_queries(clips, pairs, round=round)
         if unanswered := [query.id for query in answers.queries(round, unanswered=True)]:
             clips, pairs = answers.clips_of(unanswered)
             said = self.config.teacher.answer(clips, pairs, self.generator)
@@ -331,8 +342,7 @@ class Learner:
         if ended := self.env.episode_returns:
             row["task_return"], row["learned_return"] = np.mean(ended, 0).tolist()
             ended.clear()
-        if self.model.fitted:
-            report = self.model.fit_report
+        if (report := self.model.fit_report) is not None:
             row["held_out_accuracy"] = report.held_out_accuracy
             row["held_out_log_loss"] = report.held_out_log_loss
             row["train_log_loss"] = report.train_log_loss

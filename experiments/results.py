@@ -11,7 +11,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import yaml  # type: ignore[import-untyped]
+import yaml
 from numpy.typing import NDArray
 
 from rewardmodels.errors import InvalidInput, UnreadableFile

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -75,6 +75,7 @@ class RewardWrapper(VecEnvWrapper):
     def reset(self) -> Any:
         """As the environments' own."""
         self._sums[:] = 0
+        self.history.break_off()
         return self.venv.reset()
 
     def step_async(self, actions: Array) -> None:
@@ -86,9 +87,9 @@ class RewardWrapper(VecEnvWrapper):
     def step_wait(self) -> VecEnvStepReturn:
         """As the environments' own, but for the reward."""
         observations, task_rewards, ends, infos = self.venv.step_wait()
-        led_to = observations
+        led_to = cast(Array, observations)  # the tasks' are arrays, never dicts
         if ends.any():
-            led_to = observations.copy()
+            led_to = led_to.copy()
             for copy in np.flatnonzero(ends):
                 led_to[copy] = infos[copy]["terminal_observation"]
         rewards = task_rewards

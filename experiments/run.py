@@ -1,4 +1,4 @@
-"""A run's directory: settings, metrics, checkpoints and result, each written whole or not at all."""
+"""A run's directory: settings, metrics, checkpoints, result, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -48,45 +48,62 @@ class Run:
         self.path = Path(path)
         self.rows: list[dict[str, float]] = []
 
-    def start(self, config: Any, *, resume: bool) -> None:
-        """Makes the directory, or checks that the one there holds the same run.
+    def check(self, config: Any, *, resume: bool) -> None:
+        """Refuses what `start` couldn't begin or go on with, and writes nothing.
 
         Raises:
-            InvalidInput: It holds a run and `resume` is off, or holds none and `resume` is on, or
-                holds one with other settings.
+            InvalidInput: The directory holds a run and `resume` is off, or holds none and `resume`
+                is on, or holds one with other settings.
+            UnreadableFile: The settings that it holds are damaged.
         """
         file = self.path / "config.yaml"
-        text = yaml.safe_dump(describe_settings(config), sort_keys=False)
+        wanted = yaml.safe_load(yaml.safe_dump(describe_settings(config)))
         if resume and not file.exists():
             raise InvalidInput(
                 f"out: expected a run to go on with, got {self.path}, which has none."
             )
-        if not resume and file.exists():
-            raise InvalidInput(
-                f"out: expected a new directory, got {self.path}, which already holds a run. Pass "
-                "--resume to go on with it, or another --out."
-            )
-        if resume and (changed := _changed(yaml.safe_load(file.read_text()), yaml.safe_load(text))):
+        if not resume:
+            if found := [name for name in _MADE if (self.path / name).exists()]:
+                raise InvalidInput(
+                    f"out: expected a new directory, got {self.path}, which already holds a run "
+                    f"({found[0]}). Pass --resume to go on with it, or another --out."
+                )
+            above = next(p for p in (self.path, *self.path.parents) if p.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise InvalidInput(
+                    f"out: expected a directory that can be written to, got {self.path}: {above} "
+                    "isn't one."
+                )
+        elif changed := _changed(_settings(file), wanted):
             raise InvalidInput(
                 f"resume: expected the settings that {self.path} was started with, got another "
                 f"{changed}. Leave that out, or start a new run in another --out."
             )
-        if not resume:
+
+    def start(self, config: Any) -> None:
+        """Makes the directory with its `config.yaml`; one that is there stays as it is."""
+        file = self.path / "config.yaml"
+        if not file.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, text)
+            write_atomically(file, yaml.safe_dump(describe_settings(config), sort_keys=False))
 
     def log(self, row: dict[str, float]) -> None:
-        """Adds a row to `metrics.csv` and to TensorBoard."""
+        """Adds a row to `metrics.csv` and to TensorBoard.
+
+        A row of a step that was logged before, by a process killed before its checkpoint, takes
+        that row's place in both.
+        """
         self.rows.append(row)
         text = io.StringIO()
         writer = csv.DictWriter(text, METRICS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.path / "metrics.csv", text.getvalue())
-        with SummaryWriter(self.path / "tensorboard") as board:
+        step = int(row["step"])
+        with SummaryWriter(self.path / "tensorboard", purge_step=step) as board:
             for name, value in row.items():
                 if name != "step":
-                    board.add_scalar(name, value, int(row["step"]))
+                    board.add_scalar(name, value, step)
 
     def checkpoint(self, number: int, write: Callable[[Path], None]) -> None:
         """Keeps what `write` puts into a fresh directory; the one before stays as a spare."""
@@ -96,6 +113,9 @@ class Run:
         part.mkdir(parents=True)
         write(part)
         write_atomically(part / "rows.json", json.dumps(self.rows))
+        for file in part.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
         os.replace(part, folder / f"{number:04d}")
         for old in self._checkpoints()[:-2]:
             shutil.rmtree(old)
@@ -126,7 +146,15 @@ class Run:
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None while the run is incomplete."""
         file = self.path / "result.json"
-        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise UnreadableFile(
+                f"{file}: expected the result of a run, got a damaged file ({error}). Delete it "
+                "to make it again from the last checkpoint."
+            ) from error
         return found
 
     def _checkpoints(self) -> list[Path]:
@@ -165,7 +193,8 @@ def describe(value: Any) -> Any:
     """A setting as plain data; an object as its class path and constructor arguments.
 
     Raises:
-        InvalidInput: An object that doesn't keep a constructor argument as an attribute.
+        InvalidInput: An object that doesn't keep a constructor argument as an attribute, or a
+            function that can't be imported by its name.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -173,6 +202,13 @@ def describe(value: Any) -> Any:
         return str(value)
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
+    if inspect.isfunction(value):
+        if "<" in value.__qualname__:
+            raise InvalidInput(
+                f"{value.__qualname__}: expected a function at the top of a module, which can be "
+                "imported to repeat the run."
+            )
+        return f"{value.__module__}.{value.__qualname__}"
     kept = value.hparams if isinstance(value, RewardModel) else vars(value)
     arguments = list(inspect.signature(type(value)).parameters)
     if missing := [name for name in arguments if name not in kept]:
@@ -185,4 +221,38 @@ def describe(value: Any) -> Any:
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    return ", ".join(name for name in old | new if old.get(name) != new.get(name))
+    """What differs, in words; a setting that came with a later version doesn't count."""
+    before, now = _flat(old), _flat(new)
+    return ", ".join(
+        f"{name} ({now.get(name)} in place of {value})"
+        for name, value in before.items()
+        if now.get(name) != value
+    )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            inner = prefix if name == "init_args" else f"{prefix}{name}."
+            flat |= _flat(value, inner)
+        else:
+            flat[prefix.rstrip(".") if name == "class_path" else prefix + name] = value
+    return flat
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(file.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"expected settings by name, got {type(found).__name__}")
+    except (ValueError, yaml.YAMLError) as error:
+        raise UnreadableFile(
+            f"{file}: expected the settings of a run, got a damaged file "
+            f"({' '.join(str(error).split())})."
+        ) from error
+    return found
+
+
+# Any of these is the trace of a run.
+_MADE = ("config.yaml", "result.json", "answers.sqlite", "checkpoints", "metrics.csv")
