@@ -135,9 +135,9 @@ def make_vec_env(
     """Copies of a task that step together, under Stable-Baselines3's `VecEnv` interface.
 
     All copies start together and every episode is as long, so all end at the same step; PPO
-    learned HalfCheetah no worse for it (one seed). Observations are float32, whatever the simulator's
-    precision. EnvPool's infos hold only what an episode's end needs, `terminal_observation` and
-    `TimeLimit.truncated`.
+    learned HalfCheetah no worse for it (one seed). Observations are float32, whatever the
+    simulator's precision. EnvPool's infos hold only what an episode's end needs,
+    `terminal_observation` and `TimeLimit.truncated`.
 
     Args:
         task: From `TASKS` or `find_task`.
