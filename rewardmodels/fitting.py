@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import FitDiverged, InvalidInput
 from rewardmodels.model import FitReport, PairBatch, RewardModel
@@ -65,7 +66,7 @@ def fit(
     Raises:
         InvalidInput: Too few comparisons, clips of other shapes than the model has learned, a
             number out of range, or a trainer that has no epoch left.
-        FitDiverged: The loss or a weight stopped being finite; the model before this fit, or the
+        FitDiverged: The loss or the belief stopped being finite; the model before this fit, or the
             best epoch's, is back in place.
 
     Example:
@@ -117,7 +118,7 @@ def fit(
             keeper.restore(model)
     if keeper.diverged:
         raise FitDiverged(
-            f"{type(model).__name__}: the loss or a weight stopped being finite in epoch "
+            f"{type(model).__name__}: the loss or the belief stopped being finite in epoch "
             f"{keeper.epoch}; the last good weights are back. Lower the learning rate, or look for "
             "extreme inputs."
         )
@@ -184,18 +185,20 @@ class _KeepBest(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         assert isinstance(model, RewardModel)
         train = float(torch.stack(self.losses).sum()) / self.seen
-        # The last step of an epoch may break weights that no loss has seen.
-        sound = all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
-        if not (np.isfinite(train) and sound):
+        model.eval()
+        model.settle()
+        test, accuracy = self._score(model)
+        sound = self._sound(model) and np.isfinite(train)
+        if not sound or (len(self.held_out) and np.isnan(test)):
             self.diverged = trainer.should_stop = True
             return
-        test, accuracy = self._score(model)
+        model.train()
         model.log_dict({"train_log_loss": train})
         if len(self.held_out):
             model.log_dict({"held_out_log_loss": test, "held_out_accuracy": accuracy})
         # Without held-out answers every epoch counts as better: the last one is kept.
-        if not test >= self.best:
-            self.best = test if len(self.held_out) else float("inf")
+        if not len(self.held_out) or test < self.best:
+            self.best = test
             self.kept = _copy(model)
             self.report = FitReport(self.epoch, train, test, accuracy, len(self.held_out))
         elif self.report and self.epoch - self.report.epochs >= self.patience:
@@ -209,17 +212,22 @@ class _KeepBest(L.Callback):
             model.settle()
             model.fitted, model.fit_report = True, self.report
 
+    def _sound(self, model: RewardModel) -> bool:
+        # The last step of an epoch may break weights that no loss has seen, or make them so large
+        # that what is believed overflows.
+        few = model.reference_observations[:64], model.reference_actions[:64]
+        with torch.no_grad():
+            belief = model.believe(Clips(*(part[:, None] for part in few)))
+        return bool(belief.mean.isfinite().all())
+
     def _score(self, model: RewardModel) -> tuple[float, float]:
         if not len(self.held_out):
             return float("nan"), float("nan")
-        model.eval()
         with torch.no_grad():
-            model.settle()
             belief = model.believe(self.held_out.clips.to(model.device))
             pairs = self.held_out.pairs.to(model.device)
             second = belief.preference(pairs, mistake_rate=model.mistake_rate).cpu()
             first = belief.preference(pairs.flip(1), mistake_rate=model.mistake_rate).cpu()
-        model.train()
         said = self.held_out.preference
         # Both tails from their own sigmoid: 1 - p would round a near-certain answer to certain.
         tiny = torch.finfo(second.dtype).tiny

@@ -173,13 +173,12 @@ class RewardModel(L.LightningModule, ABC):
     def observe(self, clips: Clips) -> None:
         """Adds the real frames of these clips to what inputs are normalised by."""
         assert self.norm is not None
-        parts = clips.observations, clips.actions
-        self.norm.update(torch.cat([part[clips.mask].flatten(1).float() for part in parts], 1))
+        self.norm.update(_vectors(clips.observations[clips.mask], clips.actions[clips.mask]))
 
     def inputs(self, observations: Tensor, actions: Tensor) -> Tensor:
         """`(B, D)` normalised inputs of B frames."""
         assert self.norm is not None
-        return self.norm(torch.cat([observations.flatten(1), actions.flatten(1)], 1).float())
+        return self.norm(_vectors(observations, actions))
 
     @torch.no_grad()
     def posterior(self, clips: Clips) -> ReturnPosterior:
@@ -287,3 +286,8 @@ class SampledRewardModel(RewardModel):
         """`(S, N)` returns of each clip under each function, not yet centred."""
         rewards = self.rewards(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
         return rewards.unflatten(1, clips.mask.shape).masked_fill(~clips.mask, 0).sum(2)
+
+
+def _vectors(observations: Tensor, actions: Tensor) -> Tensor:
+    # The axis between is for frames that are a single number, such as a discrete action.
+    return torch.cat([part[:, None].flatten(1) for part in (observations, actions)], 1).float()

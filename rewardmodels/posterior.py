@@ -109,7 +109,7 @@ class SampledPosterior(ReturnPosterior):
 
     @property
     def variance(self) -> Tensor:
-        return self.samples.var(0, correction=0)
+        return _moments(self.samples).variance
 
     @property
     def covariance(self) -> Tensor:
@@ -127,7 +127,7 @@ class SampledPosterior(ReturnPosterior):
         parts = []
         for some in _chunks(pairs, len(self.samples)):
             d = self.samples[:, some[:, 1]] - self.samples[:, some[:, 0]]
-            parts.append(Difference(d.mean(0), d.var(0, correction=0)))
+            parts.append(_moments(d))
         return _join(parts)
 
     def preference(self, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
@@ -177,26 +177,33 @@ class GaussianPosterior(ReturnPosterior):
         return self._mean + noise.to(self.root.device) @ self.root.T
 
     def difference(self, pairs: Tensor) -> Difference:
-        mean = self._mean[pairs[:, 1]] - self._mean[pairs[:, 0]]
-        parts = [
-            (self.root[some[:, 1]] - self.root[some[:, 0]]).square().sum(1)
-            for some in _chunks(pairs, self.root.shape[1])
-        ]
-        return Difference(mean, torch.cat(parts))
+        parts = []
+        for some in _chunks(pairs, self.root.shape[1]):
+            mean = self._mean[some[:, 1]] - self._mean[some[:, 0]]
+            root = self.root[some[:, 1]] - self.root[some[:, 0]]
+            parts.append(Difference(mean, root.square().sum(1)))
+        return _join(parts)
 
     def preference(self, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
         r"""`(Q,)` probability that the second is preferred, the belief integrated out.
 
         $\sigma(x) = \sum_i p_i \Phi(s_i x)$ turns the integral of the logistic against a normal
-        into $\sum_i p_i \Phi(s_i m / \sqrt{1 + s_i^2 v})$ (Monahan & Stefanski 1989), within
+        into $\sum_i p_i \Phi(m / \sqrt{s_i^{-2} + v})$ (Monahan & Stefanski 1989), within
         1e-8 for every mean and variance, where quadrature fails for large variances.
         """
         check_mistake_rate(mistake_rate)
         mean, variance = self.difference(pairs)
         p = torch.zeros_like(mean)
         for weight, scale in zip(_LOGISTIC_WEIGHTS, _LOGISTIC_SCALES, strict=True):
-            p = p + weight * torch.special.ndtr(scale * mean / (1 + scale**2 * variance).sqrt())
+            # erfc, since ndtr rounds small probabilities to nothing.
+            p = p + weight / 2 * torch.erfc(-mean / (2 * (scale**-2 + variance)).sqrt())
         return (1 - mistake_rate) * p + mistake_rate / 2
+
+
+def _moments(samples: Tensor) -> Difference:
+    # Tensor.var warns where there is nothing to take the variance of.
+    mean = samples.mean(0)
+    return Difference(mean, (samples - mean).square().mean(0))
 
 
 def _check_draws(n: int) -> None:

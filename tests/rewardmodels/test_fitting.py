@@ -1,0 +1,382 @@
+"""What a fit promises: repeatable, stoppable, and never worse off than before."""
+
+import logging
+import random
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from rewardmodels import (
+    Clips,
+    Comparisons,
+    DeepEnsemble,
+    FitDiverged,
+    InvalidInput,
+    PairBatch,
+    fit,
+    fitting,
+)
+
+
+def some(n: int = 60, seed: int = 0, shift: float = 0.0) -> Comparisons:
+    """Answers by the sum of the first input."""
+    draw = torch.Generator().manual_seed(seed)
+    clips = Clips(torch.randn(2 * n, 4, 2, generator=draw) + shift, torch.zeros(2 * n, 4, 1))
+    pairs = torch.arange(2 * n).view(n, 2)
+    worth = clips.observations[..., 0].sum(1)
+    return Comparisons(clips, pairs, (worth[pairs[:, 1]] > worth[pairs[:, 0]]).float())
+
+
+def small(**settings: Any) -> DeepEnsemble:
+    return DeepEnsemble(**{"members": 2, "hidden": (8,), "learning_rate": 1e-2, **settings})
+
+
+def plain(**settings: Any) -> L.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet["enable_checkpointing"] = False
+    return L.Trainer(**{**quiet, "accelerator": "cpu", **settings})
+
+
+def state(model: DeepEnsemble) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+class At(L.Callback):
+    """Does something at the start of one epoch, counted from 0."""
+
+    def __init__(self, epoch: int, what: Callable[[L.LightningModule], None]) -> None:
+        self.epoch, self.what, self.begun = epoch, what, 0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+        self.begun += 1
+        if trainer.current_epoch == self.epoch:
+            self.what(model)
+
+
+def poison(model: L.LightningModule) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+
+
+def interrupt(model: L.LightningModule) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_seed_decides_and_the_global_generators_do_not():
+    models = []
+    for outside, seed in ((1, 0), (2, 0), (1, 1)):
+        torch.manual_seed(outside)
+        models.append(state(fit(small(), some(), epochs=3, seed=seed)))
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
+
+
+def test_global_generators_are_left_as_they_were():
+    before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
+    fit(small(), some(), epochs=2, seed=3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert str(np.random.get_state()) == before[1]  # noqa: NPY002
+    assert random.getstate() == before[2]
+
+
+class Spy(DeepEnsemble):
+    """Writes down which comparisons it was trained on, and how many at a time."""
+
+    def loss(self, batch: PairBatch) -> torch.Tensor:
+        self.trained_on = {*getattr(self, "trained_on", ()), *batch.index.tolist()}
+        self.sizes = [*getattr(self, "sizes", ()), len(batch.index)]
+        return super().loss(batch)
+
+
+def held_out_rows(n: int, **settings: Any) -> set[int]:
+    model = Spy(members=1, hidden=())
+    fit(model, some(120)[:n], epochs=2, **settings)
+    rows = set(range(n)) - model.trained_on
+    assert model.fit_report is not None
+    assert model.fit_report.held_out == len(rows)
+    return rows
+
+
+def test_what_is_kept_back_stays_so_when_answers_are_added():
+    early, late = held_out_rows(50), held_out_rows(120)
+    assert 5 <= len(early) < len(late) < 40
+    assert early == {row for row in late if row < 50}
+    assert held_out_rows(50, seed=1) != early
+
+
+def test_few_answers_are_all_learned_from():
+    assert held_out_rows(15) == set()
+    assert held_out_rows(60, held_out=0.0) == set()
+
+
+def test_minibatches_hold_every_row_once_an_epoch():
+    model = Spy(members=1, hidden=())
+    fit(model, some(50), epochs=3, batch_size=20, held_out=0.0)
+    assert model.sizes == [20, 20, 10] * 3
+
+
+def test_a_minibatch_is_the_rows_it_says():
+    answers = some(10)
+    batch = fitting._Answers(answers, torch.tensor([2, 4, 9])).__getitems__([2, 0])
+    assert batch.index.tolist() == [9, 2]
+    clips = answers.clips.observations
+    assert torch.equal(batch.first.observations, clips[answers.pairs[[9, 2], 0]])
+    assert torch.equal(batch.second.observations, clips[answers.pairs[[9, 2], 1]])
+    assert torch.equal(batch.preference, answers.preference[[9, 2]])
+
+
+def held_out_loss(model: DeepEnsemble, answers: Comparisons) -> float:
+    p = model.posterior(answers.clips).preference(answers.pairs)
+    return float(torch.nn.functional.binary_cross_entropy(p, answers.preference))
+
+
+def test_keeps_the_best_epoch_and_stops_when_it_gets_no_better():
+    answers, histories = some(60), []
+
+    class Scores(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+            histories.append(float(trainer.callback_metrics["held_out_log_loss"]))
+
+    # Answers by lot: what is learned from some only harms the others.
+    draw = torch.Generator().manual_seed(0)
+    noise = Comparisons(
+        answers.clips, answers.pairs, torch.bernoulli(torch.full((60,), 0.5), generator=draw)
+    )
+    model = small(learning_rate=3e-2)
+    rows = sorted(held_out_rows(60, held_out=0.4))
+    fit(model, noise, patience=5, held_out=0.4, trainer=plain(max_epochs=100, callbacks=[Scores()]))
+    report = model.fit_report
+    assert report is not None
+    assert report.epochs == int(np.argmin(histories)) + 1
+    assert len(histories) == report.epochs + 5 < 100
+    assert report.held_out_log_loss == pytest.approx(min(histories), rel=1e-6)
+    # The kept weights, not the last ones, answer.
+    assert held_out_loss(model, noise[rows]) == pytest.approx(min(histories), rel=1e-4)
+
+
+def test_without_anything_kept_back_the_last_epoch_is_kept():
+    model = fit(small(), some(), epochs=4, held_out=0.0)
+    assert model.fit_report is not None
+    assert model.fit_report.epochs == 4
+    assert np.isnan(model.fit_report.held_out_log_loss)
+
+
+def test_an_absurd_learning_rate_is_said_and_undone():
+    model = fit(small(), some(), epochs=3)
+    before, report = state(model), model.fit_report
+    frames = torch.randn(5, 2), torch.zeros(5, 1)
+    belief = model.frame_posterior(*frames).samples
+    model.learning_rate = 1e30
+    # Other inputs too, so that a normalisation which isn't put back shows.
+    with pytest.raises(FitDiverged, match=r"DeepEnsemble: .*epoch \d.*Lower the learning rate"):
+        fit(model, some(shift=10.0), epochs=5)
+    assert model.fitted
+    assert same(state(model), before)
+    assert model.fit_report == report
+    assert torch.equal(model.frame_posterior(*frames).samples, belief)
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.15])
+def test_weights_that_break_in_an_epochs_last_step_are_not_kept(held_out):
+    class Late(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, model: Any, *rest: Any) -> None:
+            if trainer.current_epoch == 2 and trainer.is_last_batch:
+                poison(model)
+
+    model = small()
+    with pytest.raises(FitDiverged, match="epoch 3"):
+        fit(model, some(), held_out=held_out, trainer=plain(max_epochs=3, callbacks=[Late()]))
+    assert model.fitted
+    assert model.fit_report is not None
+    assert model.fit_report.epochs == 2
+    assert model.posterior(some().clips).mean.isfinite().all()
+
+
+def test_a_first_fit_that_diverges_leaves_nothing_to_ask():
+    model = small(learning_rate=1e30)
+    with pytest.raises(FitDiverged):
+        fit(model, some(), epochs=5)
+    assert not model.fitted
+    model.learning_rate = 1e-2
+    assert fit(model, some(), epochs=2).fitted
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_ctrl_c_keeps_the_best_so_far_and_the_next_one_works(epoch):
+    model = fit(small(), some(), epochs=1)
+    before, handler = state(model), signal.getsignal(signal.SIGINT)
+    callback = At(epoch, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, some(), trainer=plain(max_epochs=9, callbacks=[callback]))
+    assert callback.begun == epoch + 1
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert model.fitted
+    assert not model.training
+    assert same(state(model), before) is (epoch == 0)
+    assert np.isfinite(held_out_loss(model, some()))
+    assert fit(model, some(), epochs=1).fitted
+
+
+def test_another_error_comes_through_and_undoes_nothing_good():
+    def broken(model: L.LightningModule) -> None:
+        raise OSError("disk full")
+
+    def leaves(model: L.LightningModule) -> None:
+        raise SystemExit(3)
+
+    for what, error in ((broken, OSError), (leaves, SystemExit)):
+        model = small()
+        with pytest.raises(error):
+            fit(model, some(), trainer=plain(max_epochs=9, callbacks=[At(2, what)]))
+        assert model.fitted
+        assert np.isfinite(held_out_loss(model, some()))
+
+
+def test_goes_on_from_where_it_is():
+    answers = some(100)
+    once = fit(small(learning_rate=1e-3), answers, epochs=5)
+    first = held_out_loss(once, answers)
+    reference = once.reference_observations.clone()
+    fit(once, Comparisons.cat([answers, some(20, seed=4)]), epochs=15)
+    fresh = fit(small(learning_rate=1e-3), answers, epochs=1)
+    assert held_out_loss(once, answers) < first < held_out_loss(fresh, answers)
+    assert torch.equal(once.reference_observations, reference)
+
+
+def test_a_callers_trainer_keeps_its_own_callbacks_epochs_and_logger(tmp_path: Path):
+    stopping = EarlyStopping("held_out_log_loss", patience=1000)
+    checkpoint = ModelCheckpoint(tmp_path / "kept", monitor="held_out_accuracy", mode="max")
+    logger = CSVLogger(tmp_path, name="log", version=0)
+    counting = At(-1, poison)
+    trainer = plain(
+        max_epochs=4, enable_checkpointing=True, logger=logger,
+        callbacks=[counting, stopping, checkpoint],
+    )  # fmt: skip
+    before = list(trainer.callbacks)
+    model = fit(small(), some(), trainer=trainer, epochs=99)
+    assert counting.begun == 4
+    assert trainer.callbacks == before
+    assert stopping.best_score == pytest.approx(model.fit_report.held_out_log_loss)
+    assert Path(checkpoint.best_model_path).exists()
+    rows = (tmp_path / "log" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert "train_log_loss" in rows[0]
+    assert len(rows) == 5
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_epochs": 0}, {"max_epochs": 3, "limit_train_batches": 0}]
+)
+def test_a_trainer_that_runs_nothing_is_refused(settings):
+    model = fit(small(), some(), epochs=1)
+    before = state(model)
+    with pytest.raises(InvalidInput, match="trainer: expected one that runs at least one epoch"):
+        fit(model, some(shift=5.0), trainer=plain(**settings))
+    assert same(state(model), before)
+
+
+def test_a_used_up_trainer_is_refused():
+    trainer = plain(max_epochs=1)
+    model = fit(small(), some(), trainer=trainer)
+    with pytest.raises(InvalidInput, match=r"epoch 1, max_epochs 1\); give each fit a new one"):
+        fit(model, some(), trainer=trainer)
+
+
+@pytest.mark.parametrize("preference", [0.0, 0.5, 1.0])
+def test_answers_that_are_all_equal_do(preference):
+    answers = some(50)
+    equal = Comparisons(answers.clips, answers.pairs, torch.full((50,), preference))
+    report = fit(small(), equal, epochs=3).fit_report
+    assert report is not None
+    assert np.isfinite(report.held_out_log_loss)
+    assert np.isnan(report.held_out_accuracy) == (preference == 0.5)
+
+
+def test_inputs_that_never_change_do():
+    clips = Clips(torch.full((4, 3, 2), 7.0), torch.full((4, 3, 1), -1.0))
+    answers = Comparisons(clips, torch.tensor([[0, 1], [2, 3]]), torch.tensor([1.0, 0.0]))
+    model = fit(small(), answers, epochs=2)
+    assert float(model.posterior(clips).mean.abs().max()) < 1e-5
+
+
+def test_whole_numbers_and_images_do():
+    clips = Clips(
+        torch.randint(256, (20, 3, 2, 5, 4), dtype=torch.uint8), torch.randint(3, (20, 3))
+    )
+    answers = Comparisons(clips, torch.arange(20).view(10, 2), torch.ones(10))
+    model = fit(small(), answers, epochs=2)
+    assert model.spec is not None
+    assert model.spec.inputs == 2 * 5 * 4 + 1
+    assert model.posterior(clips).mean.shape == (20,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"comparisons": some(1)}, "comparisons: expected at least 2 answers.*got 1"),
+        ({"held_out": 1.0}, "held_out: .*got 1.0"),
+        ({"held_out": -0.1}, "held_out: .*got -0.1"),
+        ({"held_out": 0.9999}, "held_out: .*leaves some of the 60.*0.9999"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"patience": 0}, "patience: .*got 0"),
+        ({"batch_size": 0}, "batch_size: .*got 0"),
+    ],
+)
+def test_refuses_before_it_starts(arguments, message):
+    model = small()
+    with pytest.raises(InvalidInput, match=message):
+        fit(model, **{"comparisons": some(), **arguments})
+    assert model.spec is None
+
+
+def test_refuses_clips_of_other_shapes():
+    model = fit(small(), some(), epochs=1)
+    before = state(model)
+    clips = Clips(torch.zeros(4, 4, 3), torch.zeros(4, 4, 1))
+    other = Comparisons(clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))
+    with pytest.raises(InvalidInput, match=r"observation=\(2,\).*got .*observation=\(3,\)"):
+        fit(model, other)
+    assert same(state(model), before)
+
+
+def test_says_nothing_of_lightnings(capfd, caplog):
+    caplog.set_level(logging.INFO, "lightning.pytorch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(small(), some(), epochs=2)
+    out, err = capfd.readouterr()
+    assert out == err == ""
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.gpu
+def test_a_gpu_learns_the_same_and_leaves_its_generator():
+    torch.cuda.init()
+    before = torch.cuda.get_rng_state()
+    model = fit(small(), some(200), trainer=plain(max_epochs=20, accelerator="gpu", devices=1))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert model.fit_report.held_out_accuracy > 0.8
+    clips = some().clips
+    here = model.posterior(clips).samples.cpu()
+    there = model.to("cuda").posterior(clips)
+    assert there.samples.is_cuda
+    torch.testing.assert_close(there.samples.cpu(), here, atol=1e-3, rtol=1e-3)
+    pairs = some().pairs
+    torch.testing.assert_close(
+        there.preference(pairs.cuda()).cpu(), model.cpu().posterior(clips).preference(pairs),
+        atol=1e-3, rtol=1e-3,
+    )  # fmt: skip
+    assert there.rsample(3, torch.Generator().manual_seed(0)).is_cuda

@@ -1,0 +1,81 @@
+"""Normalisation against NumPy, and the batched network against one network at a time."""
+
+import numpy as np
+import pytest
+import torch
+
+from rewardmodels.networks import MemberMLP, RunningNorm
+
+
+@pytest.mark.parametrize("sizes", [(100,), (1, 99), (30, 50, 20), (10,) * 10])
+def test_norm_in_pieces_is_numpy_at_once(sizes):
+    frames = torch.randn(100, 3) * torch.tensor([1.0, 50.0, 0.1]) + torch.tensor([0.0, 200.0, -5.0])
+    norm = RunningNorm(3)
+    for part in frames.split(list(sizes)):
+        norm.update(part)
+    np.testing.assert_allclose(norm.mean, frames.double().numpy().mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm.variance, frames.double().numpy().var(0), rtol=1e-4)
+    assert float(norm.count) == 100
+    came = norm(frames)
+    np.testing.assert_allclose(came.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(came.std(0, correction=0), 1, rtol=1e-4)
+
+
+def test_norm_changes_only_in_update():
+    norm = RunningNorm(2)
+    before = [buffer.clone() for buffer in norm.buffers()]
+    norm(torch.randn(5, 2) + 3)
+    assert all(torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True))
+
+
+def test_a_constant_input_stays_small():
+    norm = RunningNorm(1)
+    norm.update(torch.full((50, 1), 7.0))
+    assert float(norm(torch.tensor([[7.0]]))) == 0
+    assert abs(float(norm(torch.tensor([[7.5]])))) <= 500.01
+
+
+@pytest.mark.parametrize("hidden", [(), (8,), (6, 4)])
+def test_members_are_separate_networks(hidden):
+    network, frames = MemberMLP(3, 5, hidden), torch.randn(11, 5)
+    for bias in network.biases:
+        torch.nn.init.normal_(bias)
+    came = network(frames)
+    assert came.shape == (3, 11)
+    for member in range(3):
+        layers: list[torch.nn.Module] = []
+        for weight, bias in zip(network.weights, network.biases, strict=True):
+            layer = torch.nn.Linear(weight.shape[2], weight.shape[1])
+            layer.weight.data, layer.bias.data = weight[member].data, bias[member, :, 0].data
+            layers += [layer, torch.nn.LeakyReLU()]
+        one = torch.nn.Sequential(*layers[:-1])(frames).squeeze(1)
+        torch.testing.assert_close(came[member], one)
+
+
+def test_a_member_learns_from_its_own_loss_alone():
+    network = MemberMLP(3, 4, (6,))
+    network(torch.randn(7, 4))[1].sum().backward()
+    for parameter in network.parameters():
+        assert (parameter.grad[[0, 2]] == 0).all()
+        assert parameter.grad[1].abs().sum() > 0
+
+
+def test_gradient_is_right_in_spite_of_working_in_place():
+    network = MemberMLP(2, 3, (4, 4)).double()
+    frames = torch.randn(5, 3, dtype=torch.double, requires_grad=True)
+    names = [name for name, _ in network.named_parameters()]
+
+    def call(frames: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        parameters = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(network, parameters, (frames,))
+
+    assert torch.autograd.gradcheck(call, (frames, *network.parameters()))
+
+
+def test_members_start_apart_and_within_glorots_bounds():
+    network = MemberMLP(4, 10, (30,))
+    weight = network.weights[0].detach()
+    assert not torch.equal(weight[0], weight[1])
+    bound = (6 / (10 + 30)) ** 0.5  # Glorot & Bengio 2010, eq. 16
+    assert 0.95 * bound < float(weight.abs().max()) <= bound
+    assert float(weight.var()) == pytest.approx(bound**2 / 3, rel=0.1)

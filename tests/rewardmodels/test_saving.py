@@ -1,0 +1,222 @@
+"""A saved model answers as before, and a bad file is refused before anything runs."""
+
+import json
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from rewardmodels import (
+    Clips,
+    Comparisons,
+    DeepEnsemble,
+    NotFitted,
+    UnreadableFile,
+    fit,
+    load,
+    save,
+    saving,
+)
+from rewardmodels.networks import MemberMLP
+
+CLIPS = Clips(torch.randn(12, 3, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(12, 3))
+ANSWERS = Comparisons(CLIPS, torch.arange(12).view(6, 2), torch.tensor([0, 1, 1, 0, 0.5, 1]))
+
+
+class Mine(DeepEnsemble):
+    """A third party's, whose networks depend on the data that it saw first."""
+
+    def build(self, inputs: int) -> None:
+        super().build(inputs)
+        self.network = MemberMLP(self.members, inputs, (len(self.reference_observations),))
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepEnsemble:
+    return fit(DeepEnsemble(members=3, hidden=(8, 4), mistake_rate=0.1), ANSWERS, epochs=3)
+
+
+@pytest.fixture
+def file(model: DeepEnsemble, tmp_path: Path) -> Path:
+    save(model, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def test_round_trip_is_equal_to_the_last_bit(model, file):
+    again = load(file)
+    assert type(again) is DeepEnsemble
+    assert dict(again.hparams) == dict(model.hparams)
+    assert again.spec == model.spec
+    assert torch.equal(again.posterior(CLIPS).samples, model.posterior(CLIPS).samples)
+    one, other = model.state_dict(), again.state_dict()
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name])
+        assert one[name].dtype == other[name].dtype
+
+
+def test_a_loaded_model_goes_on_learning_as_the_saved_one_would(file, tmp_path):
+    one, other = load(file), load(file)
+    save(one, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+    for each in (one, other, load(tmp_path / "again")):
+        fit(each, ANSWERS, epochs=2)
+        assert torch.equal(each.counts(6), one.counts(6))
+        assert torch.equal(each.posterior(CLIPS).samples, one.posterior(CLIPS).samples)
+
+
+def test_loading_leaves_the_global_generator_alone(file):
+    before = torch.get_rng_state()
+    load(file)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_class_of_someone_elses(tmp_path):
+    mine = fit(Mine(members=2), ANSWERS, epochs=2)
+    save(mine, tmp_path / "mine")
+    again = load(tmp_path / "mine", Mine)
+    assert torch.equal(again.posterior(CLIPS).samples, mine.posterior(CLIPS).samples)
+    with pytest.raises(UnreadableFile, match=r"expected one of DeepEnsemble, got a Mine; pass its"):
+        load(tmp_path / "mine")
+
+
+def test_another_class_is_refused(file):
+    with pytest.raises(UnreadableFile, match="expected Mine, got a DeepEnsemble"):
+        load(file, Mine)
+
+
+def test_nothing_to_save(tmp_path):
+    with pytest.raises(NotFitted, match="DeepEnsemble: expected a fitted model"):
+        save(DeepEnsemble(), tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(model, file, monkeypatch):
+    before = file.read_bytes()
+
+    def half(tensors: Any, path: Path, about: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(saving, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        save(model, file)
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_write_replaces_the_old_file_and_leaves_no_other(model, file):
+    file.write_bytes(b"old")
+    save(model, file)
+    assert load(file).fitted
+    assert list(file.parent.iterdir()) == [file]
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pytest.fail, ("a file's code was run",)
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Bomb()))
+
+
+def checkpoint(path: Path) -> None:
+    torch.save({"state_dict": {}, "code": Bomb()}, path)
+
+
+def foreign(path: Path) -> None:
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, path)
+
+
+def huge_header(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+@pytest.mark.parametrize("make", [pickled, checkpoint, foreign, huge_header, Path.touch])
+def test_what_was_never_a_model_is_refused(tmp_path, make: Callable[[Path], None]):
+    make(tmp_path / "file")
+    with pytest.raises(UnreadableFile, match=r"file: expected a model written by rewardmodels"):
+        load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.999])
+def test_a_truncated_file_is_refused(file, keep):
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(keep * len(whole))])
+    with pytest.raises(UnreadableFile, match="damaged"):
+        load(file)
+
+
+def test_a_missing_file_is_no_damaged_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load(tmp_path / "nowhere")
+
+
+def rewritten(file: Path, about: Any = None, **tensors: torch.Tensor | None) -> None:
+    """Writes the file again, with other metadata or tensors."""
+    with safetensors.safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["rewardmodels"])
+    if isinstance(about, dict):
+        about = {**header, **about}
+    kept = {**safetensors.torch.load_file(file), **tensors}
+    safetensors.torch.save_file(
+        {name: value for name, value in kept.items() if value is not None},
+        file,
+        {"rewardmodels": json.dumps(header if about is None else about)},
+    )
+
+
+def test_rewriting_alone_does_no_harm(file, model):
+    rewritten(file, {})
+    assert torch.equal(load(file).posterior(CLIPS).samples, model.posterior(CLIPS).samples)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"format": 2}, "expected format 1 or older, got 2; update rewardmodels"),
+        ({"format": "new"}, "damaged"),
+        ({"format": None}, "damaged"),
+        ({"class": "os.system"}, "expected one of DeepEnsemble, got a os.system"),
+        ({"observation": 3}, "damaged"),
+        ({"observation": [7]}, "expected the tensors of a DeepEnsemble"),
+        ({"observation": ["a"]}, "expected the tensors of a DeepEnsemble"),
+        ({"hyper_parameters": {"members": 4, "hidden": [8, 4]}}, "expected the tensors"),
+        ({"hyper_parameters": {"members": 0}}, "expected the tensors"),
+        ({"hyper_parameters": {"command": "rm"}}, "expected the tensors"),
+        ({"hyper_parameters": [1]}, "expected the tensors"),
+        ({"hyper_parameters": {"members": 3, "hidden": [10**15]}}, "expected the tensors"),
+        ([1, 2], "damaged"),
+        ("text", "damaged"),
+    ],
+)
+def test_metadata_that_does_not_fit_is_refused(file, about, message):
+    rewritten(file, about)
+    with pytest.raises(UnreadableFile, match=message):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("network.weights.0", torch.zeros(3, 2, 2)),
+        ("network.weights.0", None),
+        ("norm.mean", None),
+        ("gauge", None),
+        ("gauge", torch.zeros(7)),
+        ("reference_observations", None),
+        ("reference_actions", torch.zeros(5, 9)),
+        ("extra", torch.zeros(1)),
+        ("network.extra", torch.zeros(1)),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(file, name, value):
+    rewritten(file, **{name: value})
+    with pytest.raises(UnreadableFile, match="expected the tensors of a DeepEnsemble"):
+        load(file)
