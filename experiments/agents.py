@@ -98,7 +98,8 @@ def make_agent(
         InvalidInput: If the algorithm can't act in the task's action space.
 
     Example:
-        >>> from experiments.tasks import find_task, make_vec_env
+        >>> from experiments.tasks import find_task
+        >>> from experiments.vecenvs import make_vec_env
         >>> task = find_task("Pendulum")
         >>> agent = make_agent("PPO", make_vec_env(task, 4, seed=0), task, seed=0, gamma=0.9)
         >>> agent.gamma, agent.n_steps

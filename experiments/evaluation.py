@@ -9,7 +9,9 @@ import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecNormalize
 
-from experiments.tasks import RenderingUnavailable, Task, make_vec_env, render_states
+from experiments.rendering import RenderingUnavailable, render_states
+from experiments.tasks import Task
+from experiments.vecenvs import make_vec_env
 from experiments.video import write_video
 from rewardmodels import Clips, RewardModel
 
@@ -46,9 +48,9 @@ def play(
     for _ in range(steps or task.horizon):
         action, _ = agent.predict(normalised.normalize_obs(seen), deterministic=deterministic)
         states = venv.states()
-        next_seen, rewards, _, _ = venv.step(action)
-        frames.append((next_seen, action, rewards, states))
-        seen = next_seen
+        seen, rewards, ends, infos = venv.step(action)
+        led_to = np.stack([i["terminal_observation"] for i in infos]) if ends.all() else seen
+        frames.append((led_to, action, rewards, states))
     venv.close()
     observations, actions, rewards, states = zip(*frames, strict=True)
     return Clips(

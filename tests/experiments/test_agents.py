@@ -5,7 +5,8 @@ import torch
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 from experiments.agents import PPO_ENVS, PPO_SETTINGS, make_agent, ppo_settings
-from experiments.tasks import TASKS, find_task, make_vec_env
+from experiments.tasks import TASKS, find_task
+from experiments.vecenvs import make_vec_env
 from rewardmodels.errors import InvalidInput, UnknownName
 
 PENDULUM = TASKS["Pendulum"]

@@ -5,15 +5,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from experiments.tasks import (
-    TASKS,
-    RenderingUnavailable,
-    Task,
-    find_task,
-    make_env,
-    make_vec_env,
-    render_states,
-)
+from experiments.rendering import RenderingUnavailable, render_states
+from experiments.tasks import TASKS, Task, find_task, make_env
+from experiments.vecenvs import make_vec_env
 from rewardmodels.errors import InvalidInput, UnknownName
 
 ON_ENVPOOL = sorted(set(TASKS) - {"InvertedPendulum"})
