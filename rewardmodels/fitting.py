@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -240,14 +239,12 @@ class _KeepBest(L.Callback):
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Lets Ctrl-C through: Lightning makes it a SystemExit, and ignores every later one."""
-    handler = signal.getsignal(signal.SIGINT)
+    """Lets Ctrl-C through, which Lightning makes a SystemExit that no caller expects."""
     try:
         yield
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
 
 

@@ -112,7 +112,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(model, file, monkey
 
 def test_a_write_replaces_the_old_file_and_leaves_no_other(model, file):
     file.write_bytes(b"old")
-    save(model, file)
+    with file.open("rb") as reading:
+        save(model, file)
+        assert reading.read() == b"old"  # who had it open sees the whole old one
     assert load(file).fitted
     assert list(file.parent.iterdir()) == [file]
 
