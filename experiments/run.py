@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from active import ACQUISITIONS
 from rewardmodels import InvalidInput, RewardModel, UnreadableFile
 
 METRICS = (
@@ -203,6 +204,9 @@ def describe(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
     if inspect.isfunction(value):
+        for name, known in ACQUISITIONS.items():
+            if value is known:
+                return name
         if "<" in value.__qualname__:
             raise InvalidInput(
                 f"{value.__qualname__}: expected a function at the top of a module, which can be "
