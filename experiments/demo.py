@@ -29,7 +29,6 @@ def demo(
         seed: Of everything drawn at random.
     """
     for arm in ("learned", "zero"):
-        print(f"{task}, {arm} reward, {steps:,} steps", flush=True)
         config = LearnConfig(
             task=task,
             reward=arm,
@@ -39,6 +38,7 @@ def demo(
             seed=seed,
             out=Path(out) / arm,
         )
+        print(f"{task}, {arm} reward, {steps:,} steps", flush=True)
         learn(config, resume=(config.out / "config.yaml").exists())
     learned, zero = Path(out) / "learned", Path(out) / "zero"
     report = write_report(learned, references=[zero])

@@ -103,6 +103,6 @@ class History:
 
     def load(self, path: Path) -> None:
         """Takes up what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             self.steps = int(file["steps"])
             self._columns = {name: file[name] for name in file.files if name != "steps"}

@@ -43,7 +43,8 @@ from experiments.history import History
 from experiments.report import write_report
 from experiments.rewarding import LearnedReward, RewardWrapper, relabel, zero_reward
 from experiments.run import Run, versions
-from experiments.tasks import find_task, make_vec_env
+from experiments.tasks import find_task
+from experiments.vecenvs import make_vec_env
 from rewardmodels import (
     Clips,
     DeepEnsemble,
@@ -153,15 +154,17 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
     torch.set_num_threads(config.threads)
     learner = Learner(config, run)
     run.start(config)  # only now, so that what is refused leaves no directory behind
-    bar = tqdm(
-        total=config.steps,
-        initial=learner.step,
-        unit=" steps",
-        unit_scale=True,
-        mininterval=1.0,
-        disable=not progress,
-    )
-    with bar, FeedbackStore(config.out / "answers.sqlite") as answers:
+    with (
+        FeedbackStore(config.out / "answers.sqlite") as answers,
+        tqdm(
+            total=config.steps,
+            initial=learner.step,
+            unit=" steps",
+            unit_scale=True,
+            mininterval=1.0,
+            disable=not progress,
+        ) as bar,
+    ):
         for round in range(learner.rounds_done, config.rounds):
             learner.seed(round)
             if config.reward == "learned":
