@@ -26,23 +26,25 @@ def zero_reward(observations: Array, actions: Array) -> Array:
 
 
 class LearnedReward:
-    r"""$(\mu - \kappa \sigma) / s$: a model's reward, less what it doesn't know, at one scale.
+    r"""$(\mu - \kappa \sigma - m) / s$: a model's reward, less what it doesn't know, at one scale.
 
-    Christiano et al. 2017, §2.2.1, normalise the learned reward to constant standard deviation,
-    since comparisons don't fix its scale for the policy's optimiser: s is the standard deviation
-    of $\mu$ over `clips`.
+    Comparisons fix neither the scale of a reward nor its zero. Here m and s are the mean and the
+    standard deviation of $\mu - \kappa \sigma$ over what the policy lately did (Christiano et al.
+    2017, §2.2.1, normalise to zero mean and constant standard deviation). Without m each refit
+    would move the value of every state by a constant, which the critic would first have to learn.
 
     Args:
-        model: A fitted model; its mean reward over its reference batch is zero.
+        model: A fitted model.
         clips: What the policy lately did.
         pessimism: $\kappa$, how many standard deviations are taken off.
     """
 
     def __init__(self, model: RewardModel, clips: Clips, pessimism: float = 0.0) -> None:
-        self.model, self.pessimism, self.scale = model, pessimism, 1.0
-        observations = clips.observations.flatten(0, 1)[:8192]
-        usual = self(observations.numpy(), clips.actions.flatten(0, 1)[:8192].numpy())
-        self.scale = max(float(usual.std()), 1e-6)
+        self.model, self.pessimism = model, pessimism
+        self.mean, self.scale = 0.0, 1.0
+        observations, actions = (x.flatten(0, 1) for x in (clips.observations, clips.actions))
+        usual = self(observations.numpy(), actions.numpy())
+        self.mean, self.scale = float(usual.mean()), max(float(usual.std()), 1e-6)
 
     def __call__(self, observations: Array, actions: Array) -> Array:
         belief = self.model.frame_posterior(
@@ -51,7 +53,8 @@ class LearnedReward:
         reward = belief.mean
         if self.pessimism:
             reward = reward - self.pessimism * belief.variance.sqrt()
-        return reward.cpu().numpy() / self.scale
+        normalised: Array = (reward.cpu().numpy() - self.mean) / self.scale
+        return normalised
 
 
 class RewardWrapper(VecEnvWrapper):
