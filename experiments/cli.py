@@ -125,18 +125,25 @@ def _learn(arguments: list[str]) -> None:
 def _demo(arguments: list[str]) -> None:
     from experiments.demo import demo
 
-    _call("demo", demo, arguments)
+    parser = _parser("demo")
+    parser.add_function_arguments(demo)
+    _call("demo", parser, demo, arguments)
 
 
 def _benchmark_learn(arguments: list[str]) -> None:
     from experiments.benchmarks.learn import benchmark_learn
 
-    _call("benchmark learn", benchmark_learn, arguments)
+    parser = _parser("benchmark learn")
+    parser.add_argument(
+        "--quick", action="store_true", help="in under 50 seconds, for trends: one task, one seed"
+    )
+    parser.add_function_arguments(benchmark_learn, skip={"quick"})
+    _call("benchmark learn", parser, benchmark_learn, arguments)
 
 
-def _call(words: str, function: Callable[..., object], arguments: list[str]) -> None:
-    parser = _parser(words)
-    parser.add_function_arguments(function)
+def _call(
+    words: str, parser: ArgumentParser, function: Callable[..., object], arguments: list[str]
+) -> None:
     settings = _parse(parser, arguments)
     again = shlex.join(["rewardmodels", *words.split(), *arguments])
     with _interruptible(lambda: f"The same command goes on: {again}"):

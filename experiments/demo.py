@@ -38,7 +38,8 @@ def demo(
             seed=seed,
             out=Path(out) / arm,
         )
-        print(f"{task}, {arm} reward, {steps:,} steps", flush=True)
+        if not (config.out / "result.json").exists():
+            print(f"{task}, {arm} reward, {steps:,} steps", flush=True)
         learn(config, resume=(config.out / "config.yaml").exists())
     learned, zero = Path(out) / "learned", Path(out) / "zero"
     report = write_report(learned, references=[zero])

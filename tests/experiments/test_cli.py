@@ -136,8 +136,8 @@ def refused(capsys, words) -> str:
         ("learn --out list.yaml/run", "out: expected a directory that can be written to, got "),
         ("demo --steps x", "steps: expected a whole number, got 'x'."),
         ("demo --task Hoper", "Did you mean 'Hopper'?"),
-        ("benchmark learn --jobs 0", "jobs: expected a number of at least 1, got 0."),
-        ("benchmark learn --json none/a.json", "json: expected a file in a directory that exists"),
+        ("benchmark learn --quick --jobs 0", "jobs: expected a number of at least 1, got 0."),
+        ("benchmark learn --quick --json none/a.json", "json: expected a file in a directory that exists"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_in_a_line(words, line, capsys):

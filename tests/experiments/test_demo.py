@@ -1,0 +1,42 @@
+"""The demonstration ends in a report, goes on where it stopped, and is shown again at no cost."""
+
+import json
+
+import pytest
+
+from experiments import learn as learning
+from experiments.cli import main
+from experiments.results import RunFiles
+from experiments.sentences import number
+
+WORDS = ["demo", "--task=Pendulum", "--steps=8192", "--comparisons=12"]
+
+
+def test_it_goes_on_where_it_stopped_and_is_shown_again(tmp_path, capsys, monkeypatch):
+    words = [*WORDS, f"--out={tmp_path / 'demo'}"]
+    keep, kept = learning.Learner.keep, []
+
+    def keep_then_stop(learner, round, *rest):
+        keep(learner, round, *rest)
+        kept.append((learner.config.reward, round))
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning.Learner, "keep", keep_then_stop)
+    assert main(words) == 130
+    assert f"The same command goes on: rewardmodels {' '.join(words)}" in capsys.readouterr().err
+    assert main(words) == 0
+    assert kept == [(arm, round) for arm in ("learned", "zero") for round in range(10)]
+    said = capsys.readouterr().out.splitlines()
+    learned, zero = (RunFiles.read(tmp_path / "demo" / arm) for arm in ("learned", "zero"))
+    assert said[-2].startswith("After 12 comparisons and 8,192 steps the agent reaches ")
+    assert number(learned.final_return) in said[-2]
+    assert f"zero reward: {number(zero.final_return)}" in said[-2]
+    assert said[-1] == f"Report: {tmp_path / 'demo' / 'learned' / 'report.html'}"
+
+    assert main(words) == 0
+    assert len(kept) == 20
+    assert capsys.readouterr().out.splitlines() == said[-2:]
+    result = json.loads((tmp_path / "demo" / "zero" / "result.json").read_text())
+    assert result["comparisons"] == 0
+    assert result["final_return"] == pytest.approx(zero.final_return)
