@@ -28,8 +28,9 @@ TASKS = ("HalfCheetah", "Hopper", "Walker2d")
 Reward = Literal["learned", "task", "zero"]
 ARMS: tuple[Reward, ...] = ("learned", "task", "zero")
 
-# Of all tasks the one where the reward that so few steps and answers teach is seen in the return.
-_QUICK_TASK = "HalfCheetah"
+# Of all tasks the one where so few steps on its own reward already give a return far above zero, so
+# that a ratio to it has a sense: seed 0 gave 338 after 40,960 steps, and -49 on no reward.
+_QUICK_TASK = "Hopper"
 _QUICK_STEPS = 40_960
 _QUICK: dict[str, Any] = {"comparisons": 200, "rounds": 8, "evaluate": 8, "video": False}
 

@@ -137,7 +137,8 @@ def refused(capsys, words) -> str:
         ("demo --steps x", "steps: expected a whole number, got 'x'."),
         ("demo --task Hoper", "Did you mean 'Hopper'?"),
         ("benchmark learn --quick --jobs 0", "jobs: expected a number of at least 1, got 0."),
-        ("benchmark learn --quick --json none/a.json", "json: expected a file in a directory that exists"),
+        ("benchmark learn --quick --json none/a.json", "json: expected a file in a "
+         "directory that exists"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused_in_a_line(words, line, capsys):
