@@ -117,6 +117,8 @@ def relabel(agent: OffPolicyAlgorithm, reward: RewardFunction, *, at_once: int =
     buffer = agent.replay_buffer
     assert buffer is not None
     size = buffer.size()
+    if size == 0:  # before the first step
+        return
     observations = buffer.next_observations[:size].reshape(-1, *buffer.obs_shape)
     actions = buffer.actions[:size].reshape(len(observations), -1)
     actions = agent.policy.unscale_action(actions).astype(np.float32)
