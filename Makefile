@@ -28,7 +28,7 @@ gpu: $(INSTALLED) ## what needs a CUDA device
 	$(BIN)/pytest tests -m gpu
 
 benchmark: $(INSTALLED) ## time what has to be fast
-	$(BIN)/rewardmodels benchmark
+	$(BIN)/rewardmodels benchmark learn
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check

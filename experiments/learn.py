@@ -59,6 +59,8 @@ from rewardmodels.fitting import MIN_COMPARISONS
 
 _MAX_SEED = 2**31 - 10_001  # EnvPool's are 32 bits, and each copy of an environment has its own
 
+_CLIPS_AT_RANDOM = 4  # clips' lengths after which the agent that acts at random starts over
+
 
 @dataclass
 class LearnConfig:
@@ -316,8 +318,12 @@ class Learner:
 
     def _act_at_random(self) -> None:
         self.env.action_space.seed(self.config.seed)
-        self.env.reset()
-        for _ in range(min(self.latest, self.task.horizon)):
+        # Starting over often: an agent that acts at random has soon fallen, and all that is to be
+        # learned about standing stands in an episode's first frames.
+        start_over = _CLIPS_AT_RANDOM * self.clip_length
+        for step in range(self.latest):
+            if step % start_over == 0:
+                self.env.reset()
             self.env.step(
                 np.stack([self.env.action_space.sample() for _ in range(self.env.num_envs)])
             )

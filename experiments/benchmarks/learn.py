@@ -71,7 +71,7 @@ def benchmark_learn(
                 Path(folder), (_QUICK_TASK,), 1, _QUICK_STEPS, 1, ("learned", "task"), **_QUICK
             )
     else:
-        figures |= compare_arms(Path(out), TASKS, seeds, steps, jobs, ARMS)
+        figures |= compare_arms(Path(out), TASKS, seeds, steps, jobs, ARMS, video=False)
     figures["versions"] = versions()
     text = json_.dumps(figures, indent=2)
     print(text)
@@ -91,6 +91,7 @@ def compare_arms(
 ) -> dict[str, Any]:
     """Return on the learned reward over that on the task's own, interquartile means over seeds."""
     cells = [(task, arm, seed) for seed in range(seeds) for task in tasks for arm in arms]
+    cells.sort(key=lambda cell: cell[1] == "zero")  # what the ratios need first
     work = (
         delayed(_run)(out / f"{task}-{arm}-{seed}", task, arm, seed, steps, settings)
         for task, arm, seed in cells
