@@ -186,6 +186,5 @@ _COMMANDS = {
 _DEFAULTS = {
     "model": {"class_path": "rewardmodels.DeepEnsemble"},
     "strategy": {"class_path": "active.BALD", "init_args": {"power": 1.0}},
-    "schedule": {"class_path": "active.Constant"},
     "teacher": {"class_path": "active.SyntheticTeacher"},
 }

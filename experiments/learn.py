@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from active import (
     BALD,
-    Constant,
     FeedbackStore,
     QueryStrategy,
     Schedule,
@@ -43,6 +42,7 @@ from experiments.history import History
 from experiments.report import write_report
 from experiments.rewarding import LearnedReward, RewardWrapper, relabel, zero_reward
 from experiments.run import Run, versions
+from experiments.settings import known_good
 from experiments.tasks import find_task
 from experiments.vecenvs import make_vec_env
 from rewardmodels import (
@@ -59,8 +59,6 @@ from rewardmodels.fitting import MIN_COMPARISONS
 
 _MAX_SEED = 2**31 - 10_001  # EnvPool's are 32 bits, and each copy of an environment has its own
 
-_CLIPS_AT_RANDOM = 4  # clips' lengths after which the agent that acts at random starts over
-
 
 @dataclass
 class LearnConfig:
@@ -74,11 +72,16 @@ class LearnConfig:
         reward: `learned` from comparisons, or one to compare with: the `task`'s own, or `zero`.
         model: The reward predictor.
         strategy: Which pairs of clips are asked about.
-        schedule: When they are asked about.
+        schedule: When they are asked about; None takes what is known to be good for the task.
         teacher: Who answers.
         algorithm: Any Stable-Baselines3 algorithm, by name.
         pessimism: Standard deviations that are taken off the learned reward.
-        rounds: How often asking, fitting and training take turns.
+        warm_up: Rounds of asking and fitting before the policy is trained at all, about an agent
+            that acts at random; they share what the schedule wants first. None takes what is known
+            to be good for the task.
+        start_over: Steps after which an agent that acts at random starts over. None takes what is
+            known to be good for the task.
+        rounds: Rounds of asking, fitting and training.
         focus: How much more is asked about clips that may be good: a clip counts by the power of
             its rank among the candidates in optimistic return (mean plus standard deviation).
         clip_length: Frames per clip; an episode's length where that is shorter.
@@ -101,10 +104,12 @@ class LearnConfig:
     reward: Literal["learned", "task", "zero"] = "learned"
     model: RewardModel = field(default_factory=DeepEnsemble)
     strategy: QueryStrategy = field(default_factory=lambda: BALD(power=1.0))
-    schedule: Schedule = field(default_factory=Constant)
+    schedule: Schedule | None = None
     teacher: Teacher = field(default_factory=SyntheticTeacher)
     algorithm: str = "PPO"
     pessimism: float = 0.0
+    warm_up: int | None = None
+    start_over: int | None = None
     rounds: int = 10
     focus: float = 4.0
     clip_length: int = 25
@@ -117,9 +122,14 @@ class LearnConfig:
     out: Path = Path("runs/learn")
 
     def __post_init__(self) -> None:
-        find_task(self.task)
+        task, good = find_task(self.task), known_good(self.task)
+        self.schedule = self.schedule or good.schedule()
+        self.warm_up = self.warm_up if self.warm_up is not None else good.warm_up
+        if self.start_over is None:
+            self.start_over = good.start_over or task.horizon
         for name, least in (
-            ("comparisons", 8), ("steps", 1), ("rounds", 1), ("clip_length", 1), ("candidates", 2),
+            ("comparisons", 8), ("steps", 1), ("warm_up", 1), ("start_over", 1), ("rounds", 1),
+            ("clip_length", 1), ("candidates", 2),
             ("epochs", 1), ("evaluate", 1), ("threads", 1), ("pessimism", 0), ("focus", 0),
             ("seed", 0),
         ):  # fmt: skip
@@ -171,12 +181,12 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
             disable=not progress,
         ) as bar,
     ):
-        for round in range(learner.rounds_done, config.rounds):
+        for round in range(learner.rounds_done, learner.rounds):
             learner.seed(round)
             if config.reward == "learned":
                 learner.ask(round, answers)
                 learner.fit_reward(answers)
-            learner.train_policy((round + 1) * config.steps // config.rounds, bar)
+            learner.train_policy(learner.trained_by(round), bar)
             learner.keep(round, answers, bar)
         result = learner.finish(answers)
     write_report(config.out)
@@ -195,6 +205,11 @@ class Learner:
         self.task = find_task(config.task)
         self.model = config.model
         self.rounds_done, self.seconds = 0, 0.0
+        assert config.schedule and config.warm_up and config.start_over  # __post_init__'s work
+        self.schedule, self.start_over = config.schedule, config.start_over
+        # Policies that need no answers need none beforehand.
+        self.warm_up = config.warm_up if config.reward == "learned" else 1
+        self.rounds = self.warm_up - 1 + config.rounds
 
         copies = PPO_ENVS if config.algorithm in ("PPO", "A2C") else 1
         self.clip_length = min(config.clip_length, self.task.horizon)
@@ -269,13 +284,13 @@ class Learner:
         self.run.log(row)
         self.run.checkpoint(round, self._write)
         bar.set_postfix_str(
-            f"round {round + 1}/{self.config.rounds}, {row['comparisons']:.0f} comparisons, "
+            f"round {round + 1}/{self.rounds}, {row['comparisons']:.0f} comparisons, "
             f"true return {row.get('task_return', float('nan')):.0f}"
         )
 
     def finish(self, answers: FeedbackStore) -> dict[str, Any]:
         """Plays the final policy, and writes the result, a video and the model."""
-        self.seed(self.config.rounds)
+        self.seed(self.rounds)
         config, out = self.config, self.config.out
         last = {name: value for row in self.run.rows for name, value in row.items()}
         clips = play(
@@ -307,22 +322,24 @@ class Learner:
         self.run.finish(result)
         return result
 
+    def trained_by(self, round: int) -> int:
+        """Steps that the policy will have been trained for after a round."""
+        return max(0, round - self.warm_up + 2) * self.config.steps // self.config.rounds
+
     def _due(self, round: int) -> int:
-        """Answers that there should be before this round's training; all by the last."""
+        """Answers that there should be before a round's training; all by the last."""
         a_round = self.config.steps // self.config.rounds
-        return self.config.schedule.comparisons_by(
-            round * a_round,
+        due = self.schedule.comparisons_by(
+            max(0, round - self.warm_up + 1) * a_round,
             total_steps=max(1, (self.config.rounds - 1) * a_round),
             budget=self.config.comparisons,
         )
+        return due if round >= self.warm_up else -(-due * (round + 1) // self.warm_up)
 
     def _act_at_random(self) -> None:
         self.env.action_space.seed(self.config.seed)
-        # Starting over often: an agent that acts at random has soon fallen, and all that is to be
-        # learned about standing stands in an episode's first frames.
-        start_over = _CLIPS_AT_RANDOM * self.clip_length
         for step in range(self.latest):
-            if step % start_over == 0:
+            if step % self.start_over == 0:
                 self.env.reset()
             self.env.step(
                 np.stack([self.env.action_space.sample() for _ in range(self.env.num_envs)])
