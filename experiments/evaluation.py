@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,6 @@ def play(
     *,
     episodes: int,
     seed: int,
-    steps: int | None = None,
-    deterministic: bool = False,
 ) -> Clips:
     """Plays whole episodes, all at once.
 
@@ -36,17 +35,15 @@ def play(
         task: The task.
         episodes: How many.
         seed: Of the first states; the actions' comes with the caller's.
-        steps: Only so many of each episode; None for all.
-        deterministic: Take the most likely action, and don't explore.
 
     Returns:
         `episodes` clips with the task's own reward and, where there are any, simulator states.
     """
     venv = make_vec_env(task, episodes, seed)
-    seen = venv.reset()
+    seen: Any = venv.reset()
     frames = []
-    for _ in range(steps or task.horizon):
-        action, _ = agent.predict(normalised.normalize_obs(seen), deterministic=deterministic)
+    for _ in range(task.horizon):
+        action, _ = agent.predict(normalised.normalize_obs(seen))  # explores, as in training
         states = venv.states()
         seen, rewards, ends, infos = venv.step(action)
         led_to = np.stack([i["terminal_observation"] for i in infos]) if ends.all() else seen

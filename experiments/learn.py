@@ -205,14 +205,17 @@ class Learner:
         self.task = find_task(config.task)
         self.model = config.model
         self.rounds_done, self.seconds = 0, 0.0
-        assert config.schedule and config.warm_up and config.start_over  # __post_init__'s work
-        self.schedule, self.start_over = config.schedule, config.start_over
+        assert config.schedule is not None  # the three that __post_init__ filled in
+        assert config.warm_up is not None
+        assert config.start_over is not None
+        self.schedule = config.schedule
         # Policies that need no answers need none beforehand.
         self.warm_up = config.warm_up if config.reward == "learned" else 1
         self.rounds = self.warm_up - 1 + config.rounds
 
         copies = PPO_ENVS if config.algorithm in ("PPO", "A2C") else 1
         self.clip_length = min(config.clip_length, self.task.horizon)
+        self.start_over = max(config.start_over, 2 * self.clip_length)
         # Steps of each copy that count as what the policy now does: whole episodes, since copies
         # start together, and a Hopper that fell is a poor sample of one that stood.
         self.latest = max(config.steps // (config.rounds * copies), self.task.horizon)
@@ -245,7 +248,7 @@ class Learner:
         n = self._due(round) - answers.counts().answered
         if n > 0 and not answers.queries(round):  # else they were put before an interruption
             clips = self._latest_clips(self.config.candidates)
-            pairs = self._choose(clips, n)
+            pairs = self._choose(clips, min(n, len(clips) * (len(clips) - 1) // 2))
             answers.add_queries(clips, pairs, round=round)
         if unanswered := [query.id for query in answers.queries(round, unanswered=True)]:
             clips, pairs = answers.clips_of(unanswered)
@@ -272,7 +275,7 @@ class Learner:
         """Trains the policy by ordinary reinforcement learning, up to a step."""
 
         def advance(*_: Any) -> bool:
-            bar.update(self.step - bar.n)
+            bar.update(min(self.step, bar.total) - bar.n)  # rollouts are whole
             return True
 
         if until > self.step:
@@ -283,9 +286,11 @@ class Learner:
         row = self._metrics(answers)
         self.run.log(row)
         self.run.checkpoint(round, self._write)
+        now = (
+            f"true return {row['task_return']:.0f}" if "task_return" in row else "no episode ended"
+        )
         bar.set_postfix_str(
-            f"round {round + 1}/{self.rounds}, {row['comparisons']:.0f} comparisons, "
-            f"true return {row.get('task_return', float('nan')):.0f}"
+            f"round {round + 1}/{self.rounds}, {row['comparisons']:.0f} comparisons, {now}"
         )
 
     def finish(self, answers: FeedbackStore) -> dict[str, Any]:
