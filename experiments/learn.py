@@ -136,8 +136,8 @@ class LearnConfig:
             if not getattr(self, name) >= least:
                 value = getattr(self, name)
                 raise InvalidInput(f"{name}: expected a number of at least {least}, got {value}.")
-        if math.inf in (self.pessimism, self.focus):
-            raise InvalidInput("pessimism, focus: expected finite numbers, got inf.")
+            if getattr(self, name) == math.inf:
+                raise InvalidInput(f"{name}: expected a finite number, got inf.")
         if self.seed > _MAX_SEED:
             raise InvalidInput(f"seed: expected at most {_MAX_SEED:,}, got {self.seed}.")
         if self.candidates * (self.candidates - 1) // 2 < self.comparisons:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from active import FeedbackStore
+from active import Constant, FeedbackStore, QueryStrategy
 from experiments.cli import main
 from experiments.learn import LearnConfig, Learner, learn
 from experiments.run import Run
@@ -29,6 +29,7 @@ TINY = {
     "steps": STEPS,
     "rounds": ROUNDS,
     "comparisons": COMPARISONS,
+    "clip_length": 40,
     "candidates": 30,
     "epochs": 3,
     "evaluate": 2,
@@ -95,7 +96,7 @@ def test_clips_are_whole_stretches_of_the_task(finished):
     with FeedbackStore(finished / "answers.sqlite") as answers:
         clips = answers.comparisons().clips
     assert clips.mask.all()
-    assert clips.length == 50
+    assert clips.length == TINY["clip_length"]
     cos, sin, speed = clips.observations[:, :-1].unbind(-1)  # led to by the action before
     push = clips.actions[:, 1:, 0].clamp(-2, 2)
     cost = torch.atan2(sin, cos) ** 2 + 0.1 * speed**2 + 0.001 * push**2  # Gymnasium's formula
@@ -279,7 +280,8 @@ def test_settings_out_of_range_are_refused():
     for name, value in (
         ("comparisons", 7), ("steps", 0), ("rounds", 0), ("clip_length", 0), ("evaluate", 0),
         ("threads", 0), ("seed", -1), ("pessimism", -0.1), ("pessimism", math.nan),
-        ("pessimism", math.inf), ("epochs", 0), ("seed", 2**31),
+        ("pessimism", math.inf), ("epochs", 0), ("seed", 2**31), ("focus", math.inf),
+        ("warm_up", 0), ("start_over", 0),
     ):  # fmt: skip
         with pytest.raises(InvalidInput, match=f"^{name}: expected"):
             LearnConfig(**{name: value})
@@ -318,3 +320,53 @@ def test_an_off_policy_algorithm_learns_goes_on_and_relabels(tmp_path):
         )
         expected = (float(seen.mean) - learner.env.reward.mean) / learner.env.reward.scale
         assert buffer.rewards[row, 0] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_warm_up_asks_in_parts_before_the_policy_is_trained(tmp_path):
+    settings = {"warm_up": 3, "rounds": 2, "steps": 6000, "comparisons": 24}
+    out = tmp_path / "run"
+    learn(tiny(out, schedule=Constant(initial=0.5), **settings), progress=False)
+    rows = metrics(out)
+    # Half of 24 in three parts, then the rest by the last round of training.
+    assert [row["comparisons"] for row in rows] == [4, 8, 12, 24]
+    assert [row["step"] for row in rows] == [0, 0, 4096, 6144]
+    with FeedbackStore(out / "answers.sqlite") as answers:
+        assert [len(answers.queries(round)) for round in range(4)] == [4, 4, 4, 12]
+
+
+def test_an_agent_that_acts_at_random_starts_over(tmp_path):
+    config = tiny(tmp_path / "run", start_over=100)
+    learner = Learner(config, Run(config.out))
+    learner.seed(0)
+    learner._act_at_random()
+    first = learner.history.cut(40, 10_000, learner.rng)
+    # 40 frames inside stretches of 100, in each of 32 copies of `latest` steps.
+    stretches, rest = divmod(learner.latest, 100)
+    assert len(first) == 32 * (stretches * 61 + max(0, rest - 39))
+
+
+class Remembers(QueryStrategy):
+    """Keeps the weights that it is given."""
+
+    def select(self, posterior, pairs, n, *, weights=None, generator=None):
+        self.hope = posterior.mean + posterior.variance.sqrt()
+        self.weights = weights
+        return torch.arange(n)
+
+
+@pytest.mark.parametrize("focus", [0.0, 4.0])
+def test_clips_count_by_their_rank_in_optimistic_return(finished, focus):
+    strategy = Remembers()
+    learner = Learner(tiny(finished), Run(finished))
+    learner.config.strategy, learner.config.focus = strategy, focus
+    learner.seed(0)
+    learner._choose(learner._latest_clips(20), 5)
+    order = np.argsort(strategy.hope.numpy())
+    np.testing.assert_allclose(strategy.weights[order], (np.arange(1, 21) / 20) ** focus, rtol=1e-6)
+
+
+def test_a_task_comes_with_settings_known_to_be_good():
+    walker, cheetah = LearnConfig(task="Walker2d"), LearnConfig(task="HalfCheetah")
+    assert (walker.warm_up, walker.start_over, walker.schedule.initial) == (4, 50, 0.5)
+    assert (cheetah.warm_up, cheetah.start_over, cheetah.schedule.initial) == (1, 1000, 0.25)
+    assert LearnConfig(task="Walker2d", warm_up=1).warm_up == 1
