@@ -145,14 +145,15 @@ class Disagreement(QueryStrategy):
     Args:
         samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
             size counts every member equally.
-        power: Draw the batch with probability proportional to score to this power, for variety
-            (`active.rules.Power`); None takes the highest scores.
+        power: Draw the batch with probability proportional to score to this power
+            (`active.rules.Power`); None takes the highest scores, which are often the same
+            question many times over.
 
     Raises:
         InvalidInput: Fewer than 1 sample, or a negative power.
     """
 
-    def __init__(self, samples: int = 32, power: float | None = None) -> None:
+    def __init__(self, samples: int = 32, power: float | None = 1.0) -> None:
         self.samples, self.power = samples, power
         self._scored = ScoredStrategy("preference_variance", _rule(power), samples)
 
@@ -178,8 +179,9 @@ class BALD(QueryStrategy):
     Args:
         samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
             size counts every member equally.
-        power: Draw the batch with probability proportional to score to this power, for variety
-            (`active.rules.Power`); None takes the highest scores.
+        power: Draw the batch with probability proportional to score to this power
+            (`active.rules.Power`); None takes the highest scores, which are often the same
+            question many times over.
         mistake_rate: Probability that the teacher answers at random.
 
     Raises:
@@ -187,7 +189,7 @@ class BALD(QueryStrategy):
     """
 
     def __init__(
-        self, samples: int = 32, power: float | None = None, mistake_rate: float = 0.0
+        self, samples: int = 32, power: float | None = 1.0, mistake_rate: float = 0.0
     ) -> None:
         check_mistake_rate(mistake_rate)
         self.samples, self.power, self.mistake_rate = samples, power, mistake_rate

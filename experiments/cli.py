@@ -185,6 +185,6 @@ _COMMANDS = {
 # Classes by name: LearnConfig's own defaults are objects, which no help text can show.
 _DEFAULTS = {
     "model": {"class_path": "rewardmodels.DeepEnsemble"},
-    "strategy": {"class_path": "active.BALD", "init_args": {"power": 1.0}},
+    "strategy": {"class_path": "active.BALD"},
     "teacher": {"class_path": "active.SyntheticTeacher"},
 }

@@ -103,7 +103,7 @@ class LearnConfig:
     steps: int = 300_000
     reward: Literal["learned", "task", "zero"] = "learned"
     model: RewardModel = field(default_factory=DeepEnsemble)
-    strategy: QueryStrategy = field(default_factory=lambda: BALD(power=1.0))
+    strategy: QueryStrategy = field(default_factory=BALD)
     schedule: Schedule | None = None
     teacher: Teacher = field(default_factory=SyntheticTeacher)
     algorithm: str = "PPO"

@@ -12,7 +12,10 @@ from active.acquisition import mutual_information, preference_variance
 from rewardmodels.errors import InvalidInput, UnknownName
 from rewardmodels.posterior import GaussianPosterior, SampledPosterior
 
-STRATEGIES = [Uniform(), Disagreement(7), BALD(7), Disagreement(7, power=1.0), BALD(7, power=4.0)]
+STRATEGIES = [
+    *(Uniform(), Disagreement(7, power=None), BALD(7, power=None)),
+    *(Disagreement(7), BALD(7, power=4.0)),
+]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -55,7 +58,7 @@ def test_bad_input_is_refused_by_name(strategy, change, message):
 
 @pytest.mark.parametrize(
     ("strategy", "score"),
-    [(Disagreement(7), preference_variance), (BALD(7), mutual_information)],
+    [(Disagreement(7, power=None), preference_variance), (BALD(7, power=None), mutual_information)],
     ids=["disagreement", "bald"],
 )
 def test_without_power_it_is_the_highest_scores(strategy, score):
@@ -65,7 +68,7 @@ def test_without_power_it_is_the_highest_scores(strategy, score):
     assert strategy.select(posterior, pairs, 9).tolist() == best
 
 
-@pytest.mark.parametrize("strategy", [Disagreement(7), BALD(7)])
+@pytest.mark.parametrize("strategy", [Disagreement(7, power=None), BALD(7, power=None)])
 def test_permuting_clips_permutes_the_selection(strategy):
     posterior, pairs = belief(), all_pairs(12)
     order = torch.randperm(12, generator=seeded(3))
@@ -84,7 +87,7 @@ def test_weights_multiply_a_pairs_score_by_both_its_clips():
         for s, (a, b) in zip(scores, pairs.tolist(), strict=True)
     ]
     best = sorted(range(len(pairs)), key=value.__getitem__, reverse=True)[:9]
-    assert Disagreement(7).select(posterior, pairs, 9, weights=weights).tolist() == best
+    assert Disagreement(7, power=None).select(posterior, pairs, 9, weights=weights).tolist() == best
 
 
 def test_bald_takes_the_teachers_mistakes_into_account():
@@ -92,8 +95,8 @@ def test_bald_takes_the_teachers_mistakes_into_account():
     # first, which told more while "yes" was rare and meant something.
     samples = torch.tensor([[0.5, 0.001, 0.35], [0.5, 0.15, 0.65]]).logit()
     posterior, pairs = SampledPosterior(samples), torch.tensor([[0, 1], [0, 2]])
-    assert BALD(2, mistake_rate=0.0).select(posterior, pairs, 1).item() == 0
-    assert BALD(2, mistake_rate=0.3).select(posterior, pairs, 1).item() == 1
+    assert BALD(2, power=None, mistake_rate=0.0).select(posterior, pairs, 1).item() == 0
+    assert BALD(2, power=None, mistake_rate=0.3).select(posterior, pairs, 1).item() == 1
     with pytest.raises(InvalidInput, match="mistake_rate"):
         BALD(mistake_rate=1.5)
 
@@ -101,7 +104,7 @@ def test_bald_takes_the_teachers_mistakes_into_account():
 def test_a_gaussian_belief_is_asked_about_what_it_is_unsure_of():
     # Clip 2 moves alone; clips 0 and 1 share all their uncertainty, so their difference is known.
     posterior = GaussianPosterior(torch.zeros(3), torch.tensor([[9.0, 0], [9.0, 0], [9.0, 5.0]]))
-    for strategy in (Disagreement(64), BALD(64)):
+    for strategy in (Disagreement(64, power=None), BALD(64, power=None)):
         chosen = strategy.select(posterior, all_pairs(3), 2, generator=seeded())
         assert sorted(chosen.tolist()) == [1, 2]
 
@@ -171,7 +174,7 @@ def test_power_spreads_a_batch_over_clips():
         chosen = pairs[strategy.select(posterior, pairs, 20, generator=seeded())]
         return int((chosen == 0).any(1).sum())
 
-    assert about_clip_0(BALD(16)) == 20
+    assert about_clip_0(BALD(16, power=None)) == 20
     assert about_clip_0(BALD(16, power=0.25)) < 20
 
 

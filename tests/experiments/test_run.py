@@ -163,7 +163,7 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     Run(tmp_path / "run").check(Settings(out=Path("elsewhere")), resume=True)
     other = Settings(steps=20, strategy=BALD(power=2.0))
     with pytest.raises(
-        InvalidInput, match=r"steps \(20 in place of 10\), strategy\.power \(2\.0 in place of None"
+        InvalidInput, match=r"steps \(20 in place of 10\), strategy\.power \(2\.0 in place of 1\.0"
     ):
         Run(tmp_path / "run").check(other, resume=True)
     for damage in ("", "steps: [", "- 3"):
