@@ -13,6 +13,7 @@ repeated, and goes on where it stopped.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from experiments.evaluation import play, show, write_frames
 from experiments.history import History
 from experiments.report import write_report
 from experiments.rewarding import LearnedReward, RewardWrapper, relabel, zero_reward
-from experiments.run import Run, versions
+from experiments.run import Run, versions, write_atomically
 from experiments.settings import known_good
 from experiments.tasks import find_task
 from experiments.vecenvs import make_vec_env
@@ -261,15 +262,17 @@ class Learner:
         comparisons = answers.comparisons()
         if comparisons is None or len(comparisons) < MIN_COMPARISONS:
             return  # the teacher has skipped nearly everything so far
-        fit(self.model, comparisons, epochs=self.config.epochs, seed=self.config.seed)
-        self.pay()
-
-    def pay(self) -> None:
-        """Pays the model's reward from now on, and for what a replay buffer remembers."""
         latest = self._latest_clips(100)
-        self.env.reward = LearnedReward(self.model, latest, self.config.pessimism)
+        old = self.env.reward
+        moments = old.moments(latest) if isinstance(old, LearnedReward) else (0.0, 1.0)
+        fit(self.model, comparisons, epochs=self.config.epochs, seed=self.config.seed)
+        self.pay(LearnedReward(self.model, self.config.pessimism).anchored(latest, *moments))
+
+    def pay(self, reward: LearnedReward) -> None:
+        """Pays a reward from now on, and for what a replay buffer remembers."""
+        self.env.reward = reward
         if isinstance(self.agent, OffPolicyAlgorithm):
-            relabel(self.agent, self.env.reward)
+            relabel(self.agent, reward)
 
     def train_policy(self, until: int, bar: tqdm) -> None:
         """Trains the policy by ordinary reinforcement learning, up to a step."""
@@ -398,8 +401,9 @@ class Learner:
         self.history.save(folder / "history.npz")
         if isinstance(self.agent, OffPolicyAlgorithm):
             self.agent.save_replay_buffer(folder / "replay.pkl")
-        if self.model.fitted:
+        if isinstance(reward := self.env.reward, LearnedReward):
             save(self.model, folder / "model.safetensors")
+            write_atomically(folder / "reward.json", json.dumps([reward.scale, reward.shift]))
 
     def _read(self, folder: Path, number: int) -> None:
         self.rounds_done, self.seconds = number + 1, self.run.rows[-1]["seconds"]
@@ -410,3 +414,5 @@ class Learner:
             self.agent.load_replay_buffer(folder / "replay.pkl")
         if (folder / "model.safetensors").exists():
             self.model = load(folder / "model.safetensors", type(self.model))
+            scale, shift = json.loads((folder / "reward.json").read_text())
+            self.env.reward = LearnedReward(self.model, self.config.pessimism, scale, shift)

@@ -26,25 +26,22 @@ def zero_reward(observations: Array, actions: Array) -> Array:
 
 
 class LearnedReward:
-    r"""$(\mu - \kappa \sigma - m) / s$: a model's reward, less what it doesn't know, at one scale.
+    r"""$a (\mu - \kappa \sigma) + b$: a model's reward, less what it doesn't know.
 
-    Comparisons fix neither the scale of a reward nor its zero. Here m and s are the mean and the
-    standard deviation of $\mu - \kappa \sigma$ over what the policy lately did (Christiano et al.
-    2017, §2.2.1, normalise to zero mean and constant standard deviation). Without m each refit
-    would move the value of every state by a constant, which the critic would first have to learn.
+    Comparisons fix neither the scale of a reward nor its zero: a and b are free.
 
     Args:
         model: A fitted model.
-        clips: What the policy lately did.
         pessimism: $\kappa$, how many standard deviations are taken off.
+        scale: a.
+        shift: b.
     """
 
-    def __init__(self, model: RewardModel, clips: Clips, pessimism: float = 0.0) -> None:
+    def __init__(
+        self, model: RewardModel, pessimism: float = 0.0, scale: float = 1.0, shift: float = 0.0
+    ) -> None:
         self.model, self.pessimism = model, pessimism
-        self.mean, self.scale = 0.0, 1.0
-        observations, actions = (x.flatten(0, 1) for x in (clips.observations, clips.actions))
-        usual = self(observations.numpy(), actions.numpy())
-        self.mean, self.scale = float(usual.mean()), max(float(usual.std()), 1e-6)
+        self.scale, self.shift = scale, shift
 
     def __call__(self, observations: Array, actions: Array) -> Array:
         belief = self.model.frame_posterior(
@@ -53,8 +50,27 @@ class LearnedReward:
         reward = belief.mean
         if self.pessimism:
             reward = reward - self.pessimism * belief.variance.sqrt()
-        normalised: Array = (reward.cpu().numpy() - self.mean) / self.scale
-        return normalised
+        paid: Array = self.scale * reward.cpu().numpy() + self.shift
+        return paid
+
+    def moments(self, clips: Clips) -> tuple[float, float]:
+        """Mean and standard deviation of what the clips' frames are paid."""
+        observations, actions = (x.flatten(0, 1) for x in (clips.observations, clips.actions))
+        paid = self(observations.numpy(), actions.numpy())
+        return float(paid.mean()), float(paid.std())
+
+    def anchored(self, clips: Clips, mean: float = 0.0, std: float = 1.0) -> LearnedReward:
+        """The same reward with a and b such that the clips' frames have this mean and this std.
+
+        At first these are 0 and 1 (Christiano et al. 2017, §2.2.1, normalise to zero mean and
+        constant standard deviation). At a refit they are what the reward before had there: else
+        each refit moves the value of all states, and while the critic follows, the clipping of
+        its large gradients holds the policy back.
+        """
+        plain = LearnedReward(self.model, self.pessimism)
+        raw_mean, raw_std = plain.moments(clips)
+        scale = std / max(raw_std, 1e-6)
+        return LearnedReward(self.model, self.pessimism, scale, mean - scale * raw_mean)
 
 
 class RewardWrapper(VecEnvWrapper):

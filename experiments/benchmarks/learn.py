@@ -20,6 +20,7 @@ from tqdm import tqdm
 from active import all_pairs, mutual_information
 from experiments.agents import PPO_ROLLOUT
 from experiments.learn import LearnConfig, Learner, learn
+from experiments.rewarding import LearnedReward
 from experiments.run import Run, versions, write_atomically
 from experiments.statistics import bootstrap_interval, interquartile_mean
 from rewardmodels import Clips, Comparisons, DeepEnsemble, InvalidInput, fit
@@ -144,7 +145,7 @@ def measure_throughput(rollouts: int) -> dict[str, float]:
         pairs = torch.arange(200).view(100, 2)
         better = (clips.returns[pairs[:, 1]] > clips.returns[pairs[:, 0]]).float()
         fit(learned.model, Comparisons(clips, pairs, better), epochs=5)
-        learned.pay()
+        learned.pay(LearnedReward(learned.model))
         for _ in range(rollouts):
             for arm, learner in learners.items():
                 before, started = learner.step, time.perf_counter()

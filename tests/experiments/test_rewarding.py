@@ -110,7 +110,7 @@ def test_the_learned_reward_is_the_models(model):
     observations, actions = clips.observations.flatten(0, 1), clips.actions.flatten(0, 1)
     belief = model.frame_posterior(observations, actions)
     for kappa in (0.0, 1.5):
-        reward = LearnedReward(model, clips, kappa)
+        reward = LearnedReward(model, kappa).anchored(clips)
         paid = reward(observations.numpy(), actions.numpy())
         lower = belief.mean - kappa * belief.variance.sqrt()
         one_by_one = [
@@ -135,10 +135,25 @@ class Stretched:
 def test_the_learned_rewards_scale_is_the_same_whatever_the_models():
     clips = some_clips()
     frames = clips.observations.flatten(0, 1).numpy(), clips.actions.flatten(0, 1).numpy()
-    one, other = (LearnedReward(Stretched(factor), clips)(*frames) for factor in (0.01, 50.0))
+    one, other = (
+        LearnedReward(Stretched(factor)).anchored(clips)(*frames) for factor in (0.01, 50.0)
+    )
     first = frames[0][:, 0]
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(one, (first - first.mean()) / first.std(), rtol=1e-3, atol=1e-5)
+
+
+def test_a_refit_keeps_what_the_policy_lately_did_at_its_mean_and_std():
+    clips = some_clips()
+    old = LearnedReward(Stretched(3.0), 0.0, 0.5, 7.0)
+    new = LearnedReward(Stretched(-20.0)).anchored(clips, *old.moments(clips))
+    frames = clips.observations.flatten(0, 1).numpy(), clips.actions.flatten(0, 1).numpy()
+    first = frames[0][:, 0]
+    assert new.moments(clips) == pytest.approx(
+        (1.5 * first.mean() + 7, 1.5 * first.std()), rel=1e-4
+    )
+    # The new model says the opposite of the old, so frames change places about the mean.
+    np.testing.assert_allclose(new(*frames) + old(*frames), 2 * old(*frames).mean(), rtol=1e-3)
 
 
 def test_a_replay_buffer_is_paid_anew():
