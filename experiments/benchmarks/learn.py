@@ -133,6 +133,7 @@ def measure_throughput(rollouts: int) -> dict[str, float]:
     """Environment steps a second with the learned and the task's own reward, taking turns."""
     seconds: dict[Reward, list[float]] = {"learned": [], "task": []}
     steps = 0
+    torch.set_num_threads(1)  # as in a run
     with tempfile.TemporaryDirectory() as folder:
         learners = {}
         for arm in seconds:
