@@ -353,7 +353,7 @@ def check_refuses_what_it_cannot_answer(make_model: MakeModel) -> None:
         ("a number moved to the actions", lambda: model.posterior(moved), InvalidInput),
     ):
         try:
-            ask()  # type: ignore[no-untyped-call]
+            ask()
         except expected:
             continue
         except Exception as error:
