@@ -117,12 +117,13 @@ class Epinet(SampledRewardModel):
         features = self.network.features(frames)
         base: Tensor = self.network.last(features).squeeze(1)
         of_frame = self.of_frame(torch.cat([features.detach(), frames], 1))
-        hidden = F.leaky_relu(of_frame + self.of_index(indices)[:, None], inplace=True)
-        # The index times the last layer's weights first: Z times fewer products than after it.
-        epinet = (hidden @ (indices @ self.out.weight)[:, :, None]).squeeze(2)
-        constant = indices @ self.out.bias
-        prior = indices @ self.prior(frames)
-        return base + epinet + constant[:, None] + self.prior_scale * prior
+        # Frames along the last axis: along the rows, this takes three times as long.
+        hidden = F.leaky_relu(of_frame.T + self.of_index(indices)[:, :, None], inplace=True)
+        # What is linear in the index, and the index times the last layer's weights: each a single
+        # product, where asking every output would be Z times as many.
+        linear = self.prior_scale * self.prior(frames) + self.out.bias[:, None]
+        rewards = torch.addmm(base, indices, linear)[:, None]
+        return torch.baddbmm(rewards, (indices @ self.out.weight)[:, None], hidden).squeeze(1)
 
     def loss(self, batch: PairBatch) -> Tensor:
         """Mean log loss over comparisons and a few fresh indices."""
