@@ -20,6 +20,7 @@ from rewardmodels import (
     save,
 )
 from rewardmodels import model as model_module
+from rewardmodels.checks import CHECKS
 
 MAKERS: dict[str, Callable[[], RewardModel]] = {
     "DeepEnsemble": lambda: DeepEnsemble(members=4, learning_rate=3e-3),
@@ -55,6 +56,12 @@ def maker(request) -> Callable[[], RewardModel]:
 @pytest.fixture(scope="module")
 def model(maker) -> RewardModel:
     return fit(maker(), answers(300), epochs=40)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("cls", [DeepEnsemble, Epinet, LaplaceHead, MCDropout])
+def test_keeps_its_promises(cls, check):
+    check(cls)
 
 
 def test_learns_a_linear_reward(model):
