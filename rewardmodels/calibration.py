@@ -278,11 +278,12 @@ def error_detection_auroc(uncertainty: Tensor, probability: Tensor, preference: 
     """Chance that a wrong answer is more uncertain than a right one; 0.5 is a coin.
 
     Ties (answers of exactly 0.5) are left out; a probability of exactly 0.5 is wrong one
-    way round and right the other. With $|p - 1/2|$ turned round as the uncertainty, it says
-    what the probability alone knows of its errors.
+    way round and right the other. The variance of a difference tends to grow with the difference
+    itself, so taken alone it may do worse than a coin: weigh it against the mean, or take
+    $-|p - 1/2|$.
 
     Args:
-        uncertainty: `(Q,)`, higher is less sure: the variance of a difference, say.
+        uncertainty: `(Q,)`, higher is less sure: the spread of a difference over its mean, say.
         probability: `(Q,)`.
         preference: `(Q,)`.
 
