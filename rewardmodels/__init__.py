@@ -2,7 +2,9 @@
 
 from rewardmodels.clips import Clips, cut
 from rewardmodels.comparisons import Comparisons
+from rewardmodels.dropout import MCDropout
 from rewardmodels.ensemble import DeepEnsemble
+from rewardmodels.epinet import Epinet
 from rewardmodels.errors import (
     FitDiverged,
     InvalidInput,
@@ -12,6 +14,7 @@ from rewardmodels.errors import (
     UnreadableFile,
 )
 from rewardmodels.fitting import fit
+from rewardmodels.laplace import LaplaceHead
 from rewardmodels.likelihood import negative_log_likelihood, preference_probability
 from rewardmodels.model import FitReport, FrameSpec, PairBatch, RewardModel, SampledRewardModel
 from rewardmodels.posterior import (
@@ -27,11 +30,14 @@ __all__ = [
     "Comparisons",
     "DeepEnsemble",
     "Difference",
+    "Epinet",
     "FitDiverged",
     "FitReport",
     "FrameSpec",
     "GaussianPosterior",
     "InvalidInput",
+    "LaplaceHead",
+    "MCDropout",
     "NotFitted",
     "PairBatch",
     "ReturnPosterior",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -16,12 +17,17 @@ from rewardmodels.networks import MemberMLP
 
 
 class DeepEnsemble(SampledRewardModel):
-    """K networks of one shape, each trained on its own bootstrap of the comparisons.
+    r"""K networks of one shape, each trained on its own bootstrap of the comparisons.
 
     Christiano et al. 2017, §2.2.3: "each trained on |D| triples sampled from D with
     replacement". The bootstrap is Oza & Russell's (2001): each member counts each comparison
     Poisson(1) times, which needs no redraw when answers are added. All members are one batched
     network and see the same minibatches; only their counts differ.
+
+    With `prior_scale` $\beta > 0$ a member is $f_k = g_k + \beta p_k$, where $p_k$ is a random
+    network of the same shape that is never trained (Osband et al. 2018, "Randomized prior
+    functions", arXiv:1806.03335, algorithm 1): where no answer speaks against it, each member
+    keeps its own prior's view, and members go on disagreeing.
 
     Args:
         members: K.
@@ -29,6 +35,7 @@ class DeepEnsemble(SampledRewardModel):
         learning_rate: Step size of AdamW.
         weight_decay: Decoupled weight decay of AdamW.
         mistake_rate: How often the teacher is taken to answer at random.
+        prior_scale: $\beta$, in reward units per frame for outputs of about one; 0 for no prior.
 
     Raises:
         InvalidInput: A number out of range.
@@ -39,6 +46,7 @@ class DeepEnsemble(SampledRewardModel):
     """
 
     network: MemberMLP
+    prior: MemberMLP | None
     bootstrap_seed: Tensor
 
     def __init__(
@@ -48,6 +56,7 @@ class DeepEnsemble(SampledRewardModel):
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
         mistake_rate: float = 0.0,
+        prior_scale: float = 0.0,
     ) -> None:
         super().__init__(
             learning_rate=learning_rate, weight_decay=weight_decay, mistake_rate=mistake_rate
@@ -56,20 +65,26 @@ class DeepEnsemble(SampledRewardModel):
             raise InvalidInput(
                 f"members, hidden: expected numbers of at least 1, got {members} and {hidden}."
             )
+        if not 0 <= prior_scale < math.inf:
+            raise InvalidInput(f"prior_scale: expected a number of at least 0, got {prior_scale}.")
         hidden = tuple(hidden)
         self.save_hyperparameters()
-        self.members, self.hidden = members, hidden
+        self.members, self.hidden, self.prior_scale = members, hidden, prior_scale
         self.register_buffer("bootstrap_seed", torch.tensor(0))
 
     def build(self, inputs: int) -> None:
         """Makes the members, and draws the seed of their bootstraps."""
         self.bootstrap_seed.random_(2**31)
         self.network = MemberMLP(self.members, inputs, self.hidden)
+        self.prior = None
+        if self.prior_scale > 0:
+            self.prior = MemberMLP(self.members, inputs, self.hidden).requires_grad_(False)
 
     def rewards(self, observations: Tensor, actions: Tensor) -> Tensor:
         """`(K, B)`, each member's view."""
-        rewards: Tensor = self.network(self.inputs(observations, actions))
-        return rewards
+        frames = self.inputs(observations, actions)
+        rewards: Tensor = self.network(frames)
+        return rewards if self.prior is None else rewards + self.prior_scale * self.prior(frames)
 
     def loss(self, batch: PairBatch) -> Tensor:
         """Mean over members and comparisons of the log loss times its count."""

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import lightning as L
@@ -100,7 +101,9 @@ def fit(
 
     with isolated_randomness(seed), _quiet():
         model.initialise(comparisons.clips)
-        keeper = _KeepBest(model, comparisons[kept_back].compact(), patience)
+        keeper = _KeepBest(
+            model, comparisons[~kept_back].compact(), comparisons[kept_back].compact(), patience
+        )
         model.observe(comparisons.compact().clips)
         model.train()
         trainer = trainer or L.Trainer(max_epochs=epochs, **_PLAIN)
@@ -157,9 +160,11 @@ class _Answers(Dataset[PairBatch]):
 class _KeepBest(L.Callback):
     """Keeps the weights of the best epoch, and says when to stop."""
 
-    def __init__(self, model: RewardModel, held_out: Comparisons, patience: int) -> None:
+    def __init__(
+        self, model: RewardModel, trained_on: Comparisons, held_out: Comparisons, patience: int
+    ) -> None:
         self.kept = _copy(model)
-        self.held_out, self.patience = held_out, patience
+        self.trained_on, self.held_out, self.patience = trained_on, held_out, patience
         self.report: FitReport | None = None
         self.diverged = False
         self.epoch = 0
@@ -204,11 +209,16 @@ class _KeepBest(L.Callback):
             trainer.should_stop = True
 
     def restore(self, model: RewardModel) -> None:
-        """Puts the kept weights back, and settles the model if it has learned anything."""
+        """Puts the kept weights back, and concludes the fit if anything has been learned."""
         model.load_state_dict(self.kept, strict=False)
         model.eval()
         if self.report:
-            model.settle()
+            with torch.no_grad():
+                model.settle()
+                model.conclude(self.trained_on)
+            # What was concluded may have made the belief surer or less sure than each epoch's was.
+            test, accuracy = self._score(model)
+            self.report = replace(self.report, held_out_log_loss=test, held_out_accuracy=accuracy)
             model.fitted, model.fit_report = True, self.report
 
     def _sound(self, model: RewardModel) -> bool:

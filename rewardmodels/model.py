@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import lightning as L
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rewardmodels.clips import Clips
+from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, NotFitted
 from rewardmodels.likelihood import check_mistake_rate
 from rewardmodels.networks import RunningNorm
@@ -18,6 +20,7 @@ from rewardmodels.posterior import ReturnPosterior, SampledPosterior
 # Bounds the memory of `posterior`, and keeps it within a processor's cache; each frame is seen
 # once either way.
 _FRAMES_AT_ONCE = 1 << 13
+_FUNCTIONS_AT_ONCE = 8  # with that many frames; more functions see fewer frames at a time
 _REFERENCE_FRAMES = 1024
 
 
@@ -94,10 +97,10 @@ class PairBatch:
 class RewardModel(L.LightningModule, ABC):
     """A belief about rewards, learned from comparisons by `rewardmodels.fit`.
 
-    A subclass says how it is built (`build`), what it minimises (`loss`), what is left to do
-    after the last step (`settle`) and what it believes of clips (`believe`). Its constructor
-    takes hyper-parameters only, all of them numbers, strings or tuples, and calls
-    `save_hyperparameters()`; shapes come with the first data.
+    A subclass says how it is built (`build`), what it minimises (`loss`), what follows each epoch
+    (`settle`) and, where it needs to, the last (`conclude`), and what it believes of clips
+    (`believe`). Its constructor takes hyper-parameters only, all of them numbers, strings or
+    tuples, and calls `save_hyperparameters()`; shapes come with the first data.
 
     Comparisons leave rewards free up to a constant per frame. Every sample is therefore
     centred on one reference batch, fixed at the first fit and stored with the model: its mean
@@ -145,7 +148,16 @@ class RewardModel(L.LightningModule, ABC):
 
     @abstractmethod
     def settle(self) -> None:
-        """Does what is left once the last step is taken: the gauge, an inverse Hessian."""
+        """Does what a belief needs after each epoch, and is quick: the gauge."""
+
+    def conclude(self, comparisons: Comparisons) -> None:
+        """Does what is left once the best weights are back: an inverse Hessian, say.
+
+        Called once a fit, without gradients, in eval mode and after `settle`.
+
+        Args:
+            comparisons: Those that were trained on; none that were kept back.
+        """
 
     @abstractmethod
     def believe(self, clips: Clips) -> ReturnPosterior:
@@ -277,15 +289,22 @@ class SampledRewardModel(RewardModel):
 
     def believe(self, clips: Clips) -> SampledPosterior:
         """Sums centred rewards over each clip's real frames."""
-        at_once = max(1, _FRAMES_AT_ONCE // clips.length)
-        some = (clips[i : i + at_once] for i in range(0, max(1, len(clips)), at_once))
         constant = self.gauge[:, None] * clips.lengths
+        some = in_parts(clips, functions=len(self.gauge))
         return SampledPosterior(torch.cat([self.returns(part) for part in some], 1) - constant)
 
     def returns(self, clips: Clips) -> Tensor:
         """`(S, N)` returns of each clip under each function, not yet centred."""
         rewards = self.rewards(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
         return rewards.unflatten(1, clips.mask.shape).masked_fill(~clips.mask, 0).sum(2)
+
+
+def in_parts(clips: Clips, *, functions: int = 1) -> Iterator[Clips]:
+    """Yields the clips in parts that so many functions can be asked about at once; at least one."""
+    frames = clips.length * -(-functions // _FUNCTIONS_AT_ONCE)
+    at_once = max(1, _FRAMES_AT_ONCE // frames)
+    for start in range(0, max(1, len(clips)), at_once):
+        yield clips[start : start + at_once]
 
 
 def _vectors(observations: Tensor, actions: Tensor) -> Tensor:

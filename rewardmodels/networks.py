@@ -50,6 +50,47 @@ class RunningNorm(nn.Module):
         return (frames - self.mean) / self.variance.sqrt().clamp_min(_SMALLEST_SCALE)
 
 
+class MLP(nn.Module):
+    """A multilayer perceptron whose last layer is linear in what `features` returns.
+
+    Args:
+        inputs: D, numbers per frame.
+        hidden: Widths of the hidden layers, at least one.
+
+    Example:
+        >>> network = MLP(inputs=3, hidden=(8, 4))
+        >>> network(torch.zeros(10, 3)).shape, network.features(torch.zeros(10, 3)).shape
+        (torch.Size([10]), torch.Size([10, 4]))
+    """
+
+    def __init__(self, inputs: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(*widths) for widths in pairwise([inputs, *hidden]))
+        self.last = nn.Linear(hidden[-1], 1)
+        for layer in (*self.layers, self.last):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def features(self, frames: Tensor, scales: Sequence[Tensor] | None = None) -> Tensor:
+        """Returns `(..., H)`, the last hidden layer for frames `(..., D)`.
+
+        Args:
+            frames: Normalised inputs.
+            scales: What each hidden layer's units are multiplied by, such as a dropout mask.
+        """
+        hidden = frames
+        for i, layer in enumerate(self.layers):
+            hidden = F.leaky_relu(layer(hidden), inplace=True)
+            if scales is not None:
+                hidden = hidden * scales[i]
+        return hidden
+
+    def forward(self, frames: Tensor, scales: Sequence[Tensor] | None = None) -> Tensor:
+        """Returns `(...)` outputs for frames `(..., D)`."""
+        outputs: Tensor = self.last(self.features(frames, scales))
+        return outputs.squeeze(-1)
+
+
 class MemberMLP(nn.Module):
     """K multilayer perceptrons of one shape, evaluated as one batched product per layer.
 

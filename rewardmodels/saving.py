@@ -11,15 +11,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rewardmodels.dropout import MCDropout
 from rewardmodels.ensemble import DeepEnsemble
+from rewardmodels.epinet import Epinet
 from rewardmodels.errors import NotFitted, UnreadableFile
 from rewardmodels.fitting import isolated_randomness
+from rewardmodels.laplace import LaplaceHead
 from rewardmodels.model import FrameSpec, RewardModel
 
 AnyModel = TypeVar("AnyModel", bound=RewardModel)
 
 FORMAT = 1
-PREDICTORS: dict[str, type[RewardModel]] = {cls.__name__: cls for cls in (DeepEnsemble,)}
+PREDICTORS: dict[str, type[RewardModel]] = {
+    cls.__name__: cls for cls in (DeepEnsemble, Epinet, LaplaceHead, MCDropout)
+}
 """Those that `load` knows by name. It never imports what a file names."""
 
 

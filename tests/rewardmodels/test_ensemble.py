@@ -195,6 +195,8 @@ def test_refuses_other_shapes_and_early_questions(model):
         ({"learning_rate": -1.0}, "learning_rate: .*-1.0"),
         ({"weight_decay": float("nan")}, "weight_decay: .*nan"),
         ({"mistake_rate": 1.0}, "mistake_rate: .*1.0"),
+        ({"prior_scale": -1.0}, "prior_scale: .*-1.0"),
+        ({"prior_scale": float("inf")}, "prior_scale: .*inf"),
     ],
 )
 def test_refuses_hyper_parameters(setting, message):
@@ -249,6 +251,47 @@ def test_loss_is_a_loop_over_members_and_answers():
             nll = -(said * math.log(p) + (1 - said) * math.log(1 - p))
             expected += float(counts[row, member]) * nll / 9
     assert float(model.loss(batch).detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_member_is_its_network_and_its_prior_by_scale():
+    clips, returns = world(n=12)
+    some = answers(clips, returns, 10)
+    model = fit(DeepEnsemble(members=3, hidden=(8,), prior_scale=0.7), some, epochs=2)
+    frames = model.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
+    came = model.rewards(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
+    for member in range(3):
+        expected = 0.0
+        for part, scale in ((model.network, 1.0), (model.prior, 0.7)):
+            hidden = frames @ part.weights[0][member].T + part.biases[0][member, :, 0]
+            hidden = torch.where(hidden > 0, hidden, 0.01 * hidden)
+            out = hidden @ part.weights[1][member].T + part.biases[1][member, :, 0]
+            expected = expected + scale * out.squeeze(1)
+        torch.testing.assert_close(came[member], expected)
+
+
+def test_priors_are_not_trained_nor_made_where_none_are_wanted():
+    clips, returns = world(n=12)
+    some = answers(clips, returns, 10)
+    model = fit(DeepEnsemble(members=3, prior_scale=2.0), some, epochs=1)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    fit(model, some, epochs=3)
+    for name, value in model.named_parameters():
+        # The constant cancels in every comparison.
+        still = name.startswith("prior.") or name == "network.biases.2"
+        assert torch.equal(value, before[name]) is still
+    plain = fit(DeepEnsemble(members=3), some, epochs=1)
+    assert not [name for name in plain.state_dict() if name.startswith("prior")]
+
+
+def test_members_with_priors_disagree_more_where_nothing_was_answered():
+    clips, returns = world(n=40)
+    far = Clips(clips.observations * 20, clips.actions * 20)
+    spread = []
+    for scale in (0.0, 1.0, 10.0):
+        model = DeepEnsemble(members=10, learning_rate=3e-3, prior_scale=scale)
+        fit(model, answers(clips, returns, 40), epochs=20)
+        spread.append(float(model.posterior(far).variance.median()))
+    assert spread[0] < spread[1] < spread[2]
 
 
 def test_the_reference_is_spread_over_real_frames():

@@ -81,7 +81,7 @@ def test_a_class_of_someone_elses(tmp_path):
     save(mine, tmp_path / "mine")
     again = load(tmp_path / "mine", Mine)
     assert torch.equal(again.posterior(CLIPS).samples, mine.posterior(CLIPS).samples)
-    with pytest.raises(UnreadableFile, match=r"expected one of DeepEnsemble, got a Mine; pass its"):
+    with pytest.raises(UnreadableFile, match=r"expected one of .*, got a Mine; pass its"):
         load(tmp_path / "mine")
 
 
@@ -185,7 +185,7 @@ def test_rewriting_alone_does_no_harm(file, model):
         ({"format": 2}, "expected format 1 or older, got 2; update rewardmodels"),
         ({"format": "new"}, "damaged"),
         ({"format": None}, "damaged"),
-        ({"class": "os.system"}, "expected one of DeepEnsemble, got a os.system"),
+        ({"class": "os.system"}, "expected one of DeepEnsemble, .*, got a os.system"),
         ({"observation": 3}, "damaged"),
         ({"observation": [7]}, "expected the tensors of a DeepEnsemble"),
         ({"observation": ["a"]}, "expected the tensors of a DeepEnsemble"),

@@ -1,0 +1,101 @@
+"""EPIC: how far apart two reward functions are, whatever their scale, constant and shaping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.regression import pearson_corrcoef
+
+from rewardmodels.errors import InvalidInput
+
+Reward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_AT_ONCE = 1 << 16  # transitions that a reward is asked about at once
+
+
+def epic_distance(
+    one: Reward,
+    other: Reward,
+    observations: Tensor,
+    actions: Tensor,
+    next_observations: Tensor,
+    *,
+    discount: float = 0.99,
+    draws: int = 256,
+    generator: torch.Generator | None = None,
+) -> float:
+    r"""EPIC distance of two reward functions (Gleave et al. 2021, §4).
+
+    $\sqrt{(1 - \rho)/2}$ with $\rho$ Pearson's correlation over the given transitions of both
+    rewards in canonical form,
+    $R(s,a,s') + E[\gamma R(s',A,S') - R(s,A,S') - \gamma R(S,A,S')]$.
+    The expectation is over `draws` pairs of an action and a next observation, drawn independently
+    of each other from those given and shared by all terms, so that potential shaping cancels
+    exactly. It is 0 for rewards that differ by shaping and a positive scale, 1 for a reward and its
+    negative, and $1/\sqrt 2$ for uncorrelated ones. The last term is a constant, which a
+    correlation doesn't see, and is left out.
+
+    Args:
+        one: Maps `(B, *obs)`, `(B, *act)` and `(B, *obs)` to `(B,)` rewards. For a model,
+            `lambda o, a, _: model.frame_posterior(o, a).mean`.
+        other: The same, of another reward.
+        observations: `(M, *obs)`.
+        actions: `(M, *act)`.
+        next_observations: `(M, *obs)`.
+        discount: $\gamma$ of the shaping, from 0 to 1.
+        draws: How many the expectation is over; M times as many rewards are computed, twice.
+        generator: Source of randomness.
+
+    Returns:
+        From 0 to 1; NaN where a reward is constant once it is in canonical form.
+
+    Raises:
+        InvalidInput: Fewer than two transitions, numbers of them that don't agree, or a discount
+            or a number of draws out of range.
+
+    Example:
+        >>> s, a, t = torch.randn(3, 50, 1).unbind()
+        >>> reward = lambda s, a, t: (s * a)[:, 0]
+        >>> round(epic_distance(reward, lambda s, a, t: -reward(s, a, t), s, a, t), 3)
+        1.0
+    """
+    m = len(observations)
+    if not m == len(actions) == len(next_observations) or m < 2:
+        raise InvalidInput(
+            "observations, actions, next_observations: expected one number of transitions, at "
+            f"least 2, got {m}, {len(actions)} and {len(next_observations)}."
+        )
+    if not 0 <= discount <= 1 or draws < 1:
+        raise InvalidInput(
+            "discount, draws: expected a number from 0 to 1 and one of at least 1, got "
+            f"{discount} and {draws}."
+        )
+    drawn_actions = actions[torch.randint(m, (draws,), generator=generator)]
+    drawn_next = next_observations[torch.randint(m, (draws,), generator=generator)]
+
+    def mean_from(reward: Reward, states: Tensor) -> Tensor:
+        rows = []
+        for some in states.split(max(1, _AT_ONCE // draws)):
+            n = len(some)
+            rewards = reward(
+                some.repeat_interleave(draws, 0),
+                drawn_actions.repeat(n, *(1,) * (actions.ndim - 1)),
+                drawn_next.repeat(n, *(1,) * (next_observations.ndim - 1)),
+            )
+            rows.append(rewards.view(n, draws).double().mean(1))
+        return torch.cat(rows)
+
+    with torch.no_grad():
+        one_canonical, other_canonical = (
+            reward(observations, actions, next_observations).double()
+            + discount * mean_from(reward, next_observations)
+            - mean_from(reward, observations)
+            for reward in (one, other)
+        )
+    if float(one_canonical.std()) == 0 or float(other_canonical.std()) == 0:
+        return float("nan")
+    correlation = float(pearson_corrcoef(one_canonical, other_canonical))
+    return float(np.sqrt(max(0.0, 1 - correlation) / 2))

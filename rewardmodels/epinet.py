@@ -1,0 +1,142 @@
+"""Epinet: one network, and a small one beside it that says what could be otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rewardmodels.errors import InvalidInput
+from rewardmodels.likelihood import negative_log_likelihood
+from rewardmodels.model import PairBatch, SampledRewardModel
+from rewardmodels.networks import MLP, MemberMLP
+
+_PRIOR_HIDDEN = (5, 5)  # Osband et al. 2023, §4.1
+
+
+class Epinet(SampledRewardModel):
+    r"""A base network and an epinet, a small network that also takes a random index.
+
+    Osband et al. 2023 (arXiv:2107.08924, eq. 5 and 6): with an index $\zeta \sim N(0, I)$,
+
+    $$r(x, \zeta) = \mu(x) + \zeta^\top h(\mathrm{sg}[\phi(x)], x, \zeta)
+    + \beta \sum_i \zeta_i p_i(x),$$
+
+    where $\phi$ is the base network's last hidden layer, which the epinet's gradient doesn't
+    reach (sg), $h$ has one hidden layer and is trained, and the $p_i$ are small random networks
+    that aren't. Each index is a function. Those asked for a belief follow from a seed drawn
+    when the networks are made and saved with them. In training all comparisons of a minibatch
+    see the same few fresh indices, each held fixed over all frames.
+
+    Frames pass the base network once, whatever the number of samples.
+
+    Args:
+        hidden: Widths of the base network's hidden layers; at least one.
+        index_dim: Numbers in an index.
+        samples: S, indices asked for a belief.
+        prior_scale: $\beta$, in reward units per frame for outputs of about one.
+        epinet_width: Hidden units of the epinet.
+        training_indices: Indices that each minibatch sees.
+        learning_rate: Step size of AdamW.
+        weight_decay: Decoupled weight decay of AdamW.
+        mistake_rate: How often the teacher is taken to answer at random.
+
+    Raises:
+        InvalidInput: A number out of range.
+
+    Example:
+        >>> Epinet(samples=256).hparams["index_dim"]
+        8
+    """
+
+    network: MLP
+    prior: MemberMLP
+    index_seed: Tensor
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (64, 64),
+        index_dim: int = 8,
+        samples: int = 64,
+        prior_scale: float = 0.3,
+        epinet_width: int = 16,
+        training_indices: int = 8,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2,
+        mistake_rate: float = 0.0,
+    ) -> None:
+        super().__init__(
+            learning_rate=learning_rate, weight_decay=weight_decay, mistake_rate=mistake_rate
+        )
+        hidden = tuple(hidden)
+        if not hidden or any(width < 1 for width in hidden):
+            raise InvalidInput(
+                f"hidden: expected at least one width, each of at least 1, got {hidden}."
+            )
+        for name, number in (
+            ("index_dim", index_dim),
+            ("samples", samples),
+            ("epinet_width", epinet_width),
+            ("training_indices", training_indices),
+        ):
+            if number < 1:
+                raise InvalidInput(f"{name}: expected at least 1, got {number}.")
+        if not 0 <= prior_scale < math.inf:
+            raise InvalidInput(f"prior_scale: expected a number of at least 0, got {prior_scale}.")
+        self.save_hyperparameters()
+        self.hidden, self.index_dim, self.samples = hidden, index_dim, samples
+        self.prior_scale, self.epinet_width = prior_scale, epinet_width
+        self.training_indices = training_indices
+        self.register_buffer("index_seed", torch.tensor(0))
+
+    def build(self, inputs: int) -> None:
+        """Makes the three networks, and draws the seed of the indices."""
+        self.index_seed.random_(2**31)
+        self.network = MLP(inputs, self.hidden)
+        # The first layer in its two parts, so that frames and indices each pass theirs once.
+        self.of_frame = nn.Linear(self.hidden[-1] + inputs, self.epinet_width)
+        self.of_index = nn.Linear(self.index_dim, self.epinet_width, bias=False)
+        self.out = nn.Linear(self.epinet_width, self.index_dim)
+        self.prior = MemberMLP(self.index_dim, inputs, _PRIOR_HIDDEN).requires_grad_(False)
+
+    def indices(self) -> Tensor:
+        """`(S, Z)`, those asked for a belief; the same at each call."""
+        generator = torch.Generator().manual_seed(int(self.index_seed))
+        return self._draw(self.samples, generator)
+
+    def rewards(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """`(S, B)`, the view of each index asked for a belief."""
+        return self.rewards_of(self.indices(), observations, actions)
+
+    def rewards_of(self, indices: Tensor, observations: Tensor, actions: Tensor) -> Tensor:
+        """`(I, B)` rewards of B frames under each of the indices `(I, Z)`, not yet centred."""
+        frames = self.inputs(observations, actions)
+        features = self.network.features(frames)
+        base: Tensor = self.network.last(features).squeeze(1)
+        of_frame = self.of_frame(torch.cat([features.detach(), frames], 1))
+        # Frames along the last axis: along the rows, this takes three times as long.
+        hidden = F.leaky_relu(of_frame.T + self.of_index(indices)[:, :, None], inplace=True)
+        # The index times the last layer's weights first: Z times fewer products than after it.
+        learned = ((indices @ self.out.weight)[:, None] @ hidden).squeeze(1)
+        constant = (indices @ self.out.bias)[:, None]
+        return base + learned + constant + self.prior_scale * (indices @ self.prior(frames))
+
+    def loss(self, batch: PairBatch) -> Tensor:
+        """Mean log loss over comparisons and a few fresh indices."""
+        indices = self._draw(self.training_indices)
+        first, second = (
+            self.rewards_of(indices, clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
+            .unflatten(1, clips.mask.shape)
+            .masked_fill(~clips.mask, 0)
+            .sum(2)
+            for clips in (batch.first, batch.second)
+        )
+        return negative_log_likelihood(
+            second - first, batch.preference, mistake_rate=self.mistake_rate
+        ).mean()
+
+    def _draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return torch.randn(n, self.index_dim, generator=generator).to(self.network.last.weight)

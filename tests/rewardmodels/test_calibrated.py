@@ -1,0 +1,311 @@
+"""Recalibration of beliefs whose fault is known, and coverage counted over many draws."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+import torch
+
+from rewardmodels import (
+    Clips,
+    Comparisons,
+    DeepEnsemble,
+    GaussianPosterior,
+    InvalidInput,
+    NotFitted,
+    ReturnPosterior,
+    SampledPosterior,
+    fit,
+)
+from rewardmodels.calibrated import ActivelyChosenWarning, Calibrated
+from rewardmodels.calibration import adaptive_calibration_error, log_loss
+
+
+class Fake:
+    """Believes of each clip what stands in its only observation, times `scale`."""
+
+    def __init__(self, scale: float = 1.0, spread: float = 0.0, kind: str = "sampled"):
+        self.scale, self.spread, self.kind = scale, spread, kind
+
+    def posterior(self, clips: Clips) -> ReturnPosterior:
+        mean = clips.observations.double().flatten(1)[:, 0]
+        if self.kind == "gaussian":
+            # Clips of even and of odd index are independent.
+            root = self.spread * torch.eye(2, dtype=torch.double)[torch.arange(len(mean)) % 2]
+            return GaussianPosterior(self.scale * mean, self.scale * root)
+        wiggle = self.spread * torch.stack([(7 * mean).sin(), -(7 * mean).sin()])
+        return SampledPosterior(self.scale * (mean + wiggle))
+
+    def frame_posterior(self, observations, actions) -> ReturnPosterior:
+        return self.posterior(Clips(observations[:, None], actions[:, None]))
+
+
+def clips_of(returns: torch.Tensor) -> Clips:
+    return Clips(returns[:, None, None], torch.zeros(len(returns), 1, 1))
+
+
+def asked(n: int, seed: int = 0, kind: str = "right") -> Comparisons:
+    """n random pairs of clips, answered as Bradley and Terry say."""
+    draw = torch.Generator().manual_seed(seed)
+    returns = 1.5 * torch.randn(2 * n, generator=draw, dtype=torch.double)
+    pairs = torch.arange(2 * n).view(n, 2)
+    difference = returns[pairs[:, 1]] - returns[pairs[:, 0]]
+    if kind == "bent":  # no temperature makes up for this
+        difference = 3 * difference.sign() * (difference.abs() > 1.5)
+    said = torch.bernoulli(torch.sigmoid(difference), generator=draw)
+    return Comparisons(clips_of(returns), pairs, said)
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize(("kind", "spread"), [("sampled", 0.0), ("gaussian", 0.5)])
+def test_temperature_recovers_a_known_fault(scale, kind, spread):
+    draw = torch.Generator().manual_seed(3)
+    n = 8000
+    mean = 1.5 * torch.randn(2 * n, generator=draw, dtype=torch.double)
+    # The truth is a draw of the belief before it was scaled.
+    returns = mean + spread * torch.randn(2 * n, generator=draw, dtype=torch.double)
+    pairs = torch.arange(2 * n).view(n, 2)
+    p = torch.sigmoid(returns[pairs[:, 1]] - returns[pairs[:, 0]])
+    said = Comparisons(clips_of(mean), pairs, torch.bernoulli(p, generator=draw))
+    came = Calibrated(Fake(scale, spread, kind)).calibrate(said, random=True)
+    # The information about log T is about 0.4 per answer: 5 deviations are 0.09.
+    assert came.temperature / scale == pytest.approx(1, abs=0.09)
+
+
+def test_temperature_is_a_minimum_of_the_log_loss():
+    said = asked(500)
+    came = Calibrated(Fake(3.0, 0.4)).calibrate(said, random=True)
+    base = Fake(3.0, 0.4).posterior(said.clips).samples
+    mu = ((said.preference * 500 + 1) / 502).numpy()
+
+    def loss(log_t: float) -> float:
+        d = (base[:, said.pairs[:, 1]] - base[:, said.pairs[:, 0]]).numpy() / math.exp(log_t)
+        p = (1 / (1 + np.exp(-d))).mean(0)
+        return -np.mean(mu * np.log(p) + (1 - mu) * np.log1p(-p))
+
+    expected = scipy.optimize.minimize_scalar(
+        loss, bounds=(-0.5, 4), method="bounded", options={"xatol": 1e-6}
+    ).x
+    assert math.log(came.temperature) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "gaussian"])
+def test_the_belief_is_the_models_divided_by_the_temperature(kind):
+    said = asked(200)
+    fake = Fake(3.0, 0.4, kind)
+    came = Calibrated(fake).calibrate(said, random=True)
+    base, belief = fake.posterior(said.clips), came.posterior(said.clips)
+    t, pairs = came.temperature, said.pairs
+    assert t > 1.5
+    torch.testing.assert_close(belief.mean, base.mean / t)
+    torch.testing.assert_close(belief.variance, base.variance / t**2)
+    torch.testing.assert_close(belief.covariance, base.covariance / t**2)
+    torch.testing.assert_close(belief.difference(pairs).mean, base.difference(pairs).mean / t)
+    expected = base.difference(pairs).variance / t**2
+    torch.testing.assert_close(belief.difference(pairs).variance, expected)
+    one, other = (x.rsample(5, torch.Generator().manual_seed(0)) for x in (belief, base))
+    torch.testing.assert_close(one, other / t)
+    draws = belief.rsample(40000, torch.Generator().manual_seed(0))[:, pairs]
+    expected = torch.sigmoid(draws[..., 1] - draws[..., 0]).mean(0)
+    torch.testing.assert_close(belief.preference(pairs), expected, atol=0.01, rtol=0)
+    frames = came.frame_posterior(said.clips.observations[:, 0], said.clips.actions[:, 0])
+    torch.testing.assert_close(frames.mean, belief.mean)
+
+
+@pytest.mark.parametrize("method", ["temperature", "isotonic"])
+def test_order_is_kept(method):
+    said, fresh = asked(400), asked(300, seed=1)
+    fake = Fake(5.0)
+    belief = Calibrated(fake, method).calibrate(said, random=True).posterior(fresh.clips)
+    base = fake.posterior(fresh.clips)
+    assert torch.equal(belief.mean.argsort(), base.mean.argsort())
+    order = base.preference(fresh.pairs).argsort()
+    steps = belief.preference(fresh.pairs)[order].diff()
+    assert (steps >= -1e-12).all()
+    if method == "temperature":
+        assert (steps > 0).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.6])
+def test_isotonic_is_antisymmetric_and_never_certain(spread):
+    said, fresh = asked(150), asked(300, seed=1)
+    came = Calibrated(Fake(5.0, spread), "isotonic").calibrate(said, random=True)
+    belief = came.posterior(fresh.clips)
+    for mistakes in (0.0, 0.2):
+        p = belief.preference(fresh.pairs, mistake_rate=mistakes)
+        swapped = belief.preference(fresh.pairs.flip(1), mistake_rate=mistakes)
+        torch.testing.assert_close(p + swapped, torch.ones_like(p), atol=1e-12, rtol=0)
+        assert p.min() >= (1 - mistakes) / 152 + mistakes / 2 - 1e-12
+    even = torch.tensor([[0, 0]])
+    torch.testing.assert_close(belief.preference(even), torch.tensor([0.5]).double())
+    # Whichever clip was written first while calibrating.
+    other = Calibrated(Fake(5.0, spread), "isotonic").calibrate(said.swapped(), random=True)
+    assert other.temperature == pytest.approx(came.temperature, rel=1e-6)
+    torch.testing.assert_close(
+        other.posterior(fresh.clips).preference(fresh.pairs),
+        belief.preference(fresh.pairs), atol=1e-4, rtol=0,
+    )  # fmt: skip
+
+
+def test_isotonic_mends_what_a_temperature_cannot():
+    said, fresh = asked(4000, kind="bent"), asked(4000, seed=1, kind="bent")
+    error, loss = {}, {}
+    for method in ("temperature", "isotonic"):
+        belief = Calibrated(Fake(), method).calibrate(said, random=True).posterior(fresh.clips)
+        p = belief.preference(fresh.pairs)
+        error[method] = adaptive_calibration_error(p, fresh.preference)
+        loss[method] = log_loss(p, fresh.preference)
+    assert error["temperature"] > 0.05 > 0.03 > error["isotonic"]
+    assert loss["isotonic"] < loss["temperature"] - 0.02
+
+
+def test_a_few_right_answers_make_nothing_certain():
+    clips, pairs = clips_of(torch.tensor([0.0, 1.0, 0.0, 2.0])), torch.tensor([[0, 1], [2, 3]])
+    for method in ("temperature", "isotonic"):
+        came = Calibrated(Fake(), method).calibrate(
+            Comparisons(clips, pairs, torch.ones(2)), random=True
+        )
+        assert (came.posterior(clips).preference(pairs) < 0.9).all()
+
+
+@pytest.mark.parametrize("coverage", [0.6, 0.9, 0.95])
+def test_prediction_sets_cover_as_stated(coverage):
+    """Over 200 resplits; of a model that is much too sure, and wrong in shape too."""
+    every = asked(4000, kind="bent")
+    fake, n, fresh = Fake(6.0, 0.5), 100, 50
+    draw = torch.Generator().manual_seed(4)
+    covered, larger = [], []
+    for _ in range(200):
+        rows = torch.randperm(4000, generator=draw)[: n + fresh]
+        came = Calibrated(fake)
+        came.calibrate(every[rows[:n]], random=True)
+        test = every[rows[n:]].compact()
+        chosen = came.posterior(test.clips).prediction_set(test.pairs, coverage)
+        assert chosen.any(1).all()
+        covered.append(chosen[torch.arange(fresh), test.preference.long()].double().mean())
+        larger.append(chosen.all(1).double().mean())
+    # Never less than stated, and where no set had to be filled, at most 1/(n + 1) more.
+    mean, error = float(np.mean(covered)), float(np.std(covered)) / math.sqrt(200)
+    assert mean > coverage - 4 * error
+    if coverage > 0.8:
+        assert mean < coverage + 1 / (n + 1) + 4 * error
+        assert 0 < np.mean(larger) < 1
+
+
+def test_each_split_covers_a_binomial_share():
+    """Each first fresh answer is covered with the stated probability: a binomial count of 200."""
+    every, draw = asked(3000), torch.Generator().manual_seed(6)
+    hits = 0
+    for _ in range(200):
+        rows = torch.randperm(3000, generator=draw)[:100]
+        came = Calibrated(Fake(4.0)).calibrate(every[rows[:99]], random=True)
+        one = every[rows[99:]].compact()
+        chosen = came.posterior(one.clips).prediction_set(one.pairs, 0.9)
+        hits += int(chosen[0, int(one.preference[0])])
+    low, high = scipy.stats.binom.interval(1 - 1e-4, 200, 0.9)
+    assert low <= hits <= high
+
+
+def test_prediction_set_is_its_definition():
+    said = asked(40)
+    said.preference[::5] = 0.5
+    fake = Fake(2.0)
+    belief = Calibrated(fake).calibrate(said, random=True).posterior(said.clips)
+    p = fake.posterior(said.clips).preference(said.pairs).tolist()
+    scores = sorted(
+        1 - (q if mu == 1 else 1 - q)
+        for q, mu in zip(p, said.preference.tolist(), strict=True)
+        if mu != 0.5
+    )
+    threshold = scores[math.ceil(33 * 0.8) - 1]  # 32 decided
+    expected = [[q <= threshold + 1e-12 or q <= 0.5, 1 - q <= threshold + 1e-12 or q >= 0.5]
+                for q in p]  # fmt: skip
+    chosen = belief.prediction_set(said.pairs, 0.8)
+    assert chosen.tolist() == expected
+    assert torch.equal(belief.prediction_set(said.pairs.flip(1), 0.8), chosen.flip(1))
+
+
+def test_a_pair_with_even_odds_may_go_either_way():
+    said = asked(20)
+    belief = Calibrated(Fake()).calibrate(said, random=True).posterior(said.clips)
+    assert belief.prediction_set(torch.tensor([[0, 0]]), 0.01).tolist() == [[True, True]]
+
+
+def test_says_how_many_answers_a_coverage_needs():
+    for n, coverage, needed in ((8, 0.9, 9), (18, 0.95, 19), (98, 0.99, 99)):
+        said = asked(n + 1)
+        few = Calibrated(Fake()).calibrate(said[:n], random=True).posterior(said.clips)
+        with pytest.raises(InvalidInput, match=rf"at least {needed} .* got {n};"):
+            few.prediction_set(said.pairs, coverage)
+        enough = Calibrated(Fake()).calibrate(said, random=True).posterior(said.clips)
+        assert enough.prediction_set(said.pairs, coverage).shape == (n + 1, 2)
+
+
+def test_warns_of_actively_chosen_comparisons():
+    said = asked(20)
+    with pytest.warns(ActivelyChosenWarning, match="drawn at random") as caught:
+        chosen = Calibrated(Fake()).calibrate(said, random=False)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = Calibrated(Fake()).calibrate(said, random=True)
+    assert chosen.temperature == drawn.temperature
+
+
+def test_ties_count_half_each_way():
+    said = asked(400)
+    tied = Comparisons(said.clips, said.pairs, torch.full((400,), 0.5))
+    # A teacher who sees no difference: as flat as can be.
+    assert Calibrated(Fake()).calibrate(tied, random=True).temperature > 50
+    belief = Calibrated(Fake()).calibrate(tied, random=True).posterior(said.clips)
+    with pytest.raises(InvalidInput, match="got 0;"):
+        belief.prediction_set(said.pairs)
+
+
+def test_calibrating_again_forgets():
+    said, fresh = asked(200), asked(200, seed=1)
+    once = Calibrated(Fake(3.0), "isotonic").calibrate(fresh, random=True)
+    twice = Calibrated(Fake(3.0), "isotonic").calibrate(said, random=True)
+    twice.calibrate(fresh, random=True)
+    one, other = (x.posterior(said.clips) for x in (once, twice))
+    assert torch.equal(one.preference(said.pairs), other.preference(said.pairs))
+    assert torch.equal(one.prediction_set(said.pairs), other.prediction_set(said.pairs))
+
+
+def test_a_real_model_is_held_and_left_as_it_was():
+    draw = torch.Generator().manual_seed(0)
+    clips = Clips(torch.randn(200, 4, 2, generator=draw), torch.zeros(200, 4, 1))
+    worth = clips.observations[..., 0].sum(1)
+    pairs = torch.randint(200, (300, 2), generator=draw)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    p = torch.sigmoid(worth[pairs[:, 1]] - worth[pairs[:, 0]])
+    said = Comparisons(clips, pairs, torch.bernoulli(p, generator=draw))
+    model = fit(DeepEnsemble(members=3), said[:100], epochs=200, held_out=0.0, batch_size=16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    belief = Calibrated(model).calibrate(said[100:200], random=True).posterior(clips)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    test = said[200:]
+    loss = log_loss(belief.preference(test.pairs), test.preference)
+    # Trained far past what 100 answers say.
+    assert loss < log_loss(model.posterior(clips).preference(test.pairs), test.preference) - 0.05
+
+
+def test_refuses():
+    said = asked(20)
+    with pytest.raises(InvalidInput, match=r"method: .*isotonic; got 'platt'"):
+        Calibrated(Fake(), "platt")
+    with pytest.raises(InvalidInput, match=r"comparisons: .*got none"):
+        Calibrated(Fake()).calibrate(said[:0], random=True)
+    with pytest.raises(NotFitted, match="call calibrate first"):
+        Calibrated(Fake()).posterior(said.clips)
+    with pytest.raises(NotFitted, match="call fit first"):
+        Calibrated(DeepEnsemble()).calibrate(said, random=True)
+    came = Calibrated(Fake()).calibrate(said, random=True)
+    for coverage in (0.0, 1.0, math.nan):
+        with pytest.raises(InvalidInput, match=f"coverage: .*{coverage}"):
+            came.posterior(said.clips).prediction_set(said.pairs, coverage)
+    with pytest.raises(InvalidInput, match="got CalibratedPosterior"):
+        Calibrated(came).calibrate(said, random=True)

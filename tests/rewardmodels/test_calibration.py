@@ -1,0 +1,317 @@
+"""Scores against scikit-learn, torchmetrics, SciPy, naive loops and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.calibration
+import sklearn.metrics
+import torch
+import torchmetrics.functional.classification as tm
+
+from rewardmodels import InvalidInput, SampledPosterior
+from rewardmodels.calibration import (
+    adaptive_calibration_error,
+    brier_score,
+    error_detection_auroc,
+    expected_calibration_error,
+    joint_log_loss,
+    log_loss,
+    rank_correlation,
+    reliability_curve,
+    risk_coverage,
+    sharpness,
+)
+
+
+def answers(n: int = 300, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities, and hard answers that they describe too surely."""
+    draw = np.random.default_rng(seed)
+    logit = draw.normal(0, 2, n)
+    said = draw.random(n) < 1 / (1 + np.exp(-logit / 2))
+    return torch.from_numpy(1 / (1 + np.exp(-logit))), torch.from_numpy(said.astype(float))
+
+
+def both_ways(p: torch.Tensor, said: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    return torch.cat([p, 1 - p]).numpy(), torch.cat([said, 1 - said]).numpy().astype(int)
+
+
+PAIR_SCORES = [
+    log_loss,
+    brier_score,
+    expected_calibration_error,
+    adaptive_calibration_error,
+    lambda p, said: error_detection_auroc(p.log().cos(), p, said),
+    lambda p, said: risk_coverage(p.log().cos(), p, said).aurc,
+]
+
+
+@pytest.mark.parametrize("score", PAIR_SCORES)
+def test_order_does_not_matter(score):
+    p, said = answers()
+    order = torch.randperm(len(p))
+    assert score(p[order], said[order]) == pytest.approx(score(p, said), rel=1e-12)
+
+
+@pytest.mark.parametrize("score", PAIR_SCORES[:4])
+def test_swapping_pairs_does_not_matter(score):
+    p, said = answers()
+    p[:40] = 0.5
+    said[:60:3] = 0.5
+    some = torch.arange(300) % 3 == 0
+    swapped = torch.where(some, 1 - p, p), torch.where(some, 1 - said, said)
+    assert score(*swapped) == pytest.approx(score(p, said), rel=1e-12)
+
+
+@pytest.mark.parametrize("score", [error_detection_auroc, lambda *a: risk_coverage(*a).augrc])
+def test_swapping_pairs_does_not_matter_to_detection(score):
+    (p, said), unsure = answers(), torch.rand(300)
+    p[:40] = 0.5
+    some = torch.arange(300) % 3 == 0
+    swapped = torch.where(some, 1 - p, p), torch.where(some, 1 - said, said)
+    assert score(unsure, *swapped) == pytest.approx(score(unsure, p, said), rel=1e-12)
+
+
+def test_log_loss_and_brier_are_scikit_learns():
+    p, said = answers()
+    assert log_loss(p, said) == pytest.approx(sklearn.metrics.log_loss(said, p))
+    assert brier_score(p, said) == pytest.approx(sklearn.metrics.brier_score_loss(said, p))
+    symmetric = both_ways(p, said)
+    assert log_loss(p, said) == pytest.approx(sklearn.metrics.log_loss(*symmetric[::-1]))
+
+
+@pytest.mark.parametrize(
+    "score", [log_loss, brier_score, expected_calibration_error, adaptive_calibration_error]
+)
+def test_a_tie_is_half_an_answer_each_way(score):
+    p, said = answers(100)
+    tied = torch.cat([said[:50], torch.full((50,), 0.5)])
+    # Decided answers twice, so that each half of a tie weighs as much as half an answer.
+    doubled = torch.cat([p, p]), torch.cat([said[:50], torch.ones(50), said[:50], torch.zeros(50)])
+    assert score(p, tied) == pytest.approx(score(*doubled), rel=1e-9)
+
+
+def test_coins_and_certainty():
+    coin, said = torch.full((7,), 0.5), torch.ones(7)
+    assert log_loss(coin, said) == pytest.approx(math.log(2))
+    assert (brier_score(coin, said), sharpness(coin)) == (0.25, 0)
+    # Both ways round, a coin is right half of the time.
+    assert expected_calibration_error(coin, said) == adaptive_calibration_error(coin, said) == 0
+    assert (log_loss(said, said), brier_score(said, said), sharpness(said)) == (0, 0, 1)
+    assert expected_calibration_error(said, said) == adaptive_calibration_error(said, said) == 0
+    assert (log_loss(1 - said, said), brier_score(1 - said, said)) == (100, 1)
+    assert expected_calibration_error(1 - said, said) == 1
+
+
+@pytest.mark.parametrize("bins", [1, 4, 15])
+def test_calibration_error_is_torchmetrics(bins):
+    p, said = answers()
+    both, outcome = both_ways(p, said)
+    expected = tm.binary_calibration_error(
+        torch.from_numpy(both), torch.from_numpy(outcome), n_bins=bins
+    )
+    came = expected_calibration_error(p, said, bins=bins)
+    assert came == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize(("binning", "strategy"), [("width", "uniform"), ("mass", "quantile")])
+@pytest.mark.parametrize("bins", [3, 10])
+def test_reliability_is_scikit_learns(binning, strategy, bins):
+    p, said = answers()
+    both, outcome = both_ways(p, said)
+    curve = reliability_curve(p, said, bins=bins, binning=binning)
+    frequency, probability = sklearn.calibration.calibration_curve(
+        outcome, both, n_bins=bins, strategy=strategy
+    )
+    np.testing.assert_allclose(curve.probability, probability)
+    np.testing.assert_allclose(curve.frequency, frequency)
+    assert curve.weight.sum() == pytest.approx(1)
+    if binning == "mass":
+        np.testing.assert_allclose(curve.weight, 1 / bins)
+
+
+def test_adaptive_error_is_a_loop_over_sorted_answers():
+    p, said = answers()
+    both, outcome = both_ways(p, said)
+    order, error = np.argsort(both), 0.0
+    for part in np.array_split(order, 10):
+        error += len(part) / 600 * abs(both[part].mean() - outcome[part].mean())
+    assert adaptive_calibration_error(p, said) == pytest.approx(error, rel=1e-9)
+
+
+def test_equal_probabilities_share_a_bin():
+    p, said = torch.full((100,), 0.8), (torch.arange(100) < 80).float()
+    curve = reliability_curve(p, said, binning="mass")
+    np.testing.assert_allclose(curve.probability, [0.2, 0.8], atol=1e-7)
+    np.testing.assert_allclose(curve.frequency, [0.2, 0.8])
+    assert adaptive_calibration_error(p, said) == pytest.approx(0, abs=1e-7)
+
+
+def test_calibrated_answers_have_a_small_error_and_overconfident_ones_a_larger():
+    draw = np.random.default_rng(5)
+    logit = torch.from_numpy(draw.normal(0, 2, 20000))
+    said = torch.from_numpy((draw.random(20000) < torch.sigmoid(logit).numpy()).astype(float))
+    for error in (expected_calibration_error, adaptive_calibration_error):
+        assert error(torch.sigmoid(logit), said) < 0.01
+        # The integral of |sigmoid(3x) - sigmoid(x)| for x normal with deviation 2.
+        x = np.linspace(-12, 12, 4001)
+        gap = np.abs(1 / (1 + np.exp(-3 * x)) - 1 / (1 + np.exp(-x)))
+        exact = np.trapezoid(gap * scipy.stats.norm.pdf(x, 0, 2), x)
+        assert error(torch.sigmoid(3 * logit), said, bins=50) == pytest.approx(exact, abs=0.01)
+
+
+def test_sharpness_is_a_loop():
+    p, _ = answers()
+    assert sharpness(p) == pytest.approx(np.mean([abs(2 * x - 1) for x in p.tolist()]))
+
+
+@pytest.mark.parametrize("mistakes", [0.0, 0.1])
+@pytest.mark.parametrize("group_size", [1, 3, 7, 50])
+def test_joint_log_loss_is_a_loop(group_size, mistakes):
+    samples = torch.randn(9, 6).double()
+    pairs = torch.tensor([[i % 6, (i + 1 + i % 4) % 6] for i in range(14)])
+    said = torch.tensor([0.0, 1.0, 1.0, 0.5, 0.25, 1.0, 0.0] * 2)
+    total = 0.0
+    for start in range(0, 14, group_size):
+        likelihood = []
+        for row in samples.tolist():
+            product = 1.0
+            for (i, j), mu in zip(
+                pairs[start : start + group_size].tolist(),
+                said[start : start + group_size].tolist(),
+                strict=True,
+            ):
+                p = (1 - mistakes) / (1 + math.exp(row[i] - row[j])) + mistakes / 2
+                product *= p**mu * (1 - p) ** (1 - mu)
+            likelihood.append(product)
+        total -= math.log(np.mean(likelihood))
+    came = joint_log_loss(samples, pairs, said, group_size=group_size, mistake_rate=mistakes)
+    assert came == pytest.approx(total / 14, rel=1e-9)
+    swapped = joint_log_loss(
+        samples, pairs.flip(1), 1 - said, group_size=group_size, mistake_rate=mistakes
+    )
+    assert swapped == pytest.approx(came, rel=1e-12)
+
+
+def test_joint_log_loss_of_single_pairs_is_the_marginal():
+    belief = SampledPosterior(torch.randn(20, 8).double())
+    pairs, said = torch.arange(8).view(4, 2), torch.tensor([1.0, 0.0, 1.0, 1.0])
+    came = joint_log_loss(belief.samples, pairs, said, group_size=1)
+    assert came == pytest.approx(log_loss(belief.preference(pairs), said))
+
+
+def test_joint_log_loss_stays_finite_for_absurd_returns():
+    samples = torch.tensor([[0.0, -1e5]])
+    came = joint_log_loss(samples, torch.tensor([[0, 1]] * 20), torch.ones(20))
+    assert came == pytest.approx(1e5)
+
+
+def test_rank_correlation_is_scipys():
+    one, other = torch.randn(50), torch.randn(50)
+    one[::3] = 0.0
+    expected = scipy.stats.spearmanr(one, other).statistic
+    assert rank_correlation(one, other) == pytest.approx(expected)
+    assert rank_correlation(one, one.exp()) == pytest.approx(1)
+    assert math.isnan(rank_correlation(one, torch.ones(50)))
+
+
+def test_detection_is_a_loop_over_wrong_and_right_answers():
+    p, said = answers(80)
+    p[:10], said[::7] = 0.5, 0.5
+    # Far outside [0, 1], with ties, and closer together than single precision tells apart.
+    unsure = (torch.rand(80).double() * 20).floor() * 1e-12 + 1e3
+    wrong, right = [], []
+    for one, q, mu in zip(unsure.tolist(), p.tolist(), said.tolist(), strict=True):
+        for probability, answer in ((q, mu), (1 - q, 1 - mu)):
+            if mu != 0.5:
+                (wrong if (probability > 0.5) != (answer > 0.5) else right).append(one)
+    above = [(a > b) + (a == b) / 2 for a in wrong for b in right]
+    assert error_detection_auroc(unsure, p, said) == pytest.approx(np.mean(above))
+
+
+def test_detection_without_errors_is_nan():
+    p = torch.tensor([0.9, 0.2])
+    assert math.isnan(error_detection_auroc(p, p, p.round()))
+    assert math.isnan(error_detection_auroc(p, p, 1 - p.round()))
+
+
+def test_risk_coverage_is_a_loop_where_no_uncertainty_is_shared():
+    p, said = answers(60)
+    unsure = torch.rand(60)
+    curve = risk_coverage(unsure, p, said)
+    wrong = ((p > 0.5) != (said > 0.5))[unsure.argsort()].tolist()
+    for k in range(1, 61):
+        assert curve.coverage[k - 1] == pytest.approx(k / 60)
+        assert curve.risk[k - 1] == pytest.approx(sum(wrong[:k]) / k)
+        assert curve.generalised_risk[k - 1] == pytest.approx(sum(wrong[:k]) / 60)
+    assert curve.aurc == pytest.approx(np.mean(curve.risk))
+
+
+@pytest.mark.parametrize("levels", [1, 4, 10**6])
+def test_augrc_is_its_closed_form(levels):
+    p, said = answers()
+    unsure = (torch.rand(300) * levels).floor()
+    wrong = ((p > 0.5) != (said > 0.5)).numpy()
+    accuracy = 1 - wrong.mean()
+    auroc = sklearn.metrics.roc_auc_score(wrong, unsure)
+    expected = (1 - auroc) * accuracy * (1 - accuracy) + (1 - accuracy) ** 2 / 2
+    assert risk_coverage(unsure, p, said).augrc == pytest.approx(expected, rel=1e-9)
+
+
+def test_equal_uncertainties_are_the_mean_over_orders():
+    p, said = answers(40)
+    unsure = (torch.rand(40).double() * 5).floor()
+    came = risk_coverage(unsure, p, said)
+    draw = np.random.default_rng(0)
+    risks = []
+    for _ in range(2000):
+        jitter = torch.from_numpy(draw.random(40)) / 2
+        risks.append(risk_coverage(unsure + jitter, p, said).risk)
+    error = np.std(risks, 0) / math.sqrt(2000)
+    assert (np.abs(np.mean(risks, 0) - came.risk) <= 5 * error + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: log_loss(torch.zeros(0), torch.zeros(0)), r"got \(0,\) and \(0,\)"),
+        (lambda: log_loss(torch.zeros(3), torch.zeros(2)), r"got \(3,\) and \(2,\)"),
+        (
+            lambda: brier_score(torch.tensor([0.5, 1.5]), torch.zeros(2)),
+            "probability: .*1.5 in row 1",
+        ),
+        (lambda: brier_score(torch.zeros(1), torch.tensor([torch.nan])), "preference: .*nan"),
+        (lambda: reliability_curve(torch.zeros(1), torch.zeros(1), bins=0), "bins: .*got 0"),
+        (
+            lambda: reliability_curve(torch.zeros(1), torch.zeros(1), binning="x"),
+            "binning: .*got 'x'",
+        ),
+        (lambda: rank_correlation(torch.zeros(1), torch.zeros(1)), "at least 2"),
+        (
+            lambda: risk_coverage(torch.zeros(3), torch.zeros(2), torch.zeros(2)),
+            r"uncertainty: .*\(2,\).*got \(3,\)",
+        ),
+        (
+            lambda: risk_coverage(torch.zeros(2), torch.zeros(2), torch.full((2,), 0.5)),
+            "preference: .*isn't a tie",
+        ),
+        (
+            lambda: joint_log_loss(torch.zeros(2), torch.zeros(1, 2).long(), torch.zeros(1)),
+            r"samples: .*\(2,\)",
+        ),
+        (
+            lambda: joint_log_loss(torch.zeros(2, 2), torch.zeros(1, 2).long(), torch.zeros(2)),
+            r"pairs, preference: .*\(1, 2\) and \(2,\)",
+        ),
+        (
+            lambda: joint_log_loss(
+                torch.zeros(2, 2), torch.zeros(1, 2).long(), torch.zeros(1), group_size=0
+            ),
+            "group_size: .*got 0",
+        ),
+    ],
+)
+def test_refuses(ask, message):
+    with pytest.raises(InvalidInput, match=message):
+        ask()

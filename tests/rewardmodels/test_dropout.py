@@ -1,0 +1,129 @@
+"""MC dropout: a sample is one mask for everything, and a comparison is trained under one."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from rewardmodels import Clips, Comparisons, InvalidInput, MCDropout, PairBatch, fit
+
+CLIPS = Clips(torch.randn(20, 4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(20, 4))
+ANSWERS = Comparisons(CLIPS, torch.arange(20).view(10, 2), torch.tensor([1.0, 0.0]).repeat(5))
+
+
+@pytest.fixture(scope="module")
+def model() -> MCDropout:
+    return fit(MCDropout(samples=6, hidden=(8, 5), rate=0.3), ANSWERS, epochs=3)
+
+
+def one_frame(model: MCDropout, frame: torch.Tensor, masks: list[np.ndarray]) -> float:
+    """A network with dropout, in NumPy, for one frame and one mask a layer."""
+    hidden = model.norm(frame).numpy()
+    layers = [*model.network.layers, model.network.last]
+    weights = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in layers]
+    for (weight, bias), mask in zip(weights[:-1], masks, strict=True):
+        hidden = weight @ hidden + bias
+        hidden = np.where(hidden > 0, hidden, 0.01 * hidden) * mask
+    return float((weights[-1][0] @ hidden + weights[-1][1])[0])
+
+
+def one_clip(model: MCDropout, clip: int, masks: list[np.ndarray]) -> float:
+    frames = torch.cat([CLIPS.observations[clip], CLIPS.actions[clip][:, None]], 1)
+    return sum(one_frame(model, frame, masks) for frame in frames)
+
+
+def test_a_sample_is_one_mask_for_every_clip_and_frame(model):
+    masks = [mask.squeeze(1).numpy() for mask in model.masks()]
+    for sample in range(6):
+        own = [mask[sample] for mask in masks]
+        frames = torch.cat([model.reference_observations, model.reference_actions[:, None]], 1)
+        constant = np.mean([one_frame(model, frame, own) for frame in frames])
+        expected = [one_clip(model, clip, own) - 4 * constant for clip in range(20)]
+        came = model.posterior(CLIPS).samples[sample]
+        np.testing.assert_allclose(came, expected, atol=1e-5)
+
+
+class AnewPerFrame(MCDropout):
+    """The mistake: nn.Dropout left on, which draws for each frame."""
+
+    def rewards(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        frames = self.inputs(observations, actions)
+        return torch.stack([self.network(frames, self._per_frame(len(frames))) for _ in range(200)])
+
+    def _per_frame(self, n: int) -> list[torch.Tensor]:
+        return [mask.squeeze(1) for mask in self._draw(n)]
+
+
+def test_a_mask_per_frame_would_make_a_clip_differ_from_itself():
+    copies = CLIPS[[0, 0]]
+    itself = torch.tensor([[0, 1]])
+    right = fit(MCDropout(samples=200, rate=0.3), ANSWERS, epochs=3).posterior(copies)
+    wrong = fit(AnewPerFrame(rate=0.3), ANSWERS, epochs=3).posterior(copies)
+    assert float(right.variance.min()) > 0
+    assert float(right.difference(itself).variance) < 1e-10
+    # Independent copies: the variance of the difference is the sum of the variances.
+    assert float(wrong.difference(itself).variance) > float(wrong.variance.min())
+
+
+def test_masks_keep_a_share_and_the_mean():
+    masks = MCDropout(samples=500, hidden=(40, 30), rate=0.3).masks()
+    assert [tuple(mask.shape) for mask in masks] == [(500, 1, 40), (500, 1, 30)]
+    values = torch.cat([mask.flatten() for mask in masks])
+    assert {round(value, 5) for value in values.unique().tolist()} == {0.0, round(1 / 0.7, 5)}
+    kept = int((values > 0).sum())
+    assert scipy.stats.binomtest(kept, len(values), 0.7).pvalue > 1e-4
+
+
+def test_masks_are_those_of_the_model_and_stay(model):
+    before = [mask.clone() for mask in model.masks()]
+    torch.rand(7)
+    fit(model, ANSWERS, epochs=1, seed=9)
+    assert all(torch.equal(*both) for both in zip(before, model.masks(), strict=True))
+    other = fit(MCDropout(samples=6, hidden=(8, 5), rate=0.3), ANSWERS, epochs=1, seed=1)
+    assert not all(torch.equal(*both) for both in zip(before, other.masks(), strict=True))
+
+
+def test_loss_is_a_loop_over_answers_each_under_one_mask(model, monkeypatch):
+    index = torch.tensor([3, 0, 8])
+    first, second = ANSWERS.pairs[index].T
+    batch = PairBatch(CLIPS[first], CLIPS[second], ANSWERS.preference[index], index)
+    drawn, draw = [], model._draw
+    monkeypatch.setattr(model, "_draw", lambda n: drawn.append(draw(n)) or drawn[-1])
+    came = float(model.loss(batch).detach())
+    (masks,) = drawn
+    expected = 0.0
+    for place, row in enumerate(index.tolist()):
+        own = [mask[place, 0].numpy() for mask in masks]
+        a, b = (one_clip(model, int(clip), own) for clip in ANSWERS.pairs[row])
+        p = 1 / (1 + math.exp(a - b))
+        expected -= math.log(p if ANSWERS.preference[row] else 1 - p) / 3
+    assert came == pytest.approx(expected, rel=1e-4)
+    assert not torch.equal(masks[0][0], masks[0][1])
+
+
+def test_in_training_too_a_clip_does_not_differ_from_itself(model):
+    batch = PairBatch(CLIPS[:5], CLIPS[:5], torch.ones(5), torch.arange(5))
+    assert float(model.loss(batch).detach()) == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_without_dropout_all_samples_are_the_network():
+    model = fit(MCDropout(samples=3, rate=0.0), ANSWERS, epochs=1)
+    assert float(model.posterior(CLIPS).variance.max()) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"samples": 0}, "samples, hidden: .*got 0"),
+        ({"hidden": ()}, r"samples, hidden: .*at least one hidden layer.*\(\)"),
+        ({"hidden": (8, 0)}, r"samples, hidden: .*\(8, 0\)"),
+        ({"rate": 1.0}, "rate: .*1.0"),
+        ({"rate": float("nan")}, "rate: .*nan"),
+        ({"mistake_rate": -0.1}, "mistake_rate: .*-0.1"),
+    ],
+)
+def test_refuses_hyper_parameters(setting, message):
+    with pytest.raises(InvalidInput, match=message):
+        MCDropout(**setting)

@@ -1,0 +1,147 @@
+"""The epinet: its formula, what is trained and what isn't, and one pass for all samples."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from rewardmodels import Clips, Comparisons, Epinet, InvalidInput, PairBatch, fit
+
+CLIPS = Clips(torch.randn(20, 4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(20, 4))
+ANSWERS = Comparisons(CLIPS, torch.arange(20).view(10, 2), torch.tensor([1.0, 0.0]).repeat(5))
+
+
+@pytest.fixture(scope="module")
+def model() -> Epinet:
+    return fit(Epinet(hidden=(8, 5), index_dim=3, samples=6, prior_scale=0.7), ANSWERS, epochs=3)
+
+
+def leaky(x: np.ndarray) -> np.ndarray:
+    return np.where(x > 0, x, 0.01 * x)
+
+
+def one_frame(model: Epinet, frame: torch.Tensor, index: np.ndarray) -> float:
+    """Osband et al. 2023, eq. 5 and 6, in NumPy, for one frame and one index."""
+    x = model.norm(frame).numpy()
+    get = {name: value.detach().numpy() for name, value in model.named_parameters()}
+    phi = x
+    for layer in range(2):
+        name = f"network.layers.{layer}"
+        phi = leaky(get[f"{name}.weight"] @ phi + get[f"{name}.bias"])
+    base = (get["network.last.weight"] @ phi + get["network.last.bias"])[0]
+    first = np.concatenate([get["of_frame.weight"], get["of_index.weight"]], 1)
+    hidden = leaky(first @ np.concatenate([phi, x, index]) + get["of_frame.bias"])
+    learned = index @ (get["out.weight"] @ hidden + get["out.bias"])
+    prior = 0.0
+    for i in range(3):
+        p = x
+        for layer in range(3):
+            p = get[f"prior.weights.{layer}"][i] @ p + get[f"prior.biases.{layer}"][i, :, 0]
+            p = leaky(p) if layer < 2 else p
+        prior += index[i] * p[0]
+    return float(base + learned + 0.7 * prior)
+
+
+def one_clip(model: Epinet, clip: int, index: np.ndarray) -> float:
+    frames = torch.cat([CLIPS.observations[clip], CLIPS.actions[clip][:, None]], 1)
+    return sum(one_frame(model, frame, index) for frame in frames)
+
+
+def test_a_sample_is_one_index_for_every_clip_and_frame(model):
+    came = model.posterior(CLIPS).samples
+    for sample, index in enumerate(model.indices().numpy()):
+        frames = torch.cat([model.reference_observations, model.reference_actions[:, None]], 1)
+        constant = np.mean([one_frame(model, frame, index) for frame in frames])
+        expected = [one_clip(model, clip, index) - 4 * constant for clip in range(20)]
+        np.testing.assert_allclose(came[sample], expected, atol=1e-4)
+
+
+def test_loss_is_a_loop_over_answers_and_indices(model, monkeypatch):
+    rows = torch.tensor([3, 0, 8])
+    first, second = ANSWERS.pairs[rows].T
+    batch = PairBatch(CLIPS[first], CLIPS[second], ANSWERS.preference[rows], rows)
+    drawn, draw = [], model._draw
+    monkeypatch.setattr(model, "_draw", lambda n: drawn.append(draw(n)) or drawn[-1])
+    came = float(model.loss(batch).detach())
+    (indices,) = drawn
+    assert len(indices) == model.training_indices
+    losses = []
+    for index in indices.numpy():
+        for row in rows.tolist():
+            a, b = (one_clip(model, int(clip), index) for clip in ANSWERS.pairs[row])
+            p = 1 / (1 + math.exp(a - b))
+            losses.append(-math.log(p if ANSWERS.preference[row] else 1 - p))
+    assert came == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_the_epinets_gradient_stops_at_the_features(model):
+    model.zero_grad()
+    frames = CLIPS.observations.flatten(0, 1), CLIPS.actions.flatten(0, 1)
+    under = model.rewards_of(torch.randn(5, 3), *frames)
+    (under - model.rewards_of(torch.zeros(1, 3), *frames)).square().sum().backward()
+    assert float(model.out.weight.grad.abs().max()) > 0
+    for parameter in model.network.parameters():
+        assert float(parameter.grad.abs().max()) < 1e-4  # rounding of what cancels
+    model.zero_grad()
+
+
+def test_the_prior_is_not_trained_and_the_rest_is():
+    model = fit(Epinet(hidden=(8,)), ANSWERS, epochs=1)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    fit(model, ANSWERS, epochs=3)
+    for name, value in model.named_parameters():
+        # The constant cancels in every comparison.
+        still = name.startswith("prior.") or name == "network.last.bias"
+        assert torch.equal(value, before[name]) is still
+
+
+def test_indices_are_standard_normal_and_stay():
+    model = Epinet(hidden=(4,), samples=2000)
+    model.initialise(CLIPS)
+    indices = model.indices()
+    assert indices.shape == (2000, 8)
+    assert scipy.stats.kstest(indices.flatten().numpy(), "norm").pvalue > 1e-4
+    torch.rand(5)
+    assert torch.equal(model.indices(), indices)
+    other = Epinet(hidden=(4,), samples=2000)
+    other.initialise(CLIPS)
+    assert not torch.equal(other.indices(), indices)
+
+
+def test_frames_pass_the_base_network_once(model, monkeypatch):
+    passed, features = [], model.network.features
+    monkeypatch.setattr(
+        model.network, "features", lambda frames: passed.append(len(frames)) or features(frames)
+    )
+    model.posterior(CLIPS)
+    assert sum(passed) == 80
+
+
+def test_a_larger_prior_is_less_sure_far_out():
+    far = Clips(CLIPS.observations * 30, CLIPS.actions)
+    spread = [
+        float(
+            fit(Epinet(prior_scale=scale), ANSWERS, epochs=5)
+            .posterior(far).difference(ANSWERS.pairs).variance.median()
+        )
+        for scale in (0.0, 0.3, 3.0)
+    ]  # fmt: skip
+    assert spread[0] < spread[1] < spread[2]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"hidden": ()}, r"hidden: .*got \(\)"),
+        ({"index_dim": 0}, "index_dim: .*got 0"),
+        ({"samples": 0}, "samples: .*got 0"),
+        ({"epinet_width": 0}, "epinet_width: .*got 0"),
+        ({"training_indices": 0}, "training_indices: .*got 0"),
+        ({"prior_scale": -1.0}, "prior_scale: .*-1.0"),
+    ],
+)
+def test_refuses_hyper_parameters(setting, message):
+    with pytest.raises(InvalidInput, match=message):
+        Epinet(**setting)

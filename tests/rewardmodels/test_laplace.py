@@ -1,0 +1,256 @@
+"""The last layer's Laplace approximation, against Hessians by automatic differentiation."""
+
+from typing import Any
+
+import lightning as L
+import pytest
+import scipy.optimize
+import torch
+
+from rewardmodels import (
+    Clips,
+    Comparisons,
+    InvalidInput,
+    LaplaceHead,
+    NotFitted,
+    fit,
+    negative_log_likelihood,
+    preference_probability,
+)
+from rewardmodels.laplace import best_precision, fisher_information
+
+
+def some(n: int = 60, seed: int = 0, ragged: bool = False) -> Comparisons:
+    """Answers by the sum of the first input, with some noise and some ties."""
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.ones(2 * n, 5, dtype=torch.bool)
+    if ragged:
+        mask = torch.arange(5) < torch.randint(1, 6, (2 * n, 1), generator=draw)
+    clips = Clips(torch.randn(2 * n, 5, 2, generator=draw), torch.zeros(2 * n, 5, 1), mask)
+    pairs = torch.arange(2 * n).view(n, 2)
+    worth = (clips.observations[..., 0] * mask).sum(1)
+    said = torch.sigmoid(worth[pairs[:, 1]] - worth[pairs[:, 0]])
+    return Comparisons(clips, pairs, torch.bernoulli(said, generator=draw))
+
+
+def fitted(comparisons: Comparisons, **settings: Any) -> LaplaceHead:
+    """A model in double precision, so that what is compared is the formula."""
+    model = LaplaceHead(**{"hidden": (16, 6), "learning_rate": 1e-2, **settings})
+    fit(model, comparisons, epochs=10, held_out=0.0)
+    model.double().settle()
+    model.conclude(comparisons)
+    return model
+
+
+def features(model: LaplaceHead, clips: Clips) -> torch.Tensor:
+    """Sums over real frames, one at a time, and their number."""
+    rows = []
+    for observations, actions, mask in zip(
+        clips.observations, clips.actions, clips.mask, strict=True
+    ):
+        total = torch.zeros(7, dtype=torch.double)
+        for frame in range(int(mask.sum())):
+            hidden = model.norm(torch.cat([observations[frame], actions[frame]]).double())
+            for layer in model.network.layers:
+                hidden = torch.nn.functional.leaky_relu(layer.weight @ hidden + layer.bias)
+            total = total + torch.cat([hidden, torch.ones(1)])
+        rows.append(total.detach())
+    return torch.stack(rows)
+
+
+def hessian(model: LaplaceHead, comparisons: Comparisons, said: torch.Tensor) -> torch.Tensor:
+    """That of the negative log posterior in the last layer's weights and bias."""
+    rows = features(model, comparisons.clips)
+    z = rows[comparisons.pairs[:, 1]] - rows[comparisons.pairs[:, 0]]
+
+    def negative_log_posterior(weights: torch.Tensor) -> torch.Tensor:
+        nll = negative_log_likelihood(z @ weights, said, mistake_rate=model.mistake_rate).sum()
+        return nll + model.precision / 2 * weights.square().sum()
+
+    found: torch.Tensor = torch.func.hessian(negative_log_posterior)(model.weights.detach())
+    return found
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("precision", [None, 0.3])
+def test_the_covariance_is_the_inverse_hessian(ragged, precision):
+    comparisons = some(ragged=ragged)
+    model = fitted(comparisons, prior_precision=precision)
+    expected = torch.linalg.inv(hessian(model, comparisons, comparisons.preference))
+    torch.testing.assert_close(model.root @ model.root.T, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_with_mistakes_it_is_that_of_the_expected_answers():
+    comparisons = some()
+    model = fitted(comparisons, mistake_rate=0.2)
+    rows = features(model, comparisons.clips)
+    z = rows[comparisons.pairs[:, 1]] - rows[comparisons.pairs[:, 0]]
+    expected_answers = preference_probability(z @ model.weights.detach(), mistake_rate=0.2)
+    expected = torch.linalg.inv(hessian(model, comparisons, expected_answers))
+    torch.testing.assert_close(model.root @ model.root.T, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_the_belief_is_that_of_centred_features(ragged):
+    comparisons = some(ragged=ragged)
+    model = fitted(comparisons)
+    reference = Clips(model.reference_observations[:, None], model.reference_actions[:, None])
+    rows = features(model, comparisons.clips)
+    rows = rows - comparisons.clips.lengths[:, None] * features(model, reference).mean(0)
+    inverse = torch.linalg.inv(hessian(model, comparisons, comparisons.preference))
+    belief = model.posterior(comparisons.clips)
+    torch.testing.assert_close(belief.mean, rows @ model.weights.detach(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(belief.covariance, rows @ inverse @ rows.T, rtol=1e-7, atol=1e-9)
+    z = rows[comparisons.pairs[:, 1]] - rows[comparisons.pairs[:, 0]]
+    expected = torch.einsum("qi,ij,qj->q", z, inverse, z)
+    came = belief.difference(comparisons.pairs).variance
+    torch.testing.assert_close(came, expected, rtol=1e-7, atol=1e-9)
+
+
+def log_marginal(log_precision: float, data: torch.Tensor, weights: torch.Tensor) -> float:
+    """Of weights at the mode, up to a constant: log prior + log det terms, by determinants."""
+    prior = float(torch.tensor(log_precision).exp()) * torch.eye(len(data), dtype=torch.double)
+    log_prior = torch.logdet(prior) / 2 - weights @ prior @ weights / 2
+    return float(log_prior - torch.logdet(prior + data) / 2)
+
+
+@pytest.mark.parametrize("n", [10, 60, 200])
+def test_the_precision_maximises_the_marginal_likelihood(n):
+    comparisons = some(n)
+    model = fitted(comparisons)
+    weights = model.weights.detach()
+    precision = float(model.precision)
+    data = hessian(model, comparisons, comparisons.preference)
+    data = data - precision * torch.eye(7, dtype=torch.double)
+    found = scipy.optimize.minimize_scalar(
+        lambda x: -log_marginal(x, data, weights), bounds=(-9, 15), options={"xatol": 1e-8}
+    )
+    assert precision == pytest.approx(float(torch.tensor(found.x).exp()), rel=1e-3)
+
+
+def test_the_precision_stays_within_bounds():
+    assert best_precision(torch.zeros(3), 1.0) == pytest.approx(1e-4)
+    assert best_precision(torch.ones(3), 0.0) == pytest.approx(1e8)
+
+
+@pytest.mark.parametrize("mistake_rate", [0.0, 0.1, 0.5])
+def test_fisher_information_is_the_expected_second_derivative(mistake_rate):
+    d = torch.linspace(-30, 30, 61, dtype=torch.double)
+    p = preference_probability(d, mistake_rate=mistake_rate)
+
+    def nll(x: torch.Tensor) -> torch.Tensor:
+        return negative_log_likelihood(x, p, mistake_rate=mistake_rate).sum()
+
+    expected = torch.func.hessian(nll)(d).diagonal()
+    came = fisher_information(d, mistake_rate=mistake_rate)
+    torch.testing.assert_close(came, expected, rtol=1e-6, atol=1e-15)
+    extreme = fisher_information(torch.tensor([-1e30, 1e30]), mistake_rate=mistake_rate)
+    assert extreme.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("mistake_rate", [0.0, 0.1])
+def test_added_answers_are_those_of_a_batch(mistake_rate):
+    early, late = some(40), some(25, seed=1, ragged=True)
+    model = fitted(early, prior_precision=0.5, mistake_rate=mistake_rate)
+    other = fitted(early, prior_precision=0.5, mistake_rate=mistake_rate)
+    other.conclude(Comparisons.cat([early, late]))
+    mean = model.posterior(late.clips).mean
+    assert model.add(late[:10]).add(late[10:]) is model
+    one, batch = model.posterior(late.clips), other.posterior(late.clips)
+    torch.testing.assert_close(one.covariance, batch.covariance, rtol=1e-9, atol=1e-11)
+    assert torch.equal(one.mean, mean)
+
+
+def test_an_added_answer_lowers_the_variance_by_the_closed_form():
+    model = fit(LaplaceHead(hidden=(8,)), some(20), epochs=3)
+    new = some(1, seed=3)
+    mean, before = model.posterior(new.clips).difference(new.pairs)
+    after = model.add(new).posterior(new.clips).difference(new.pairs).variance
+    # Sherman & Morrison, in the pair's own direction.
+    expected = before / (1 + fisher_information(mean) * before)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=0)
+
+
+def test_many_added_answers_stay_those_of_a_batch_in_single_precision():
+    model = fit(LaplaceHead(hidden=(32,), prior_precision=0.1), some(20), epochs=3, held_out=0.0)
+    new = some(500, seed=4)
+    for row in range(500):
+        model.add(new[row])
+    one = model.posterior(new.clips).difference(new.pairs).variance
+    model.conclude(Comparisons.cat([some(20), new]))
+    batch = model.posterior(new.clips).difference(new.pairs).variance
+    torch.testing.assert_close(one, batch, rtol=1e-3, atol=0)
+
+
+def test_adding_is_refused_where_asking_would_be():
+    with pytest.raises(NotFitted, match=r"LaplaceHead: .*call fit first"):
+        LaplaceHead().add(some(3))
+    model = fit(LaplaceHead(hidden=(4,)), some(10), epochs=1)
+    clips = Clips(torch.zeros(2, 5, 7), torch.zeros(2, 5, 1))
+    with pytest.raises(InvalidInput, match=r"observation=\(7,\)"):
+        model.add(Comparisons(clips, torch.tensor([[0, 1]]), torch.ones(1)))
+
+
+class Spy(LaplaceHead):
+    concluded: tuple[Comparisons, ...] = ()
+
+    def conclude(self, comparisons: Comparisons) -> None:
+        self.concluded = (*self.concluded, comparisons)
+        super().conclude(comparisons)
+
+
+def test_a_fit_concludes_once_with_what_was_trained_on():
+    comparisons = some(100)
+    model = fit(Spy(hidden=(8,)), comparisons, epochs=4)
+    (seen,) = model.concluded
+    held_out = model.fit_report.held_out
+    assert held_out >= 5
+    assert len(seen) == 100 - held_out
+    # The report is of the belief as it is in the end, with its variance.
+    trained_on = {tuple(clip.flatten().tolist()) for clip in seen.clips.observations}
+    firsts = comparisons.clips.observations[::2]
+    kept_back = [
+        row for row, clip in enumerate(firsts) if tuple(clip.flatten().tolist()) not in trained_on
+    ]
+    assert len(kept_back) == held_out
+    p = model.posterior(comparisons.clips).preference(comparisons.pairs[kept_back])
+    loss = torch.nn.functional.binary_cross_entropy(p, comparisons.preference[kept_back])
+    assert model.fit_report.held_out_log_loss == pytest.approx(float(loss), rel=1e-4)
+    assert float(model.posterior(comparisons.clips).variance.min()) > 0
+
+
+def test_another_fit_takes_another_hessian_and_a_stopped_one_keeps_the_old():
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = fit(LaplaceHead(hidden=(8,)), some(50), epochs=2)
+    before = model.root.clone()
+    callback = L.pytorch.callbacks.LambdaCallback(on_train_epoch_start=stop)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(
+        max_epochs=2, callbacks=[callback], enable_model_summary=False, accelerator="cpu", **quiet
+    )
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, some(50), trainer=trainer)
+    assert torch.equal(model.root, before)
+    fit(model, Comparisons.cat([some(50), some(200, seed=2)]), epochs=2)
+    assert not torch.equal(model.root, before)
+    clips = some(50, seed=5).clips
+    pairs = torch.arange(100).view(50, 2)
+    fewer = fit(LaplaceHead(hidden=(8,)), some(50), epochs=2).posterior(clips)
+    more = model.posterior(clips)
+    assert more.difference(pairs).variance.median() < fewer.difference(pairs).variance.median()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"hidden": ()}, r"hidden: .*got \(\)"),
+        ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
+        ({"prior_precision": 0.0}, "prior_precision: .*0.0"),
+        ({"prior_precision": float("nan")}, "prior_precision: .*nan"),
+    ],
+)
+def test_refuses_hyper_parameters(setting, message):
+    with pytest.raises(InvalidInput, match=message):
+        LaplaceHead(**setting)
