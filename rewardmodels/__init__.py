@@ -1,5 +1,6 @@
 """Reward models that learn from comparisons, and know how sure they are."""
 
+from rewardmodels.calibrated import ActivelyChosenWarning, Calibrated
 from rewardmodels.clips import Clips, cut
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.dropout import MCDropout
@@ -26,6 +27,8 @@ from rewardmodels.posterior import (
 from rewardmodels.saving import load, save
 
 __all__ = [
+    "ActivelyChosenWarning",
+    "Calibrated",
     "Clips",
     "Comparisons",
     "DeepEnsemble",
