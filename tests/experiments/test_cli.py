@@ -122,7 +122,7 @@ def refused(capsys, words) -> str:
         ("learn --teacher SyntheticTeecher", "Did you mean 'SyntheticTeacher'?"),
         ("learn --model torch.nn.Linear", "import path of a RewardModel; got 'torch.nn.Linear'."),
         ("learn --model.memers 7", "model (DeepEnsemble): expected one of hidden, learning_rate, "
-         "members, mistake_rate, weight_decay; got 'memers'. Did you mean 'members'?"),
+         "members, mistake_rate, prior_scale, weight_decay; got 'memers'. Did you mean 'members'?"),
         ("learn --model.members seven", "model.members: expected a whole number, got 'seven'."),
         ("learn --model.members -3", "expected numbers of at least 1, got -3"),
         ("learn --model.hidden [3,a]", "model.hidden: expected a whole number, got 'a'."),

@@ -23,7 +23,7 @@ class Doubled:
 class Steered:
     """An agent whose action is a function of what it sees."""
 
-    def predict(self, observations, deterministic):
+    def predict(self, observations):
         return np.clip(observations[:, 1:2] - observations[:, 2:3], -2, 2), None
 
 
@@ -35,8 +35,8 @@ def test_returns_are_those_of_episodes_played_one_by_one(task, monkeypatch):
     )
 
     class Agent(Steered):
-        def predict(self, observations, deterministic):
-            one, _ = super().predict(observations, deterministic)
+        def predict(self, observations):
+            one, _ = super().predict(observations)
             return np.repeat(one, width, 1) / (3 - width), None
 
     env = gym.make(task.env_id)
@@ -48,7 +48,7 @@ def test_returns_are_those_of_episodes_played_one_by_one(task, monkeypatch):
         seen, _ = env.reset(seed=5 + i)
         truncated, rewards, observations = False, [], []
         while not truncated:
-            action, _ = Agent().predict(2 * seen[None].astype(np.float32), False)
+            action, _ = Agent().predict(2 * seen[None].astype(np.float32))
             seen, reward, _, truncated, _ = env.step(action[0])
             rewards.append(reward)
             observations.append(seen)

@@ -191,6 +191,7 @@ def test_objects_are_told_by_class_path_and_arguments():
             "learning_rate": 1e-3,
             "weight_decay": 1e-2,
             "mistake_rate": 0.0,
+            "prior_scale": 0.0,
         },
     }
     scored = ScoredStrategy(preference_variance, Power(2.0), samples=8)
