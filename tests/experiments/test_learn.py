@@ -217,8 +217,7 @@ def test_a_killed_run_goes_on_and_loses_nothing(finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_a_killed_command_goes_on_and_loses_nothing(finished, tmp_path, seed):
+def test_a_killed_command_goes_on_and_loses_nothing(finished, tmp_path):
     out = tmp_path / "run"
     command = Path(sys.executable).with_name("rewardmodels")
 
@@ -235,7 +234,7 @@ def test_a_killed_command_goes_on_and_loses_nothing(finished, tmp_path, seed):
     assert start_up.returncode == 0
     whole = time.monotonic() - started
     seconds = json.loads((finished / "result.json").read_text())["wall_seconds"]
-    check_kills(finished, out, start, kills=8, last=whole + 0.8 * seconds, seed=seed)
+    check_kills(finished, out, start, kills=8, last=whole + 0.8 * seconds, seed=0)
 
 
 def test_a_round_cut_off_between_question_and_answer_is_answered(finished, tmp_path, monkeypatch):
