@@ -106,7 +106,7 @@ def return_vs_comparisons(runs: Sequence[RunFiles]) -> Figure:
             level = np.full(2, run.final_return)
             ends.append(_line(axes, np.array([0, right]), level, run.arm, marker=""))
     axes.set_xlabel("comparisons (answers given)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylabel("true return per episode\n(the task's reward units)")
     return named(figure, {axes: ends})
 
@@ -135,7 +135,7 @@ def held_out(run: RunFiles) -> Figure:
             below.append(_line(bottom, at, loss, arm, name))
     below.append(_level(bottom, float(np.log(2)), x[-1], "chance"))
     bottom.set_xlabel("comparisons (answers given)")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+    bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     top.set_ylabel("answers predicted")
     bottom.set_ylabel("log loss\n(nats per answer)")
     return named(figure, {top: above, bottom: below})
