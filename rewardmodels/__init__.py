@@ -1,7 +1,7 @@
 """Reward models that learn from comparisons, and know how sure they are."""
 
 from rewardmodels.calibrated import ActivelyChosenWarning, Calibrated
-from rewardmodels.clips import Clips, cut
+from rewardmodels.clips import Clips, cut, transitions
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.dropout import MCDropout
 from rewardmodels.ensemble import DeepEnsemble
@@ -15,9 +15,10 @@ from rewardmodels.errors import (
     UnreadableFile,
 )
 from rewardmodels.fitting import fit
+from rewardmodels.frames import FrameSpec
 from rewardmodels.laplace import LaplaceHead
 from rewardmodels.likelihood import negative_log_likelihood, preference_probability
-from rewardmodels.model import FitReport, FrameSpec, PairBatch, RewardModel, SampledRewardModel
+from rewardmodels.model import FitReport, PairBatch, RewardModel, SampledRewardModel
 from rewardmodels.posterior import (
     Difference,
     GaussianPosterior,
@@ -56,4 +57,5 @@ __all__ = [
     "negative_log_likelihood",
     "preference_probability",
     "save",
+    "transitions",
 ]

@@ -142,6 +142,22 @@ class Clips:
         return cls._trusted(joined)
 
     @classmethod
+    def of_items(cls, features: Tensor) -> Clips:
+        """Makes a clip of one frame of each of N items, such as embedded texts or offers.
+
+        Args:
+            features: `(N, *features)`, what is known of each item. There are no actions.
+
+        Example:
+            >>> Clips.of_items(torch.zeros(4, 384)).observations.shape
+            torch.Size([4, 1, 384])
+        """
+        if not isinstance(features, Tensor) or features.ndim < 2:
+            came = tuple(features.shape) if isinstance(features, Tensor) else type(features)
+            raise InvalidInput(f"features: expected a tensor (N, *features), got {came}.")
+        return cls(features[:, None], features.new_zeros(len(features), 1, 0))
+
+    @classmethod
     def _trusted(cls, tensors: dict[str, Tensor]) -> Clips:
         # Rows of checked clips need no second check, which would cost more than a small model.
         clips = object.__new__(cls)
@@ -195,6 +211,31 @@ def cut(
     frame = frame.clamp_max(trajectories.length - 1)
     parts = {name: value[which[:, None], frame] for name, value in trajectories._tensors()}
     return Clips(**parts)
+
+
+def transitions(clips: Clips) -> Clips:
+    """Puts before each observation the one that came before it, for rewards of transitions.
+
+    Args:
+        clips: N clips of T frames, each an action and the observation it led to.
+
+    Returns:
+        N clips of T - 1 frames: observations `(N, T - 1, 2, *obs)`, before and after the action.
+        The first frame of each, whose observation before isn't in the clip, is left out.
+
+    Raises:
+        InvalidInput: A clip of one frame.
+
+    Example:
+        >>> clips = Clips(torch.zeros(4, 10, 3), torch.zeros(4, 10, 1))
+        >>> transitions(clips).observations.shape
+        torch.Size([4, 9, 2, 3])
+    """
+    if len(clips) and int(clips.lengths.min()) < 2:
+        raise InvalidInput("clips: expected at least two frames in each, got a clip of one.")
+    parts = {name: value[:, 1:] for name, value in clips._tensors()}
+    before_and_after = [clips.observations[:, :-1], clips.observations[:, 1:]]
+    return Clips(**parts | {"observations": torch.stack(before_and_after, 2)})
 
 
 def as_rows(index: int | slice | Tensor | Sequence[int]) -> slice | Tensor:

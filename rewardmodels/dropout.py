@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
-from rewardmodels.networks import MLP
+from rewardmodels.networks import MLP, FrameNetwork
 
 
 class MCDropout(SampledRewardModel):
@@ -27,13 +28,13 @@ class MCDropout(SampledRewardModel):
     are independent given the weights, so that each may have its own draw, at less noise in the
     gradient than one mask for all of a minibatch.
 
+    Of a multilayer perceptron the units of each hidden layer are dropped, of any other network
+    those of its features.
+
     Args:
         samples: S.
-        hidden: Widths of the hidden layers, each followed by dropout; at least one.
         rate: Share of units dropped, from 0 to below 1.
-        learning_rate: Step size of AdamW.
-        weight_decay: Decoupled weight decay of AdamW.
-        mistake_rate: How often the teacher is taken to answer at random.
+        options: As `RewardModel` has them.
 
     Raises:
         InvalidInput: A number out of range.
@@ -43,37 +44,24 @@ class MCDropout(SampledRewardModel):
         0.2
     """
 
-    network: MLP
+    network: FrameNetwork
     mask_seed: Tensor
 
-    def __init__(
-        self,
-        samples: int = 32,
-        hidden: Sequence[int] = (64, 64),
-        rate: float = 0.1,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-2,
-        mistake_rate: float = 0.0,
-    ) -> None:
-        super().__init__(
-            learning_rate=learning_rate, weight_decay=weight_decay, mistake_rate=mistake_rate
-        )
-        hidden = tuple(hidden)
-        if samples < 1 or not hidden or any(width < 1 for width in hidden):
-            raise InvalidInput(
-                "samples, hidden: expected numbers of at least 1, and at least one hidden layer to "
-                f"drop units of, got {samples} and {hidden}."
-            )
+    def __init__(self, samples: int = 32, rate: float = 0.1, **options: Any) -> None:
+        super().__init__(**options)
+        if samples < 1:
+            raise InvalidInput(f"samples: expected at least 1, got {samples}.")
         if not 0 <= rate < 1:
             raise InvalidInput(f"rate: expected a share from 0 to below 1, got {rate}.")
-        self.save_hyperparameters()
-        self.samples, self.hidden, self.rate = samples, hidden, rate
+        if not self.hidden and self.make_network is None:
+            raise InvalidInput("hidden: expected at least one hidden layer to drop units of.")
+        self.samples, self.rate = samples, rate
         self.register_buffer("mask_seed", torch.tensor(0))
 
     def build(self, inputs: int) -> None:
         """Makes the network, and draws the seed of its masks."""
         self.mask_seed.random_(2**31)
-        self.network = MLP(inputs, self.hidden)
+        self.network = self.frame_network(inputs)
 
     def masks(self) -> list[Tensor]:
         """A mask `(S, 1, H)` for each hidden layer: 0, or what keeps a unit's mean as it was."""
@@ -82,8 +70,7 @@ class MCDropout(SampledRewardModel):
 
     def rewards(self, observations: Tensor, actions: Tensor) -> Tensor:
         """`(S, B)`, the network's view under each mask."""
-        rewards: Tensor = self.network(self.inputs(observations, actions), self.masks())
-        return rewards
+        return self._under(self.masks(), self.inputs(observations, actions))
 
     def loss(self, batch: PairBatch) -> Tensor:
         """Mean over comparisons of the log loss, each under a mask of its own."""
@@ -96,12 +83,22 @@ class MCDropout(SampledRewardModel):
     def _each(self, clips: Clips, masks: list[Tensor]) -> Tensor:
         """`(N,)` returns, of each clip under the mask at its own place."""
         frames = self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
-        rewards: Tensor = self.network(frames.unflatten(0, clips.mask.shape), masks)
+        rewards = self._under(masks, frames, clips.mask.shape)
         return rewards.masked_fill(~clips.mask, 0).sum(1)
 
+    def _under(self, masks: list[Tensor], frames: Tensor, shape: Sequence[int] = (-1,)) -> Tensor:
+        """Rewards of frames `(B, D)`, laid out as `shape`, which masks then meet from the right."""
+        body = self.network.body
+        if isinstance(body, MLP):
+            features = body(frames.unflatten(0, shape), masks)
+        else:
+            features = self.network.features(frames).unflatten(0, shape) * masks[0]
+        rewards: Tensor = self.network.last(features)
+        return rewards.squeeze(-1)
+
     def _draw(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
-        keep = 1 - self.rate
+        keep, body = 1 - self.rate, self.network.body
+        widths = self.hidden if isinstance(body, MLP) else (self.network.width,)
         return [
-            torch.rand(n, 1, width, generator=generator).lt(keep).float() / keep
-            for width in self.hidden
+            torch.rand(n, 1, width, generator=generator).lt(keep).float() / keep for width in widths
         ]

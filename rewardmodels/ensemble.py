@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
-from rewardmodels.networks import MemberMLP
+from rewardmodels.networks import MemberMLP, Members
 
 
 class DeepEnsemble(SampledRewardModel):
@@ -29,13 +29,13 @@ class DeepEnsemble(SampledRewardModel):
     functions", arXiv:1806.03335, algorithm 1): where no answer speaks against it, each member
     keeps its own prior's view, and members go on disagreeing.
 
+    Multilayer perceptrons are one batched network where that is quicker (`MemberMLP`); members of
+    any other kind take turns.
+
     Args:
         members: K.
-        hidden: Widths of the hidden layers.
-        learning_rate: Step size of AdamW.
-        weight_decay: Decoupled weight decay of AdamW.
-        mistake_rate: How often the teacher is taken to answer at random.
         prior_scale: $\beta$, in reward units per frame for outputs of about one; 0 for no prior.
+        options: As `RewardModel` has them.
 
     Raises:
         InvalidInput: A number out of range.
@@ -45,40 +45,32 @@ class DeepEnsemble(SampledRewardModel):
         7
     """
 
-    network: MemberMLP
-    prior: MemberMLP | None
+    network: MemberMLP | Members
+    prior: MemberMLP | Members | None
     bootstrap_seed: Tensor
 
-    def __init__(
-        self,
-        members: int = 5,
-        hidden: Sequence[int] = (64, 64),
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-2,
-        mistake_rate: float = 0.0,
-        prior_scale: float = 0.0,
-    ) -> None:
-        super().__init__(
-            learning_rate=learning_rate, weight_decay=weight_decay, mistake_rate=mistake_rate
-        )
-        if members < 1 or any(width < 1 for width in hidden):
-            raise InvalidInput(
-                f"members, hidden: expected numbers of at least 1, got {members} and {hidden}."
-            )
+    def __init__(self, members: int = 5, prior_scale: float = 0.0, **options: Any) -> None:
+        super().__init__(**options)
+        if members < 1:
+            raise InvalidInput(f"members: expected at least 1, got {members}.")
         if not 0 <= prior_scale < math.inf:
             raise InvalidInput(f"prior_scale: expected a number of at least 0, got {prior_scale}.")
-        hidden = tuple(hidden)
-        self.save_hyperparameters()
-        self.members, self.hidden, self.prior_scale = members, hidden, prior_scale
+        self.members, self.prior_scale = members, prior_scale
         self.register_buffer("bootstrap_seed", torch.tensor(0))
 
     def build(self, inputs: int) -> None:
         """Makes the members, and draws the seed of their bootstraps."""
         self.bootstrap_seed.random_(2**31)
-        self.network = MemberMLP(self.members, inputs, self.hidden)
+        self.network = self._networks(inputs)
         self.prior = None
         if self.prior_scale > 0:
-            self.prior = MemberMLP(self.members, inputs, self.hidden).requires_grad_(False)
+            self.prior = self._networks(inputs).requires_grad_(False)
+
+    def _networks(self, inputs: int) -> MemberMLP | Members:
+        assert self.spec is not None
+        if self.make_network is None and not self.spec.image:
+            return MemberMLP(self.members, inputs, self.hidden)
+        return Members(self.frame_network(inputs) for _ in range(self.members))
 
     def rewards(self, observations: Tensor, actions: Tensor) -> Tensor:
         """`(K, B)`, each member's view."""

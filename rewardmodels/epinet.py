@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
-from rewardmodels.networks import MLP, MemberMLP
+from rewardmodels.networks import FrameNetwork, MemberMLP
 
 _PRIOR_HIDDEN = (5, 5)  # Osband et al. 2023, §4.1
 
@@ -34,15 +34,12 @@ class Epinet(SampledRewardModel):
     Frames pass the base network once, whatever the number of samples.
 
     Args:
-        hidden: Widths of the base network's hidden layers; at least one.
         index_dim: Numbers in an index.
         samples: S, indices asked for a belief.
         prior_scale: $\beta$, in reward units per frame for outputs of about one.
         epinet_width: Hidden units of the epinet.
         training_indices: Indices that each minibatch sees.
-        learning_rate: Step size of AdamW.
-        weight_decay: Decoupled weight decay of AdamW.
-        mistake_rate: How often the teacher is taken to answer at random.
+        options: As `RewardModel` has them; the base network's.
 
     Raises:
         InvalidInput: A number out of range.
@@ -52,30 +49,20 @@ class Epinet(SampledRewardModel):
         8
     """
 
-    network: MLP
+    network: FrameNetwork
     prior: MemberMLP
     index_seed: Tensor
 
     def __init__(
         self,
-        hidden: Sequence[int] = (64, 64),
         index_dim: int = 8,
         samples: int = 64,
         prior_scale: float = 0.3,
         epinet_width: int = 16,
         training_indices: int = 8,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-2,
-        mistake_rate: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            learning_rate=learning_rate, weight_decay=weight_decay, mistake_rate=mistake_rate
-        )
-        hidden = tuple(hidden)
-        if not hidden or any(width < 1 for width in hidden):
-            raise InvalidInput(
-                f"hidden: expected at least one width, each of at least 1, got {hidden}."
-            )
+        super().__init__(**options)
         for name, number in (
             ("index_dim", index_dim),
             ("samples", samples),
@@ -86,8 +73,7 @@ class Epinet(SampledRewardModel):
                 raise InvalidInput(f"{name}: expected at least 1, got {number}.")
         if not 0 <= prior_scale < math.inf:
             raise InvalidInput(f"prior_scale: expected a number of at least 0, got {prior_scale}.")
-        self.save_hyperparameters()
-        self.hidden, self.index_dim, self.samples = hidden, index_dim, samples
+        self.index_dim, self.samples = index_dim, samples
         self.prior_scale, self.epinet_width = prior_scale, epinet_width
         self.training_indices = training_indices
         self.register_buffer("index_seed", torch.tensor(0))
@@ -95,9 +81,9 @@ class Epinet(SampledRewardModel):
     def build(self, inputs: int) -> None:
         """Makes the three networks, and draws the seed of the indices."""
         self.index_seed.random_(2**31)
-        self.network = MLP(inputs, self.hidden)
+        self.network = self.frame_network(inputs)
         # The first layer in its two parts, so that frames and indices each pass theirs once.
-        self.of_frame = nn.Linear(self.hidden[-1] + inputs, self.epinet_width)
+        self.of_frame = nn.Linear(self.network.width + inputs, self.epinet_width)
         self.of_index = nn.Linear(self.index_dim, self.epinet_width, bias=False)
         self.out = nn.Linear(self.epinet_width, self.index_dim)
         self.prior = MemberMLP(self.index_dim, inputs, _PRIOR_HIDDEN).requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from rewardmodels.likelihood import (
     preference_probability,
 )
 from rewardmodels.model import PairBatch, RewardModel, in_parts
-from rewardmodels.networks import MLP
+from rewardmodels.networks import FrameNetwork
 from rewardmodels.posterior import GaussianPosterior
 
 _LEAST_PRECISION, _MOST_PRECISION = 1e-4, 1e8
@@ -42,12 +42,10 @@ class LaplaceHead(RewardModel):
     While `fit` runs, epochs are compared by the network alone, without a variance.
 
     Args:
-        hidden: Widths of the hidden layers; the last is the number of features. At least one.
         prior_precision: $\lambda$, in 1 / reward units²; None for the one that maximises the
             marginal likelihood of the training comparisons (`best_precision`).
-        learning_rate: Step size of AdamW.
-        weight_decay: Decoupled weight decay of AdamW.
-        mistake_rate: How often the teacher is taken to answer at random.
+        options: As `RewardModel` has them. The last hidden layer is the features; without any, this
+            is Bayesian logistic regression.
 
     Attributes:
         precision: The $\lambda$ in use.
@@ -60,39 +58,24 @@ class LaplaceHead(RewardModel):
         True
     """
 
-    network: MLP
+    network: FrameNetwork
     precision: Tensor
     centre: Tensor
     root: Tensor
 
-    def __init__(
-        self,
-        hidden: Sequence[int] = (64, 64),
-        prior_precision: float | None = None,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-2,
-        mistake_rate: float = 0.0,
-    ) -> None:
-        super().__init__(
-            learning_rate=learning_rate, weight_decay=weight_decay, mistake_rate=mistake_rate
-        )
-        hidden = tuple(hidden)
-        if not hidden or any(width < 1 for width in hidden):
-            raise InvalidInput(
-                f"hidden: expected at least one width, each of at least 1, got {hidden}."
-            )
+    def __init__(self, prior_precision: float | None = None, **options: Any) -> None:
+        super().__init__(**options)
         if prior_precision is not None and not 0 < prior_precision < math.inf:
             raise InvalidInput(
                 "prior_precision: expected a number above 0, or None to choose one by the "
                 f"marginal likelihood, got {prior_precision}."
             )
-        self.save_hyperparameters()
-        self.hidden, self.prior_precision = hidden, prior_precision
+        self.prior_precision = prior_precision
 
     def build(self, inputs: int) -> None:
         """Makes the network, of whose last layer nothing is known to be uncertain yet."""
-        self.network = MLP(inputs, self.hidden)
-        size = self.hidden[-1] + 1
+        self.network = self.frame_network(inputs)
+        size = self.network.width + 1
         self.register_buffer("precision", torch.zeros(()))
         self.register_buffer("centre", torch.zeros(size))
         self.register_buffer("root", torch.zeros(size, size))

@@ -3,48 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, NotFitted
+from rewardmodels.frames import FrameInputs, FrameSpec
 from rewardmodels.likelihood import check_mistake_rate
-from rewardmodels.networks import RunningNorm
+from rewardmodels.networks import CNN, MLP, FrameNetwork, MakeNetwork, network_maker
 from rewardmodels.posterior import ReturnPosterior, SampledPosterior
 
 # Bounds the memory of `posterior`, and keeps it within a processor's cache; each frame is seen
 # once either way.
 _FRAMES_AT_ONCE = 1 << 13
+_NUMBERS_AT_ONCE = 1 << 23  # observations that are images are seen fewer at a time
 _FUNCTIONS_AT_ONCE = 8  # with that many frames; more functions see fewer frames at a time
 _REFERENCE_FRAMES = 1024
 
-
-@dataclass(frozen=True)
-class FrameSpec:
-    """Shapes of one frame, known once the first data has been seen.
-
-    Args:
-        observation: Shape of an observation, without N and T.
-        action: Shape of an action, without N and T.
-    """
-
-    observation: tuple[int, ...]
-    action: tuple[int, ...]
-
-    @classmethod
-    def of(cls, clips: Clips) -> FrameSpec:
-        """Returns the shapes of these clips' frames."""
-        return cls(tuple(clips.observations.shape[2:]), tuple(clips.actions.shape[2:]))
-
-    @property
-    def inputs(self) -> int:
-        """Numbers in an observation and an action together."""
-        return torch.Size(self.observation).numel() + torch.Size(self.action).numel()
+RewardOf = Literal["observation_action", "observation"]
 
 
 @dataclass(frozen=True)
@@ -99,16 +81,31 @@ class RewardModel(L.LightningModule, ABC):
 
     A subclass says how it is built (`build`), what it minimises (`loss`), what follows each epoch
     (`settle`) and, where it needs to, the last (`conclude`), and what it believes of clips
-    (`believe`). Its constructor takes hyper-parameters only, all of them numbers, strings or
-    tuples, and calls `save_hyperparameters()`; shapes come with the first data.
+    (`believe`). Its constructor takes hyper-parameters only, its own and, as `**options`, those
+    below; shapes come with the first data.
+
+    Observations are vectors or, with three axes or more, images `(C, H, W)`; actions are vectors,
+    or one whole number each. For the reward of a transition see `transitions`; for that of an item
+    with a feature vector, such as an embedded text, `Clips.of_items`.
 
     Comparisons leave rewards free up to a constant per frame. Every sample is therefore
     centred on one reference batch, fixed at the first fit and stored with the model: its mean
     reward over the reference is zero, so that what is said of a single frame doesn't hold an
     arbitrary constant. Between clips of different length that constant does count, since a
-    return is a sum over real frames.
+    return is a sum over real frames: it is learned from such comparisons, and the reference
+    decides what a frame more is worth where there are none.
 
     Args:
+        hidden: Widths of the hidden layers, none for a reward that is linear in its inputs; those
+            behind the convolutions where observations are images.
+        network: In their place, a module of your own from `(B, D)` inputs to `(B, H)` features, or
+            a function from D to one; a last layer, linear in the features, follows. Inputs are
+            normalised, the observation's numbers first (an image's row by row, channel by
+            channel), then the action's. A module is copied, never changed.
+        reward_of: Whether a reward is one of the observation and the action, or of the observation
+            alone.
+        discrete_actions: How many there are to choose from, where actions are whole numbers; 0 for
+            as many as the first clips show.
         learning_rate: Step size of AdamW.
         weight_decay: Decoupled weight decay of AdamW.
         mistake_rate: How often the teacher is taken to answer at random (Christiano et al.
@@ -118,21 +115,51 @@ class RewardModel(L.LightningModule, ABC):
         spec: Shapes of a frame; None before the first data.
         fitted: Whether it may be asked.
         fit_report: How the latest fit went; None before the first, and after `load`.
+
+    Raises:
+        InvalidInput: A number out of range.
     """
 
     reference_observations: Tensor
     reference_actions: Tensor
 
-    def __init__(self, *, learning_rate: float, weight_decay: float, mistake_rate: float) -> None:
+    def __init__(
+        self,
+        *,
+        hidden: Sequence[int] = (64, 64),
+        network: nn.Module | MakeNetwork | None = None,
+        reward_of: RewardOf = "observation_action",
+        discrete_actions: int = 0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2,
+        mistake_rate: float = 0.0,
+    ) -> None:
         super().__init__()
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise InvalidInput(f"{name}: expected a number of at least 0, got {value}.")
+        hidden = tuple(hidden)
+        if any(width < 1 for width in hidden):
+            raise InvalidInput(f"hidden: expected widths of at least 1, got {hidden}.")
+        if reward_of not in get_args(RewardOf):
+            raise InvalidInput(
+                f"reward_of: expected one of {', '.join(get_args(RewardOf))}; got {reward_of!r}."
+            )
+        if discrete_actions < 0:
+            raise InvalidInput(
+                f"discrete_actions: expected a number of at least 0, got {discrete_actions}."
+            )
         check_mistake_rate(mistake_rate)
+        # Of the subclass's constructor, too: Lightning looks at all of them.
+        self.save_hyperparameters(ignore="network")
+        self.hidden = self.hparams["hidden"] = hidden
+        # A function, since a module in an attribute would be trained and saved.
+        self.make_network = None if network is None else network_maker(network)
+        self.reward_of, self.discrete_actions = reward_of, discrete_actions
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.mistake_rate = mistake_rate
         self.spec: FrameSpec | None = None
-        self.norm: RunningNorm | None = None
+        self.frame_inputs: FrameInputs | None = None
         self.fitted = False
         self.fit_report: FitReport | None = None
         self.register_buffer("reference_observations", None)
@@ -172,7 +199,9 @@ class RewardModel(L.LightningModule, ABC):
         if self.spec is not None:
             self.check(clips)
             return
-        self.spec = FrameSpec.of(clips)
+        spec = FrameSpec.of(clips, self.discrete_actions)
+        spec.check(clips)
+        self.spec = spec
         frames = clips.mask.flatten().nonzero().squeeze(1)
         n = min(len(frames), _REFERENCE_FRAMES)
         # Single precision doesn't tell frames apart past 2^24 of them.
@@ -184,13 +213,27 @@ class RewardModel(L.LightningModule, ABC):
 
     def observe(self, clips: Clips) -> None:
         """Adds the real frames of these clips to what inputs are normalised by."""
-        assert self.norm is not None
-        self.norm.update(_vectors(clips.observations[clips.mask], clips.actions[clips.mask]))
+        assert self.frame_inputs is not None
+        for part in in_parts(clips):
+            self.frame_inputs.update(part.observations[part.mask], part.actions[part.mask])
 
     def inputs(self, observations: Tensor, actions: Tensor) -> Tensor:
         """`(B, D)` normalised inputs of B frames."""
-        assert self.norm is not None
-        return self.norm(_vectors(observations, actions))
+        assert self.frame_inputs is not None
+        inputs: Tensor = self.frame_inputs(observations, actions)
+        return inputs
+
+    def frame_network(self, inputs: int) -> FrameNetwork:
+        """Makes what turns inputs into an output: the caller's network, a CNN or an MLP."""
+        assert self.spec is not None
+        body: nn.Module
+        if self.make_network is not None:
+            body = self.make_network(inputs)
+        elif self.spec.image:
+            body = CNN(self.spec.image, inputs, self.hidden)
+        else:
+            body = MLP(inputs, self.hidden)
+        return FrameNetwork(body, inputs)
 
     @torch.no_grad()
     def posterior(self, clips: Clips) -> ReturnPosterior:
@@ -239,18 +282,17 @@ class RewardModel(L.LightningModule, ABC):
 
     def check(self, clips: Clips) -> None:
         """Raises InvalidInput unless the clips' frames have the shapes learned from."""
-        if self.spec != (spec := FrameSpec.of(clips)):
-            raise InvalidInput(
-                f"clips: expected the frame shapes that were learned from, {self.spec}; got {spec}."
-            )
+        assert self.spec is not None
+        self.spec.check(clips)
 
     # What Lightning calls.
 
     def configure_model(self) -> None:
         """Builds the networks, once shapes are known; Lightning calls it at each fit."""
-        if self.spec is not None and self.norm is None:
-            self.norm = RunningNorm(self.spec.inputs)
-            self.build(self.spec.inputs)
+        if self.spec is not None and self.frame_inputs is None:
+            frame_inputs = FrameInputs(self.spec, actions=self.reward_of == "observation_action")
+            self.build(frame_inputs.size)
+            self.frame_inputs = frame_inputs
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what `build` made."""
@@ -271,10 +313,8 @@ class SampledRewardModel(RewardModel):
 
     gauge: Tensor
 
-    def __init__(self, *, learning_rate: float, weight_decay: float, mistake_rate: float) -> None:
-        super().__init__(
-            learning_rate=learning_rate, weight_decay=weight_decay, mistake_rate=mistake_rate
-        )
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.register_buffer("gauge", None)
 
     @abstractmethod
@@ -301,12 +341,8 @@ class SampledRewardModel(RewardModel):
 
 def in_parts(clips: Clips, *, functions: int = 1) -> Iterator[Clips]:
     """Yields the clips in parts that so many functions can be asked about at once; at least one."""
-    frames = clips.length * -(-functions // _FUNCTIONS_AT_ONCE)
-    at_once = max(1, _FRAMES_AT_ONCE // frames)
+    numbers = clips.observations[0:1, 0:1].numel()
+    frames = min(_FRAMES_AT_ONCE, _NUMBERS_AT_ONCE // max(1, numbers))
+    at_once = max(1, frames // (clips.length * -(-functions // _FUNCTIONS_AT_ONCE)))
     for start in range(0, max(1, len(clips)), at_once):
         yield clips[start : start + at_once]
-
-
-def _vectors(observations: Tensor, actions: Tensor) -> Tensor:
-    # The axis between is for frames that are a single number, such as a discrete action.
-    return torch.cat([part[:, None].flatten(1) for part in (observations, actions)], 1).float()

@@ -1,77 +1,46 @@
-"""Networks over single frames: input normalisation and members trained as one batched network."""
+"""Networks over single frames: of vectors, of images, and several members of one shape."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Below this an input counts as constant: dividing by it would only add noise.
-_SMALLEST_SCALE = 1e-3
+from rewardmodels.errors import InvalidInput
 
+# Numbers in a layer of all members up to which one batched product is quicker than a product per
+# member: above, it no longer stays in a processor's cache. Five members of 64 (of 256), a training
+# step on one thread, batched against one by one: 32 frames 0.4 against 0.7 ms (1.9 against 2.3),
+# 512 frames 2.1 against 2.5 (16.1 against 16.0), 3,200 frames 16.4 against 10.3 (122 against 97).
+_TOGETHER = 1 << 18
+_CHANNELS = (16, 32, 32, 64, 64)
+_SMALLEST_SIDE = 4  # pixels; smaller than that an image isn't halved any more
 
-class RunningNorm(nn.Module):
-    """Standardises inputs by the mean and variance of every frame it was shown.
-
-    A frame shown again, as at each further fit, counts again.
-
-    The statistics are buffers, so they are saved with the model; they change only in `update`
-    (Chan et al. 1979, parallel variance), never in `forward`.
-
-    Args:
-        inputs: D, numbers per frame.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    count: Tensor
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(inputs))
-        self.register_buffer("variance", torch.ones(inputs))
-        self.register_buffer("count", torch.zeros(()))
-
-    @torch.no_grad()
-    def update(self, frames: Tensor) -> None:
-        """Takes `(B, D)` more frames into account."""
-        n, total = len(frames), self.count + len(frames)
-        mean, variance = frames.mean(0), frames.var(0, correction=0)
-        between = (mean - self.mean).square() * (self.count * n / total)
-        self.variance.copy_((self.variance * self.count + variance * n + between) / total)
-        self.mean.lerp_(mean, n / float(total))
-        self.count.copy_(total)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """Returns `(..., D)` standardised frames."""
-        return (frames - self.mean) / self.variance.sqrt().clamp_min(_SMALLEST_SCALE)
+MakeNetwork = Callable[[int], nn.Module]
+"""From the number of inputs to a module from `(B, D)` inputs to `(B, H)` features."""
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron whose last layer is linear in what `features` returns.
+    """The hidden layers of a multilayer perceptron.
 
     Args:
         inputs: D, numbers per frame.
-        hidden: Widths of the hidden layers, at least one.
+        hidden: Widths of the hidden layers.
 
     Example:
-        >>> network = MLP(inputs=3, hidden=(8, 4))
-        >>> network(torch.zeros(10, 3)).shape, network.features(torch.zeros(10, 3)).shape
-        (torch.Size([10]), torch.Size([10, 4]))
+        >>> MLP(inputs=3, hidden=(8, 4))(torch.zeros(10, 3)).shape
+        torch.Size([10, 4])
     """
 
     def __init__(self, inputs: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*widths) for widths in pairwise([inputs, *hidden]))
-        self.last = nn.Linear(hidden[-1], 1)
-        for layer in (*self.layers, self.last):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(_linear(*widths) for widths in pairwise([inputs, *hidden]))
 
-    def features(self, frames: Tensor, scales: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(self, frames: Tensor, scales: Sequence[Tensor] | None = None) -> Tensor:
         """Returns `(..., H)`, the last hidden layer for frames `(..., D)`.
 
         Args:
@@ -85,14 +54,98 @@ class MLP(nn.Module):
                 hidden = hidden * scales[i]
         return hidden
 
-    def forward(self, frames: Tensor, scales: Sequence[Tensor] | None = None) -> Tensor:
+
+class CNN(nn.Module):
+    """Convolutions that halve an image until it is small, then the hidden layers of an MLP.
+
+    Inputs are the image's numbers, channel by channel and row by row, and then any others, such as
+    those of an action, which join behind the convolutions.
+
+    Args:
+        image: `(C, H, W)`.
+        inputs: D, numbers per frame, of the image and others.
+        hidden: Widths of the layers behind the convolutions.
+
+    Raises:
+        InvalidInput: More numbers in the image than inputs.
+
+    Example:
+        >>> CNN((3, 20, 30), inputs=3 * 20 * 30 + 2, hidden=(8,))(torch.zeros(10, 1802)).shape
+        torch.Size([10, 8])
+    """
+
+    def __init__(self, image: tuple[int, int, int], inputs: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.image, self.pixels = image, torch.Size(image).numel()
+        if inputs < self.pixels:
+            raise InvalidInput(
+                f"inputs: expected at least the {self.pixels} numbers of an image {image}, got "
+                f"{inputs}."
+            )
+        before, *sides = image
+        layers: list[nn.Module] = []
+        for channels in _CHANNELS:
+            if min(sides) <= _SMALLEST_SIDE:
+                break
+            layers += [nn.Conv2d(before, channels, 3, stride=2, padding=1), nn.LeakyReLU()]
+            before, sides = channels, [-(-side // 2) for side in sides]
+        self.convolutions = nn.Sequential(*layers)
+        self.head = MLP(torch.Size([before, *sides]).numel() + inputs - self.pixels, hidden)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Returns `(..., H)` features for frames `(..., D)`."""
+        image, rest = frames.split([self.pixels, frames.shape[-1] - self.pixels], -1)
+        seen = self.convolutions(image.reshape(-1, *self.image)).flatten(1)
+        features: Tensor = self.head(torch.cat([seen.unflatten(0, rest.shape[:-1]), rest], -1))
+        return features
+
+
+class FrameNetwork(nn.Module):
+    """A network of features, and a last layer that is linear in them.
+
+    Args:
+        body: From `(B, D)` inputs to `(B, H)` features.
+        inputs: D.
+
+    Attributes:
+        width: H.
+
+    Raises:
+        InvalidInput: A body that doesn't make such features.
+
+    Example:
+        >>> network = FrameNetwork(MLP(3, (8, 4)), inputs=3)
+        >>> network(torch.zeros(10, 3)).shape, network.features(torch.zeros(10, 3)).shape
+        (torch.Size([10]), torch.Size([10, 4]))
+    """
+
+    def __init__(self, body: nn.Module, inputs: int) -> None:
+        super().__init__()
+        self.body = body
+        self.width = _features(body, inputs)
+        self.last = _linear(self.width, 1)
+
+    def features(self, frames: Tensor) -> Tensor:
+        """Returns `(..., H)` for frames `(..., D)`."""
+        features: Tensor = self.body(frames)
+        return features
+
+    def forward(self, frames: Tensor) -> Tensor:
         """Returns `(...)` outputs for frames `(..., D)`."""
-        outputs: Tensor = self.last(self.features(frames, scales))
+        outputs: Tensor = self.last(self.features(frames))
         return outputs.squeeze(-1)
 
 
+class Members(nn.ModuleList):
+    """K networks of any kind, asked one after the other."""
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Returns `(K, B)` outputs for frames `(B, D)`."""
+        return torch.stack([member(frames) for member in self])
+
+
 class MemberMLP(nn.Module):
-    """K multilayer perceptrons of one shape, evaluated as one batched product per layer.
+    """K multilayer perceptrons of one shape: a batched product per layer, where that is quicker.
 
     Args:
         members: K.
@@ -119,9 +172,72 @@ class MemberMLP(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Returns `(K, B)` outputs for frames `(B, D)`."""
-        *layers, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
+        layers = list(zip(self.weights, self.biases, strict=True))
+        widest = max(bias.shape[:2].numel() for bias in self.biases)
+        if frames.is_cuda or len(frames) * widest <= _TOGETHER:
+            return self._together(frames, layers)
+        each = zip(
+            *(zip(*(p.unbind() for p in layer), strict=True) for layer in layers), strict=True
+        )
+        return torch.cat([self._alone(frames, member) for member in each])
+
+    def _together(self, frames: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
+        *layers, (last_weight, last_bias) = layers
         # Frames run along the last axis: along the rows, a training step takes a third longer.
         hidden = frames.T.expand(len(last_weight), -1, -1)
         for weight, bias in layers:
             hidden = F.leaky_relu(torch.baddbmm(bias, weight, hidden), inplace=True)
         return torch.baddbmm(last_bias, last_weight, hidden).squeeze(1)
+
+    def _alone(self, frames: Tensor, layers: Sequence[tuple[Tensor, ...]]) -> Tensor:
+        *some, (last_weight, last_bias) = layers
+        hidden = frames
+        for weight, bias in some:
+            hidden = F.leaky_relu(torch.addmm(bias.T, hidden, weight.T), inplace=True)
+        return torch.addmm(last_bias.T, hidden, last_weight.T).T
+
+
+def network_maker(network: nn.Module | MakeNetwork) -> MakeNetwork:
+    """A function from the number of inputs to a network of the caller's, new at each call.
+
+    Args:
+        network: A function, or a module, of which each call gives a copy.
+
+    Raises:
+        InvalidInput: Neither.
+    """
+    if isinstance(network, nn.Module):
+        return lambda inputs: copy.deepcopy(network)
+    if not callable(network):
+        raise InvalidInput(
+            "network: expected a torch.nn.Module from (B, D) inputs to (B, H) features, or a "
+            f"function from D to one, got {network!r}."
+        )
+    return network
+
+
+def _features(body: nn.Module, inputs: int) -> int:
+    training = body.training
+    body.eval()
+    came: object
+    try:
+        with torch.no_grad():
+            came = body(torch.zeros(2, inputs))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        came = error
+    finally:
+        body.train(training)
+    if isinstance(came, Tensor) and came.ndim == 2 and len(came) == 2:
+        return came.shape[1]
+    what = tuple(came.shape) if isinstance(came, Tensor) else repr(came)
+    raise InvalidInput(
+        f"network: expected a module from (B, {inputs}) inputs to (B, H) features; for (2, "
+        f"{inputs}) zeros it gave {what}."
+    )
+
+
+def _linear(before: int, after: int) -> nn.Linear:
+    layer = nn.Linear(before, after)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

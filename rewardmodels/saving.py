@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rewardmodels.dropout import MCDropout
 from rewardmodels.ensemble import DeepEnsemble
 from rewardmodels.epinet import Epinet
-from rewardmodels.errors import NotFitted, UnreadableFile
+from rewardmodels.errors import InvalidInput, NotFitted, UnreadableFile
 from rewardmodels.fitting import isolated_randomness
+from rewardmodels.frames import FrameSpec
 from rewardmodels.laplace import LaplaceHead
-from rewardmodels.model import FrameSpec, RewardModel
+from rewardmodels.model import RewardModel
+from rewardmodels.networks import MakeNetwork
 
 AnyModel = TypeVar("AnyModel", bound=RewardModel)
 
@@ -50,8 +53,8 @@ def save(model: RewardModel, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "class": type(model).__name__,
         "hyper_parameters": dict(model.hparams),
-        "observation": model.spec.observation,
-        "action": model.spec.action,
+        "own_network": model.make_network is not None,
+        "spec": asdict(model.spec),
     }
     tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     path = Path(path)
@@ -63,15 +66,23 @@ def save(model: RewardModel, path: str | os.PathLike[str]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike[str], cls: type[AnyModel] | None = None) -> AnyModel:
+def load(
+    path: str | os.PathLike[str],
+    cls: type[AnyModel] | None = None,
+    *,
+    network: nn.Module | MakeNetwork | None = None,
+) -> AnyModel:
     """Reads a model that `save` wrote; its answers are the same to the last bit.
 
     Args:
         path: The file.
         cls: The model's class, where it isn't one of the library's own.
+        network: The network that the model was made with, where it was one of the caller's: a file
+            holds its tensors, and no code.
 
     Raises:
         UnreadableFile: Not such a file, damaged, of a newer format, or of another class.
+        InvalidInput: A network that the file's model wasn't made with, or none though it was.
         FileNotFoundError: There is no such file.
 
     Example:
@@ -87,7 +98,10 @@ def load(path: str | os.PathLike[str], cls: type[AnyModel] | None = None) -> Any
             about = json.loads((file.metadata() or {})["rewardmodels"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         version, name, hparams = int(about["format"]), about["class"], about["hyper_parameters"]
-        spec = FrameSpec(tuple(about["observation"]), tuple(about["action"]))
+        own_network, shapes = bool(about["own_network"]), about["spec"]
+        spec = FrameSpec(
+            tuple(shapes["observation"]), tuple(shapes["action"]), int(shapes["discrete_actions"])
+        )
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise UnreadableFile(
             f"{path}: expected a model written by rewardmodels.save, got a damaged file or one of "
@@ -103,6 +117,13 @@ def load(path: str | os.PathLike[str], cls: type[AnyModel] | None = None) -> Any
         raise UnreadableFile(
             f"{path}: expected {expected}, got a {name}; pass its class as load(path, cls)."
         )
+    if own_network != (network is not None):
+        which = "the one that the model was made with" if own_network else "none"
+        raise InvalidInput(
+            f"network: expected {which}, got {network!r}; pass it as load(path, network=...)."
+        )
+    if network is not None:
+        hparams["network"] = network
     try:
         # Building draws initial weights, which the file's then replace.
         with isolated_randomness(0):

@@ -20,8 +20,8 @@ def model() -> MCDropout:
 
 def one_frame(model: MCDropout, frame: torch.Tensor, masks: list[np.ndarray]) -> float:
     """A network with dropout, in NumPy, for one frame and one mask a layer."""
-    hidden = model.norm(frame).numpy()
-    layers = [*model.network.layers, model.network.last]
+    hidden = model.frame_inputs.norm(frame).numpy()
+    layers = [*model.network.body.layers, model.network.last]
     weights = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in layers]
     for (weight, bias), mask in zip(weights[:-1], masks, strict=True):
         hidden = weight @ hidden + bias
@@ -50,7 +50,7 @@ class AnewPerFrame(MCDropout):
 
     def rewards(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         frames = self.inputs(observations, actions)
-        return torch.stack([self.network(frames, self._per_frame(len(frames))) for _ in range(200)])
+        return torch.stack([self._under(self._per_frame(len(frames)), frames) for _ in range(200)])
 
     def _per_frame(self, n: int) -> list[torch.Tensor]:
         return [mask.squeeze(1) for mask in self._draw(n)]
@@ -68,7 +68,9 @@ def test_a_mask_per_frame_would_make_a_clip_differ_from_itself():
 
 
 def test_masks_keep_a_share_and_the_mean():
-    masks = MCDropout(samples=500, hidden=(40, 30), rate=0.3).masks()
+    model = MCDropout(samples=500, hidden=(40, 30), rate=0.3)
+    model.initialise(CLIPS)
+    masks = model.masks()
     assert [tuple(mask.shape) for mask in masks] == [(500, 1, 40), (500, 1, 30)]
     values = torch.cat([mask.flatten() for mask in masks])
     assert {round(value, 5) for value in values.unique().tolist()} == {0.0, round(1 / 0.7, 5)}
@@ -116,9 +118,9 @@ def test_without_dropout_all_samples_are_the_network():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"samples": 0}, "samples, hidden: .*got 0"),
-        ({"hidden": ()}, r"samples, hidden: .*at least one hidden layer.*\(\)"),
-        ({"hidden": (8, 0)}, r"samples, hidden: .*\(8, 0\)"),
+        ({"samples": 0}, "samples: .*got 0"),
+        ({"hidden": ()}, "hidden: .*at least one hidden layer"),
+        ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
         ({"rate": 1.0}, "rate: .*1.0"),
         ({"rate": float("nan")}, "rate: .*nan"),
         ({"mistake_rate": -0.1}, "mistake_rate: .*-0.1"),

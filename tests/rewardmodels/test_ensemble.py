@@ -190,8 +190,8 @@ def test_refuses_other_shapes_and_early_questions(model):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"members": 0}, "members, hidden: .*got 0"),
-        ({"hidden": (8, 0)}, r"members, hidden: .*\(8, 0\)"),
+        ({"members": 0}, "members: .*got 0"),
+        ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
         ({"learning_rate": -1.0}, "learning_rate: .*-1.0"),
         ({"weight_decay": float("nan")}, "weight_decay: .*nan"),
         ({"mistake_rate": 1.0}, "mistake_rate: .*1.0"),

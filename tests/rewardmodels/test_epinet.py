@@ -24,11 +24,11 @@ def leaky(x: np.ndarray) -> np.ndarray:
 
 def one_frame(model: Epinet, frame: torch.Tensor, index: np.ndarray) -> float:
     """Osband et al. 2023, eq. 5 and 6, in NumPy, for one frame and one index."""
-    x = model.norm(frame).numpy()
+    x = model.frame_inputs.norm(frame).numpy()
     get = {name: value.detach().numpy() for name, value in model.named_parameters()}
     phi = x
     for layer in range(2):
-        name = f"network.layers.{layer}"
+        name = f"network.body.layers.{layer}"
         phi = leaky(get[f"{name}.weight"] @ phi + get[f"{name}.bias"])
     base = (get["network.last.weight"] @ phi + get["network.last.bias"])[0]
     first = np.concatenate([get["of_frame.weight"], get["of_index.weight"]], 1)
@@ -134,7 +134,7 @@ def test_a_larger_prior_is_less_sure_far_out():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"hidden": ()}, r"hidden: .*got \(\)"),
+        ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
         ({"index_dim": 0}, "index_dim: .*got 0"),
         ({"samples": 0}, "samples: .*got 0"),
         ({"epinet_width": 0}, "epinet_width: .*got 0"),

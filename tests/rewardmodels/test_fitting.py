@@ -319,7 +319,9 @@ def test_whole_numbers_and_images_do():
     answers = Comparisons(clips, torch.arange(20).view(10, 2), torch.ones(10))
     model = fit(small(), answers, epochs=2)
     assert model.spec is not None
-    assert model.spec.inputs == 2 * 5 * 4 + 1
+    assert model.spec.discrete_actions == 3
+    assert model.frame_inputs is not None
+    assert model.frame_inputs.size == 2 * 5 * 4 + 3
     assert model.posterior(clips).mean.shape == (20,)
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rewardmodels.networks import MemberMLP, RunningNorm
+from rewardmodels.frames import RunningNorm
+from rewardmodels.networks import MemberMLP
 
 
 @pytest.mark.parametrize("sizes", [(100,), (1, 99), (30, 50, 20), (10,) * 10])

@@ -1,0 +1,167 @@
+"""Single frames: their shapes, and how they become the inputs of a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rewardmodels.clips import Clips
+from rewardmodels.errors import InvalidInput
+
+# Below this an input counts as constant: dividing by it would only add noise.
+_SMALLEST_SCALE = 1e-3
+
+
+@dataclass(frozen=True)
+class FrameSpec:
+    """Shapes of one frame, known once the first data has been seen.
+
+    Args:
+        observation: Shape of an observation, without N and T. Three axes or more are an image
+            `(C, H, W)`, or several of one size, such as those before and after an action.
+        action: Shape of an action, without N and T.
+        discrete_actions: How many actions there are to choose from; 0 where an action is a vector.
+    """
+
+    observation: tuple[int, ...]
+    action: tuple[int, ...]
+    discrete_actions: int = 0
+
+    @classmethod
+    def of(cls, clips: Clips, discrete_actions: int = 0) -> FrameSpec:
+        """Returns the shapes of these clips' frames.
+
+        Actions are discrete if each is one whole number, of an integer type.
+
+        Args:
+            clips: N clips.
+            discrete_actions: How many there are; 0 for one more than the largest in the clips.
+        """
+        shapes = tuple(clips.observations.shape[2:]), tuple(clips.actions.shape[2:])
+        if clips.actions.is_floating_point() or clips.actions.ndim != 2:
+            return cls(*shapes)
+        seen = int(clips.actions.max()) + 1 if clips.actions.numel() else 0
+        return cls(*shapes, discrete_actions or seen)
+
+    @property
+    def image(self) -> tuple[int, int, int] | None:
+        """`(C, H, W)`, several images of one size on top of each other; None for vectors."""
+        if len(self.observation) < 3:
+            return None
+        *several, height, width = self.observation
+        return torch.Size(several).numel(), height, width
+
+    def check(self, clips: Clips) -> None:
+        """Raises InvalidInput unless the clips' frames have these shapes."""
+        came = FrameSpec.of(clips, self.discrete_actions)
+        if came != self:
+            raise InvalidInput(
+                f"clips: expected the frame shapes that were learned from, {self}; got {came}."
+            )
+        if self.discrete_actions and clips.actions.numel():
+            least, most = (int(x) for x in clips.actions.aminmax())
+            if least < 0 or most >= self.discrete_actions:
+                raise InvalidInput(
+                    f"actions: expected numbers from 0 to {self.discrete_actions - 1}, got "
+                    f"{least if least < 0 else most}. How many there are was taken from the first "
+                    "clips unless the model was made with discrete_actions=."
+                )
+
+
+class FrameInputs(nn.Module):
+    """Makes one vector of a frame: normalised numbers first, then a discrete action as one-hot.
+
+    Images are normalised by channel, all else number by number.
+
+    Args:
+        spec: Shapes of a frame.
+        actions: Whether actions are part of it.
+
+    Attributes:
+        size: D, numbers in a vector.
+
+    Example:
+        >>> FrameInputs(FrameSpec((3,), (), discrete_actions=4)).size
+        7
+    """
+
+    def __init__(self, spec: FrameSpec, *, actions: bool = True) -> None:
+        super().__init__()
+        self.choices = spec.discrete_actions if actions else 0
+        self.actions = actions and not self.choices
+        numbers = torch.arange(torch.Size(spec.observation).numel())
+        if spec.image:
+            channels, height, width = spec.image
+            numbers = torch.arange(channels).repeat_interleave(height * width)
+        if self.actions:
+            more = torch.arange(torch.Size(spec.action).numel())
+            numbers = torch.cat([numbers, more + len(numbers.unique())])
+        self.norm = RunningNorm(numbers)
+        self.size = len(numbers) + self.choices
+
+    def update(self, observations: Tensor, actions: Tensor) -> None:
+        """Adds B frames to what inputs are normalised by."""
+        self.norm.update(self._numbers(observations, actions))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Returns `(B, D)` inputs for B frames."""
+        numbers: Tensor = self.norm(self._numbers(observations, actions))
+        if not self.choices:
+            return numbers
+        return torch.cat([numbers, F.one_hot(actions.long(), self.choices).to(numbers)], 1)
+
+    def _numbers(self, observations: Tensor, actions: Tensor) -> Tensor:
+        parts = (observations, actions) if self.actions else (observations,)
+        # The axis between is for frames that are a single number.
+        return torch.cat([part[:, None].flatten(1).float() for part in parts], 1)
+
+
+class RunningNorm(nn.Module):
+    """Standardises inputs by the mean and variance of every frame it was shown.
+
+    A frame shown again, as at each further fit, counts again.
+
+    The statistics are buffers, so they are saved with the model; they change only in `update`
+    (Chan et al. 1979, parallel variance), never in `forward`.
+
+    Args:
+        inputs: D, numbers per frame; or `(D,)` groups from 0, for inputs that share a mean and a
+            variance with the others of their group.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+    groups: Tensor
+
+    def __init__(self, inputs: int | Tensor) -> None:
+        super().__init__()
+        groups = torch.arange(inputs) if isinstance(inputs, int) else inputs
+        self.register_buffer("groups", groups, persistent=False)
+        self.register_buffer("mean", torch.zeros(len(groups)))
+        self.register_buffer("variance", torch.ones(len(groups)))
+        self.register_buffer("count", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, frames: Tensor) -> None:
+        """Takes `(B, D)` more frames into account."""
+        n, total = len(frames), self.count + len(frames)
+        each = frames.mean(0)
+        mean = self._shared(each)
+        variance = self._shared(frames.var(0, correction=0) + (each - mean).square())
+        between = (mean - self.mean).square() * (self.count * n / total)
+        self.variance.copy_((self.variance * self.count + variance * n + between) / total)
+        self.mean.lerp_(mean, n / float(total))
+        self.count.copy_(total)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Returns `(..., D)` standardised frames."""
+        return (frames - self.mean) / self.variance.sqrt().clamp_min(_SMALLEST_SCALE)
+
+    def _shared(self, values: Tensor) -> Tensor:
+        """`(D,)`, each value's mean over its group."""
+        sums = values.new_zeros(len(values)).index_add(0, self.groups, values)
+        return (sums / self.groups.bincount(minlength=len(values)))[self.groups]
