@@ -86,4 +86,5 @@ def write_frames(model: RewardModel, clips: Clips, path: Path, *, frames: int = 
 
 
 def _stack(steps: tuple[np.ndarray, ...]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(steps, 1).astype(np.float32))
+    stacked = torch.from_numpy(np.stack(steps, 1))
+    return stacked.float() if stacked.is_floating_point() else stacked

@@ -29,7 +29,7 @@ class History:
     def add(
         self,
         observations: NDArray[np.floating],
-        actions: NDArray[np.floating],
+        actions: NDArray[np.floating | np.integer],
         rewards: NDArray[np.floating],
         ends: NDArray[np.bool_],
         states: NDArray[np.floating] | None = None,
@@ -38,7 +38,7 @@ class History:
 
         Args:
             observations: `(n_envs, *obs)`, what the action led to.
-            actions: `(n_envs, *act)`.
+            actions: `(n_envs, *act)`, or `(n_envs,)` whole numbers.
             rewards: `(n_envs,)`, the task's own, for synthetic teachers and evaluation.
             ends: `(n_envs,)`, whether the episode ended with this step.
             states: `(n_envs, s)`, simulator states before acting.
@@ -50,9 +50,9 @@ class History:
             if value is None:
                 continue
             if name not in self._columns:
-                dtype = bool if name == "ends" else np.float32
-                shape = (self.capacity, *np.shape(value))
-                self._columns[name] = np.zeros(shape, dtype)
+                came = np.asarray(value)
+                dtype = np.float32 if came.dtype.kind == "f" else came.dtype
+                self._columns[name] = np.zeros((self.capacity, *came.shape), dtype)
             self._columns[name][row] = value
         self.steps += 1
 

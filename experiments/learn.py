@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
@@ -225,6 +226,9 @@ class Learner:
         reward = None if config.reward == "task" else zero_reward
         venv = make_vec_env(self.task, copies, config.seed)
         self.env = RewardWrapper(venv, self.history, reward)
+        if isinstance(self.env.action_space, spaces.Discrete):
+            choices = int(self.env.action_space.n)
+            self.model.discrete_actions = self.model.discrete_actions or choices
         self.normalised = VecNormalize(self.env)
         self.agent = make_agent(config.algorithm, self.normalised, self.task, config.seed)
         run.restore(self._read)

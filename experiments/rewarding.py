@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
@@ -99,7 +100,9 @@ class RewardWrapper(VecEnvWrapper):
 
     def step_async(self, actions: Array) -> None:
         """As the environments' own."""
-        self._action = np.array(actions, dtype=np.float32)
+        # A choice stays a whole number.
+        kind = np.int64 if isinstance(self.action_space, spaces.Discrete) else np.float32
+        self._action = np.array(actions, dtype=kind)
         self._states = self.venv.states() if hasattr(self.venv, "states") else None
         self.venv.step_async(actions)
 
@@ -137,7 +140,10 @@ def relabel(agent: OffPolicyAlgorithm, reward: RewardFunction, *, at_once: int =
         return
     observations = buffer.next_observations[:size].reshape(-1, *buffer.obs_shape)
     actions = buffer.actions[:size].reshape(len(observations), -1)
-    actions = agent.policy.unscale_action(actions).astype(np.float32)
+    if isinstance(agent.action_space, spaces.Discrete):
+        actions = actions[:, 0].astype(np.int64)
+    else:
+        actions = agent.policy.unscale_action(actions).astype(np.float32)
     paid = [
         reward(observations[i : i + at_once], actions[i : i + at_once])
         for i in range(0, len(observations), at_once)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import inspect
 import io
 import json
 import os
@@ -11,7 +10,6 @@ import platform
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from typing import Any
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from active import ACQUISITIONS
-from rewardmodels import InvalidInput, RewardModel, UnreadableFile
+from experiments.describing import describe_settings
+from rewardmodels import InvalidInput, UnreadableFile
 
 METRICS = (
     "step",
@@ -179,49 +177,6 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-
-
-def describe_settings(config: Any) -> dict[str, Any]:
-    """A settings dataclass as the YAML that the command line reads, but for where it is kept."""
-    return {
-        field.name: describe(getattr(config, field.name))
-        for field in fields(config)
-        if field.name != "out"
-    }
-
-
-def describe(value: Any) -> Any:
-    """A setting as plain data; an object as its class path and constructor arguments.
-
-    Raises:
-        InvalidInput: An object that doesn't keep a constructor argument as an attribute, or a
-            function that can't be imported by its name.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, tuple | list):
-        return [describe(item) for item in value]
-    if inspect.isfunction(value):
-        for name, known in ACQUISITIONS.items():
-            if value is known:
-                return name
-        if "<" in value.__qualname__:
-            raise InvalidInput(
-                f"{value.__qualname__}: expected a function at the top of a module, which can be "
-                "imported to repeat the run."
-            )
-        return f"{value.__module__}.{value.__qualname__}"
-    kept = value.hparams if isinstance(value, RewardModel) else vars(value)
-    arguments = list(inspect.signature(type(value)).parameters)
-    if missing := [name for name in arguments if name not in kept]:
-        raise InvalidInput(
-            f"{type(value).__name__}: expected each constructor argument kept as an attribute, so "
-            f"that the run can be repeated; {', '.join(missing)} isn't."
-        )
-    path = f"{type(value).__module__}.{type(value).__qualname__}"
-    return {"class_path": path, "init_args": {n: describe(kept[n]) for n in arguments}}
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:

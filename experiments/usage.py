@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from active import QueryStrategy, Schedule, Teacher
 from active.rules import BatchRule
+from experiments.describing import constructor_arguments
 from rewardmodels.errors import InvalidInput, RewardModelsError, UnknownName
 from rewardmodels.model import RewardModel
 
@@ -91,7 +92,7 @@ def _unknown_flag(flag: str, parser: ArgumentParser) -> RewardModelsError:
 
 def _unknown_option(argument: str, name: str, path: str) -> RewardModelsError:
     module, _, short = path.rpartition(".")
-    known = inspect.signature(getattr(import_module(module), short)).parameters
+    known = sorted(constructor_arguments(getattr(import_module(module), short)))
     return UnknownName(f"{argument} ({short})", name, known)
 
 

@@ -366,3 +366,16 @@ def test_a_task_comes_with_settings_known_to_be_good():
     assert (walker.warm_up, walker.start_over, walker.schedule.initial) == (4, 50, 0.5)
     assert (cheetah.warm_up, cheetah.start_over, cheetah.schedule.initial) == (1, 1000, 0.25)
     assert LearnConfig(task="Walker2d", warm_up=1).warm_up == 1
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "DQN"])
+def test_a_choice_among_actions_stays_one(algorithm, tmp_path):
+    steps = {"PPO": STEPS, "DQN": 600}[algorithm]
+    config = tiny(tmp_path, task="MountainCar-v0", algorithm=algorithm, steps=steps)
+    learn(config, progress=False)
+    model = load(tmp_path / "model.safetensors")
+    assert model.spec.discrete_actions == 3
+    with FeedbackStore(tmp_path / "answers.sqlite") as answers:
+        actions = answers.comparisons().clips.actions
+    assert not actions.is_floating_point()
+    assert set(actions.unique().tolist()) == {0, 1, 2}

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from active import BALD, Hyperbolic, ScoredStrategy, SyntheticTeacher, preference_variance
 from active.rules import Power
+from experiments.describing import describe, describe_settings
 from experiments.learn import LearnConfig
-from experiments.run import Run, describe, describe_settings
+from experiments.run import Run
 from rewardmodels import DeepEnsemble, InvalidInput, UnreadableFile
+from rewardmodels.networks import MLP
 
 
 @dataclass
@@ -187,13 +190,21 @@ def test_objects_are_told_by_class_path_and_arguments():
         "class_path": "rewardmodels.ensemble.DeepEnsemble",
         "init_args": {
             "members": 7,
+            "prior_scale": 0.0,
             "hidden": [3, 4],
+            "network": None,
+            "reward_of": "observation_action",
+            "discrete_actions": 0,
             "learning_rate": 1e-3,
             "weight_decay": 1e-2,
             "mistake_rate": 0.0,
-            "prior_scale": 0.0,
         },
     }
+    assert (
+        describe(DeepEnsemble(network=MLP))["init_args"]["network"] == "rewardmodels.networks.MLP"
+    )
+    with pytest.raises(InvalidInput, match="top of a module"):
+        describe(DeepEnsemble(network=torch.nn.Linear(3, 2)))
     scored = ScoredStrategy(preference_variance, Power(2.0), samples=8)
     assert describe(scored)["init_args"] == {
         "acquisition": "preference_variance",
@@ -209,7 +220,7 @@ def test_objects_are_told_by_class_path_and_arguments():
 
     with pytest.raises(InvalidInput, match=r"Forgetful: expected each constructor.*samples isn't"):
         describe(Forgetful())
-    with pytest.raises(InvalidInput, match="expected a function at the top of a module"):
+    with pytest.raises(InvalidInput, match="expected what stands at the top of a module"):
         describe(ScoredStrategy(lambda returns, pairs: returns))
 
 
