@@ -154,9 +154,8 @@ def make_pool(
     """Trains PPO on the task's own reward, and records what it does on the way; or reads the file.
 
     The policy plays as it explores (actions drawn, not their mean), in environments of its own. It
-    learns the same whatever `levels` and `episodes` are, and the same again from the same seed on the
-    same machine. The caller's global generators and number
-    of threads stay as they are.
+    learns the same whatever `levels` and `episodes` are, and the same again from the same seed on
+    the same machine. The caller's global generators and number of threads stay as they are.
 
     Processes that make the same pool at once don't disturb each other, but each trains: make it
     before a study fans out. The file's header says which versions made it.
