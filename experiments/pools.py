@@ -118,12 +118,10 @@ class Pool:
                 doesn't have.
         """
         every = range(len(self.steps))
-        among = every[skills] if isinstance(skills, slice) else every if skills is None else skills
-        chosen = torch.tensor(sorted(set(among)), dtype=torch.long)
-        if not set(among) or not set(among) <= set(every):
-            raise InvalidInput(
-                f"skills: expected some of 0 to {len(every) - 1}, got {list(among)}."
-            )
+        skills = slice(None) if skills is None else skills
+        chosen = sorted(set(every[skills] if isinstance(skills, slice) else skills))
+        if not chosen or not set(chosen) <= set(every):
+            raise InvalidInput(f"skills: expected some of 0 to {len(every) - 1}, got {chosen}.")
         if n < 1:
             raise InvalidInput(f"n: expected at least 1 clip, got {n}.")
         if not 1 <= length <= self.trajectories.length:
@@ -132,10 +130,10 @@ class Pool:
                 f"got {length}."
             )
         # Where n isn't a multiple, chance says which skills have one more.
-        turn = chosen[torch.randperm(len(chosen), generator=generator)].tolist()
+        turn = torch.randperm(len(chosen), generator=generator).tolist()
         parts = [
-            cut(self.trajectories[self.skill == skill], length, share, generator=generator)
-            for place, skill in enumerate(turn)
+            cut(self.trajectories[self.skill == chosen[k]], length, share, generator=generator)
+            for place, k in enumerate(turn)
             if (share := len(range(place, n, len(turn))))
         ]
         return Clips.cat(parts)[torch.randperm(n, generator=generator)]
