@@ -288,7 +288,8 @@ def _read(folder: Path, file: str, names: tuple[str, ...]) -> list[Array]:
             "pass the one with delivery.npz, pandalm.npz and train_tickets.npz."
         )
     try:
-        with np.load(path, allow_pickle=False) as content:
+        # Opened here, since NumPy leaves a damaged archive open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as content:
             return [content[name] for name in names]
     except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UnreadableFile(
