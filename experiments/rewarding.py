@@ -102,7 +102,7 @@ class RewardWrapper(VecEnvWrapper):
         """As the environments' own."""
         # A choice stays a whole number.
         kind = np.int64 if isinstance(self.action_space, spaces.Discrete) else np.float32
-        self._action = np.array(actions, dtype=kind)
+        self._action: NDArray[np.floating | np.integer] = np.array(actions, dtype=kind)
         self._states = self.venv.states() if hasattr(self.venv, "states") else None
         self.venv.step_async(actions)
 

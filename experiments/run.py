@@ -46,6 +46,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.rows: list[dict[str, float]] = []
+        self._board: SummaryWriter | None = None
 
     def check(self, config: Any, *, resume: bool) -> None:
         """Refuses what `start` couldn't begin or go on with, and writes nothing.
@@ -99,10 +100,13 @@ class Run:
         writer.writerows(self.rows)
         write_atomically(self.path / "metrics.csv", text.getvalue())
         step = int(row["step"])
-        with SummaryWriter(self.path / "tensorboard", purge_step=step) as board:
-            for name, value in row.items():
-                if name != "step":
-                    board.add_scalar(name, value, step)
+        # One file a process: TensorBoard reads those of one second in no order, and each purges.
+        if self._board is None:
+            self._board = SummaryWriter(self.path / "tensorboard", purge_step=step)
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+        self._board.flush()
 
     def checkpoint(self, number: int, write: Callable[[Path], None]) -> None:
         """Keeps what `write` puts into a fresh directory; the one before stays as a spare."""
