@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ def fit(
     patience: int = 20,
     batch_size: int = 64,
     held_out: float = 0.15,
+    groups: Sequence[int] | Tensor | None = None,
     seed: int = 0,
 ) -> AnyModel:
     """Fits a model to comparisons, and goes on from where it is if it was fitted before.
@@ -57,6 +58,8 @@ def fit(
         patience: Epochs without a better held-out log loss before stopping.
         batch_size: Comparisons per step.
         held_out: Share kept back, from 0 (none: all epochs are run) to below 1.
+        groups: A number for each comparison. Those of one number are kept back together, such as
+            all answers of one person: else the answers kept back say little of new people.
         seed: Of initial weights, the order of minibatches and what is kept back. The global
             random state is left as it was.
 
@@ -90,7 +93,7 @@ def fit(
             raise InvalidInput(f"{name}: expected at least 1, got {number}.")
     if not 0 <= held_out < 1:
         raise InvalidInput(f"held_out: expected a share from 0 to below 1, got {held_out}.")
-    kept_back = torch.from_numpy(np.random.default_rng(seed).random(len(comparisons)) < held_out)
+    kept_back = _draw(len(comparisons), held_out, groups, seed)
     if kept_back.sum() < _MIN_HELD_OUT:
         kept_back[:] = False
     if kept_back.all():
@@ -130,6 +133,20 @@ def fit(
             f"{trainer.current_epoch}, max_epochs {trainer.max_epochs}); give each fit a new one."
         )
     return model
+
+
+def _draw(n: int, share: float, groups: Sequence[int] | Tensor | None, seed: int) -> Tensor:
+    """`(n,)` bool, which comparisons are kept back."""
+    draws = np.random.default_rng(seed).random(n)
+    if groups is not None:
+        if len(groups) != n:
+            raise InvalidInput(
+                f"groups: expected a number for each of {n} comparisons, got {len(groups)}."
+            )
+        # A group's draw is that of its first comparison, so that it stays when answers are added.
+        _, first, group = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
+        draws = draws[first[group.reshape(-1)]]
+    return torch.from_numpy(draws < share)
 
 
 @contextmanager

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
 
-# Below this an input counts as constant: dividing by it would only add noise.
+# Dividing by less would only add noise. A constant isn't divided at all: what first differs after
+# the training would else enter a thousandfold.
 _SMALLEST_SCALE = 1e-3
+_CONSTANT = 1e-6  # of its size
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,14 @@ class RunningNorm(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Returns `(..., D)` standardised frames."""
-        return (frames - self.mean) / self.variance.sqrt().clamp_min(_SMALLEST_SCALE)
+        return (frames - self.mean) / self.scale
+
+    @property
+    def scale(self) -> Tensor:
+        """`(D,)`, what inputs are divided by."""
+        std = self.variance.sqrt()
+        constant = std <= _CONSTANT * (1 + self.mean.abs())
+        return std.clamp_min(_SMALLEST_SCALE).masked_fill(constant, 1)
 
     def _shared(self, values: Tensor) -> Tensor:
         """`(D,)`, each value's mean over its group."""

@@ -33,6 +33,9 @@ def test_a_constant_input_stays_small():
     norm = RunningNorm(1)
     norm.update(torch.full((50, 1), 7.0))
     assert float(norm(torch.tensor([[7.0]]))) == 0
+    # What first differs after the training enters as it is.
+    assert float(norm(torch.tensor([[7.5]]))) == 0.5
+    norm.update(torch.full((50, 1), 7.0002))
     assert abs(float(norm(torch.tensor([[7.5]])))) <= 500.01
 
 

@@ -1,0 +1,1 @@
+"""What users ask, each a file that reads like its method section."""
