@@ -15,21 +15,27 @@ are compared with.
 
 from __future__ import annotations
 
-import inspect
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from active.teachers import SyntheticTeacher
 from experiments.human_data import HUMAN_DATA, HumanData, baseline, splits
 from experiments.pools import Pool, make_pool
+from experiments.studies.predictor_tables import write_tables
+from experiments.studies.summary import Row
+from experiments.study import Cell, Result, run_study
+from experiments.tasks import find_task
 from rewardmodels import (
     Calibrated,
     Clips,
@@ -41,6 +47,7 @@ from rewardmodels import (
     MCDropout,
     ReturnPosterior,
     RewardModel,
+    UnknownName,
     fit,
 )
 from rewardmodels import calibration as score
@@ -63,7 +70,88 @@ _LABELLED, _SHIFTED = slice(0, 4), slice(-3, None)
 _CALIBRATION_SHARE = 0.3
 _WEIGHT_DECAYS = (0.01, 1.0, 30.0)  # AdamW multiplies them by the learning rate
 _SAMPLES = 64
-_COVERAGE = 0.9
+_FOLDS = 5
+_COVERAGE, _CALIBRATED_ON = 0.9, 100
+
+
+def study_predictors(
+    data: Path | None = None,
+    tasks: Sequence[str] = TASKS,
+    predictors: Sequence[str] = tuple(PREDICTORS),
+    comparisons: int = 300,
+    length: int = 25,
+    tests: int = 5000,
+    seeds: int = 5,
+    jobs: int = 1,
+    pools: Path = Path("runs/pools"),
+    out: Path = Path("runs/study-predictors"),
+) -> dict[str, list[Row]]:
+    """Compares predictors on simulated tasks and, with `data`, on real people's answers.
+
+    Args:
+        data: Folder with `delivery.npz`, `pandalm.npz` and `train_tickets.npz`; None leaves people
+            out.
+        tasks: Any that `rewardmodels learn` takes.
+        predictors: Names of ours, or import paths of others.
+        comparisons: Answers to learn from and calibrate on, in all.
+        length: Frames per clip.
+        tests: Pairs asked about afterwards.
+        seeds: Draws of clips and of initial weights.
+        jobs: Processes side by side.
+        pools: Where the agents' episodes are kept.
+        out: Where results are kept; a second call goes on with those that are there.
+
+    Returns:
+        The cells of `simulated`, `human` and `speed`, by those names; the same stand in `out` as
+        CSV, with `tables.md` and the figures.
+
+    Raises:
+        InvalidInput: A number out of range, or a folder without the files.
+        UnknownName: A task or predictor that there isn't.
+    """
+    for name, value, least in (
+        ("comparisons", comparisons, 20), ("length", length, 1), ("tests", tests, 2 * _CALIBRATED_ON),
+        ("seeds", seeds, 1), ("jobs", jobs, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
+    for predictor in predictors:
+        _maker(predictor)
+    for task in tasks:
+        find_task(task)
+    people = [] if data is None else [load(data) for load in HUMAN_DATA.values()]
+    for task in tasks:
+        make_pool(task, folder=pools)  # before the fan-out, or each process would make its own
+    settings = {"comparisons": comparisons, "length": length, "tests": tests, "pools": str(pools)}
+    grid = [
+        {"task": task, "predictor": predictor, "seed": seed, **settings}
+        for seed in range(seeds)
+        for task in tasks
+        for predictor in predictors
+    ]
+    rows = {"simulated": _run(simulated, grid, out, jobs)}
+    if data is not None:
+        names = [name for known in people for name in (known.name, *_left_out(known))]
+        folds = [
+            {"data": name, "predictor": predictor, "fold": fold, "folder": str(data)}
+            for name in names
+            for predictor in (BASELINE, *predictors)
+            for fold in range(_FOLDS)
+        ]
+        rows["human"] = _run(human, folds, out, jobs)
+    # By itself, so that nothing else of ours takes its time.
+    rows["speed"] = _run(speed, [{"predictor": predictor} for predictor in predictors], out, 1)
+    write_tables(rows, out)
+    return rows
+
+
+def _left_out(data: HumanData) -> list[str]:
+    return [f"{data.name}/{name}" for name in data.held_out]
+
+
+def _run(function: Callable[..., Result], cells: list[Cell], out: Path, jobs: int) -> list[Row]:
+    results = run_study(function, cells, out / "cells", jobs=jobs)
+    return [{**cell, **result} for cell, result in zip(cells, results, strict=True)]
 
 
 def simulated(
@@ -74,8 +162,7 @@ def simulated(
     length: int,
     tests: int,
     pools: str,
-    teacher: dict[str, float],
-) -> dict[str, Any]:
+) -> Result:
     """One predictor's scores on one task, with one draw of clips and one of initial weights.
 
     Args:
@@ -86,24 +173,21 @@ def simulated(
         length: Frames per clip.
         tests: Pairs asked about afterwards.
         pools: Directory of `make_pool`.
-        teacher: What `SyntheticTeacher` takes.
     """
     torch.set_num_threads(1)
     pool = make_pool(task, folder=Path(pools), progress=False)
     known, fresh = (_half(pool, which) for which in (0, 1))
     draw = torch.Generator().manual_seed(seed)
-    answerer = SyntheticTeacher(**teacher)
 
-    def asked(of: Pool, n: int, skills: slice, by: SyntheticTeacher) -> Comparisons:
+    def asked(of: Pool, n: int, skills: slice) -> Comparisons:
         clips = of.clips(2 * n, length, draw, skills=skills)
         pairs = torch.arange(2 * n).view(n, 2)
-        return Comparisons(clips, pairs, by.answer(clips, pairs, draw))
+        return Comparisons(clips, pairs, SyntheticTeacher().answer(clips, pairs, draw))
 
-    said = asked(known, comparisons, _LABELLED, answerer)
-    truth = SyntheticTeacher()
+    said = asked(known, comparisons, _LABELLED)
     test = {
-        "in distribution": asked(fresh, tests, _LABELLED, truth),
-        "shifted": asked(fresh, tests, _SHIFTED, truth),
+        "in distribution": asked(fresh, tests, _LABELLED),
+        "shifted": asked(fresh, tests, _SHIFTED),
     }
     kept = round(comparisons * _CALIBRATION_SHARE)
     model, figures = _taught(_maker(predictor), said[kept:], seed=seed)
@@ -111,15 +195,13 @@ def simulated(
     for name, some in test.items():
         for kind, asks in (("", calibrated), ("raw ", model)):
             belief = asks.posterior(some.clips)
-            figures |= {f"{name}/{kind}{k}": v for k, v in scores(belief, some).items()}
-        returns = model.posterior(some.clips).mean.cpu()
-        figures[f"{name}/return rank correlation"] = score.rank_correlation(
-            returns, some.clips.returns
-        )
+            found = scores(belief, some) | _of_returns(belief, some)
+            figures |= {f"{name}/{kind}{k}": v for k, v in found.items()}
+    figures["coverage"] = coverage(model, test["in distribution"], n=_CALIBRATED_ON, resplits=200)
     return figures
 
 
-def human(data: str, predictor: str, fold: int, folder: str, seed: int = 0) -> dict[str, Any]:
+def human(data: str, predictor: str, fold: int, folder: str, seed: int = 0) -> Result:
     """One predictor's scores on the answers of people, in one fold.
 
     Args:
@@ -132,7 +214,7 @@ def human(data: str, predictor: str, fold: int, folder: str, seed: int = 0) -> d
     torch.set_num_threads(1)
     name, _, left_out = data.partition("/")
     known = _people(name, folder)
-    train, test = list(splits(known, seed=seed))[fold]
+    train, test = list(splits(known, _FOLDS, seed=seed))[fold]
     if left_out:
         unknown = known.held_out[left_out]
         train, test = train[~unknown[train]], test[unknown[test]]
@@ -141,14 +223,13 @@ def human(data: str, predictor: str, fold: int, folder: str, seed: int = 0) -> d
     if predictor == BASELINE:
         started = time.perf_counter()
         p = torch.from_numpy(baseline(known, train, decided))
-        figures: dict[str, Any] = {"fit seconds": time.perf_counter() - started}
+        figures: Result = {"fit seconds": time.perf_counter() - started}
         return figures | _of_answers(p, said.preference)
     make = _maker(predictor)
     train = train[known.decided[train]]
-    inner = next(iter(splits(replace_rows(known, train), folds=4, seed=seed)))
+    taught, asked = _inner_split(known, train)
     losses = []
     for weight_decay in _WEIGHT_DECAYS:
-        taught, asked = train[inner[0]], train[inner[1]]
         model, _ = _taught(make, *_rows(known, taught), seed=seed, weight_decay=weight_decay)
         some = known.comparisons[torch.from_numpy(asked)].compact()
         p = model.posterior(some.clips).preference(some.pairs)
@@ -158,18 +239,55 @@ def human(data: str, predictor: str, fold: int, folder: str, seed: int = 0) -> d
     return figures | {"weight decay": best} | scores(model.posterior(said.clips), said)
 
 
-def scores(belief: ReturnPosterior, comparisons: Comparisons) -> dict[str, float]:
-    """What a belief's answers are worth.
+def speed(predictor: str) -> Result:
+    """Microseconds a frame at batch 1 and at batch 4096, with uncertainty; milliseconds of clips.
 
-    Its uncertainty is that of the answer, $\\min(p, 1 - p)$, as a detector of wrong answers; and
-    the spread of $p$ over what is believed possible, epistemic alone, in rank correlation with
-    the error $|p - y|$ (as Gleave & Irving 2022, arXiv:2203.07472, have it).
+    Of frames of 17 and 6 numbers (HalfCheetah's), on one thread; medians.
+    """
+    torch.set_num_threads(1)
+    draw = torch.Generator().manual_seed(0)
+    clips = Clips(
+        torch.randn(1000, 25, 17, generator=draw), torch.randn(1000, 25, 6, generator=draw)
+    )
+    some = Comparisons(clips[:200], torch.arange(200).view(100, 2), torch.arange(100) % 2.0)
+    model = fit(_maker(predictor)(), some, epochs=1)
+    scorer = model.frame_scorer()
+    observations, actions = (x.flatten(0, 1)[:4096] for x in (clips.observations, clips.actions))
+    one = observations[0].numpy(), actions[0].numpy()
+    return {
+        "frame us": 1e6 * _median(lambda: scorer(*one), 3000),
+        "frame us at 4096": 1e6 / 4096 * _median(
+            lambda: scorer.batch(observations.numpy(), actions.numpy()), 20
+        ),
+        "1,000 clips ms": 1e3 * _median(lambda: model.posterior(clips), 10),
+    }
+
+
+def _median(call: Callable[[], object], times: int) -> float:
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def scores(belief: ReturnPosterior, comparisons: Comparisons) -> dict[str, float]:
+    r"""What a belief's answers are worth.
+
+    Uncertainty is that of the answer, $\min(p, 1 - p)$, as a detector of wrong answers. In rank
+    correlation with the error $|p - y|$ it is epistemic alone: the spread of $p$ over the functions
+    that are believed possible (Gleave & Irving 2022, arXiv:2203.07472). Where most answers
+    are right both fall together as p leaves one half, so where the true return is known the spread
+    of the difference of returns is also set against the error of that difference, the belief
+    scaled to the true returns by least squares.
     """
     pairs, said = comparisons.pairs, comparisons.preference
     p = belief.preference(pairs).double().cpu()
     samples = belief.rsample(_SAMPLES, torch.Generator().manual_seed(0)).cpu()
     spread = (samples[:, pairs[:, 1]] - samples[:, pairs[:, 0]]).double().sigmoid().std(0)
     unsure = torch.minimum(p, 1 - p)
+    wrong = (p > 0.5) != (said > 0.5)
     risk = score.risk_coverage(unsure, p, said)
     return _of_answers(p, said) | {
         "error AUROC": score.error_detection_auroc(unsure, p, said),
@@ -179,7 +297,9 @@ def scores(belief: ReturnPosterior, comparisons: Comparisons) -> dict[str, float
         "AURC": risk.aurc,
         "AUGRC": risk.augrc,
         "joint log loss": score.joint_log_loss(samples, pairs, said),
-        "confident and wrong": float(((unsure < 0.1) & ((p > 0.5) != (said > 0.5))).double().mean()),
+        "confident and wrong": float(
+            ((unsure < 0.1) & ((p > 0.5) != (said > 0.5))).double().mean()
+        ),
     }
 
 
@@ -210,3 +330,72 @@ def _taught(
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model, {"fit seconds": seconds, "parameters": parameters}
+
+
+def _lists(curve: score.Reliability) -> dict[str, list[float]]:
+    return {name: [float(x) for x in values] for name, values in curve._asdict().items()}
+
+
+def _thinned(risk: np.ndarray) -> list[float]:
+    """At coverages of 0.05, 0.1, ..., 1."""
+    places = np.ceil(np.linspace(0.05, 1, 20) * len(risk)).astype(int) - 1
+    return [float(x) for x in risk[places]]
+
+
+def coverage(model: RewardModel, comparisons: Comparisons, *, n: int, resplits: int) -> float:
+    """How often a prediction set holds the answer, over draws of who is calibrated on.
+
+    Args:
+        model: A fitted model.
+        comparisons: Decided answers that it hasn't seen.
+        n: Calibrated on, at each draw; the rest is asked about.
+        resplits: Draws.
+    """
+    draw = torch.Generator().manual_seed(0)
+    held = []
+    for _ in range(resplits):
+        order = torch.randperm(len(comparisons), generator=draw)
+        rest = comparisons[order[n:]]
+        calibrated = Calibrated(model).calibrate(comparisons[order[:n]], random=True)
+        sets = calibrated.posterior(rest.clips).prediction_set(rest.pairs, _COVERAGE)
+        held.append(sets[torch.arange(len(rest)), (rest.preference > 0.5).long()].double().mean())
+    return float(torch.stack(held).mean())
+
+
+def _half(pool: Pool, which: int) -> Pool:
+    """The first half of each skill's episodes, or the second."""
+    rows = torch.cat(
+        [
+            (pool.skill == skill).nonzero().squeeze(1).tensor_split(2)[which]
+            for skill in range(len(pool.steps))
+        ]
+    )
+    return replace(pool, trajectories=pool.trajectories[rows], skill=pool.skill[rows])
+
+
+def _maker(predictor: str) -> Callable[..., RewardModel]:
+    if predictor in PREDICTORS:
+        return PREDICTORS[predictor]
+    module, _, name = predictor.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UnknownName("predictor", predictor, PREDICTORS) from error
+    if not (isinstance(found, type) and issubclass(found, RewardModel)):
+        raise InvalidInput(f"predictor: expected a RewardModel, got {predictor}.")
+    return found
+
+
+def _rows(data: HumanData, rows: np.ndarray) -> tuple[Comparisons, Tensor]:
+    return data.comparisons[torch.from_numpy(rows)], torch.from_numpy(data.groups[rows])
+
+
+def _inner_split(data: HumanData, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A quarter of the rows' groups to choose settings by, and the rest."""
+    taught, asked = next(GroupKFold(4).split(rows, groups=data.groups[rows]))
+    return rows[taught], rows[asked]
+
+
+@lru_cache(maxsize=1)
+def _people(name: str, folder: str) -> HumanData:
+    return HUMAN_DATA[name](Path(folder))
