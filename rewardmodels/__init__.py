@@ -15,6 +15,7 @@ from rewardmodels.errors import (
     UnreadableFile,
 )
 from rewardmodels.fitting import fit
+from rewardmodels.gp import GPHead
 from rewardmodels.laplace import LaplaceHead
 from rewardmodels.likelihood import negative_log_likelihood, preference_probability
 from rewardmodels.model import FitReport, FrameSpec, PairBatch, RewardModel, SampledRewardModel
@@ -37,6 +38,7 @@ __all__ = [
     "FitDiverged",
     "FitReport",
     "FrameSpec",
+    "GPHead",
     "GaussianPosterior",
     "InvalidInput",
     "LaplaceHead",

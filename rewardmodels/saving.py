@@ -16,6 +16,7 @@ from rewardmodels.ensemble import DeepEnsemble
 from rewardmodels.epinet import Epinet
 from rewardmodels.errors import NotFitted, UnreadableFile
 from rewardmodels.fitting import isolated_randomness
+from rewardmodels.gp import GPHead
 from rewardmodels.laplace import LaplaceHead
 from rewardmodels.model import FrameSpec, RewardModel
 
@@ -23,7 +24,7 @@ AnyModel = TypeVar("AnyModel", bound=RewardModel)
 
 FORMAT = 1
 PREDICTORS: dict[str, type[RewardModel]] = {
-    cls.__name__: cls for cls in (DeepEnsemble, Epinet, LaplaceHead, MCDropout)
+    cls.__name__: cls for cls in (DeepEnsemble, Epinet, GPHead, LaplaceHead, MCDropout)
 }
 """Those that `load` knows by name. It never imports what a file names."""
 
