@@ -28,6 +28,7 @@ _JITTER = 1e-4  # of the mean diagonal: single precision loses definiteness belo
 # Before any answer, returns of two of the first clips differ by two reward units (sd): answers
 # that are rather clear, as those of people are. Training moves it.
 _PRIOR_VARIANCE = 4.0
+_LEAST_VARIANCE = 1e-12  # reward units²; a square root of zero has no gradient
 _FASTER = 10.0  # steps of the process itself, against those of the network
 _CANDIDATES = 1 << 13  # frames among which inducing ones are chosen
 _POLISH = 200  # steps of L-BFGS at most
@@ -66,7 +67,7 @@ class ResidualFeatures(nn.Module):
 
 
 class GPHead(RewardModel):
-    r"""A Gaussian process over frames, whose belief returns to the prior far from the answers.
+    r"""A Gaussian process over frames, whose belief widens away from the answers.
 
     The reward is $r \sim GP(0, k)$, as in preference learning by Chu & Ghahramani (2005), with
 
@@ -74,10 +75,12 @@ class GPHead(RewardModel):
     + v\, \phi(x)^\top \phi(x')$$
 
     on features $\phi$ that keep distances (`ResidualFeatures`; Liu et al. 2020,
-    arXiv:2006.10108). The first term is GPyTorch's `RFFKernel`, taken as the kernel itself: by
-    random Fourier features (Rahimi & Recht 2007) $k(x, x') = \psi(x)^\top \psi(x')$ with F
-    numbers and D more for the linear term. So a clip is $\Psi = \sum_t \psi(x_t)$, a comparison
-    $z = \Psi_b - \Psi_a$, and all below is exact in time linear in frames.
+    arXiv:2006.10108). Without the linear term nothing would be learned of what lies beyond the
+    data, and strange clips, whose frames have little in common, could vary less than known ones.
+    The first term is GPyTorch's `RFFKernel`, taken as the kernel itself: by random Fourier
+    features (Rahimi & Recht 2007) $k(x, x') = \psi(x)^\top \psi(x')$, with F numbers and D more
+    for the linear term. So a clip is $\Psi = \sum_t \psi(x_t)$, a comparison
+    $z = \Psi_b - \Psi_a$, and all below is exact for k, in time linear in frames.
 
     A sparse variational belief (Hensman et al. 2015) is held at M inducing frames, rows $\psi$ of
     $\Psi_Z$: with $K = \Psi_Z \Psi_Z^\top = L L^\top$, $B = \Psi_Z^\top L^{-\top}$ and whitened
@@ -246,8 +249,9 @@ class GPHead(RewardModel):
         """
         root = self.variational_root.tril()
         variance = prior_var + (projected @ root).square().sum(1) - projected.square().sum(1)
-        # Rounding may take a variance of nothing below zero; a NaN has to show in the loss.
-        spread = variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+        # Rounding may take a variance of nothing, as of two equal clips, below zero.
+        spread = variance.clamp_min(_LEAST_VARIANCE).sqrt()
+        # Unchecked, so that a NaN shows in the loss, where `fit` looks for it.
         belief = Normal(projected @ self.variational_mean, spread, validate_args=False)
         expected = self.quadrature(
             lambda difference: negative_log_likelihood(
