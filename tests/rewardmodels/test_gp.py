@@ -18,6 +18,7 @@ from rewardmodels import (
     FitDiverged,
     GPHead,
     InvalidInput,
+    PairBatch,
     fit,
     negative_log_likelihood,
 )
@@ -276,6 +277,17 @@ def test_the_feature_map_keeps_distances():
             block.outer[0].bias.zero_()
         torch.testing.assert_close(block(x), factor * x)
     assert torch.equal(ResidualFeatures(3, ())(x), x)
+
+
+def test_two_equal_clips_teach_without_breaking_a_gradient():
+    comparisons = some(20)
+    model = fit(GPHead(inducing=12), comparisons, epochs=1)
+    clips = comparisons.clips[:5]
+    loss = model.loss(PairBatch(clips, clips, torch.ones(5), torch.arange(5)))
+    loss.backward()
+    kl = model.divergence().item()
+    assert loss.item() == pytest.approx(math.log(2) + kl / model.answers.item(), rel=1e-4)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_frames_that_come_twice_count_once():
