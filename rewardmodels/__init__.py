@@ -16,6 +16,7 @@ from rewardmodels.errors import (
 )
 from rewardmodels.fitting import fit
 from rewardmodels.frames import FrameSpec
+from rewardmodels.gp import GPHead
 from rewardmodels.laplace import LaplaceHead
 from rewardmodels.likelihood import negative_log_likelihood, preference_probability
 from rewardmodels.model import FitReport, PairBatch, RewardModel, SampledRewardModel
@@ -38,6 +39,7 @@ __all__ = [
     "FitDiverged",
     "FitReport",
     "FrameSpec",
+    "GPHead",
     "GaussianPosterior",
     "InvalidInput",
     "LaplaceHead",

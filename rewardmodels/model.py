@@ -223,17 +223,18 @@ class RewardModel(L.LightningModule, ABC):
         inputs: Tensor = self.frame_inputs(observations, actions)
         return inputs
 
-    def frame_network(self, inputs: int) -> FrameNetwork:
-        """Makes what turns inputs into an output: the caller's network, a CNN or an MLP."""
+    def frame_body(self, inputs: int) -> nn.Module:
+        """Makes what turns inputs into features: the caller's network, a CNN or an MLP."""
         assert self.spec is not None
-        body: nn.Module
         if self.make_network is not None:
-            body = self.make_network(inputs)
-        elif self.spec.image:
-            body = CNN(self.spec.image, inputs, self.hidden)
-        else:
-            body = MLP(inputs, self.hidden)
-        return FrameNetwork(body, inputs)
+            return self.make_network(inputs)
+        if self.spec.image:
+            return CNN(self.spec.image, inputs, self.hidden)
+        return MLP(inputs, self.hidden)
+
+    def frame_network(self, inputs: int) -> FrameNetwork:
+        """Makes features with a linear layer behind them."""
+        return FrameNetwork(self.frame_body(inputs), inputs)
 
     @torch.no_grad()
     def posterior(self, clips: Clips) -> ReturnPosterior:

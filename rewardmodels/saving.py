@@ -18,6 +18,7 @@ from rewardmodels.epinet import Epinet
 from rewardmodels.errors import InvalidInput, NotFitted, UnreadableFile
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.frames import FrameSpec
+from rewardmodels.gp import GPHead
 from rewardmodels.laplace import LaplaceHead
 from rewardmodels.model import RewardModel
 from rewardmodels.networks import MakeNetwork
@@ -26,7 +27,7 @@ AnyModel = TypeVar("AnyModel", bound=RewardModel)
 
 FORMAT = 1
 PREDICTORS: dict[str, type[RewardModel]] = {
-    cls.__name__: cls for cls in (DeepEnsemble, Epinet, LaplaceHead, MCDropout)
+    cls.__name__: cls for cls in (DeepEnsemble, Epinet, GPHead, LaplaceHead, MCDropout)
 }
 """Those that `load` knows by name. It never imports what a file names."""
 

@@ -11,6 +11,7 @@ from rewardmodels import (
     Comparisons,
     DeepEnsemble,
     Epinet,
+    GPHead,
     LaplaceHead,
     MCDropout,
     PairBatch,
@@ -28,6 +29,7 @@ MAKERS: dict[str, Callable[[], RewardModel]] = {
     "MCDropout": lambda: MCDropout(learning_rate=3e-3),
     "LaplaceHead": lambda: LaplaceHead(learning_rate=3e-3),
     "Epinet": lambda: Epinet(learning_rate=3e-3),
+    "GPHead": lambda: GPHead(learning_rate=3e-3),
 }
 PAIRS = torch.arange(60).view(30, 2)
 
@@ -59,7 +61,7 @@ def model(maker) -> RewardModel:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("cls", [DeepEnsemble, Epinet, LaplaceHead, MCDropout])
+@pytest.mark.parametrize("cls", [DeepEnsemble, Epinet, GPHead, LaplaceHead, MCDropout])
 def test_keeps_its_promises(cls, check):
     check(cls)
 
@@ -214,7 +216,7 @@ def test_round_trip(model, tmp_path):
     assert (tmp_path / "again").read_bytes() == (tmp_path / "model").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["DeepEnsemble", "MCDropout", "LaplaceHead", "Epinet"])
+@pytest.mark.parametrize("name", ["DeepEnsemble", "MCDropout", "LaplaceHead", "Epinet", "GPHead"])
 def test_a_command_line_makes_one(name):
     parser = ArgumentParser()
     parser.add_argument("--model", type=RewardModel)

@@ -1,0 +1,336 @@
+"""A sparse variational Gaussian process over frames, on features that keep distances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from gpytorch.kernels import LinearKernel, RFFKernel, ScaleKernel
+from gpytorch.utils.quadrature import GaussHermiteQuadrature1D
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from linear_operator.utils.errors import NanError, NotPSDError
+from sklearn.cluster import kmeans_plusplus
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.nn.utils.parametrize import cached
+
+from rewardmodels.clips import Clips
+from rewardmodels.comparisons import Comparisons
+from rewardmodels.errors import FitDiverged, InvalidInput
+from rewardmodels.likelihood import negative_log_likelihood
+from rewardmodels.model import PairBatch, RewardModel, in_parts
+from rewardmodels.networks import ResidualFeatures, feature_count
+from rewardmodels.posterior import GaussianPosterior
+
+_JITTER = 1e-4  # of the mean diagonal: single precision loses definiteness below about 1e-5
+# Before any answer, returns of two of the first clips differ by two reward units (sd): answers
+# that are rather clear, as those of people are. Training moves it.
+_PRIOR_VARIANCE = 4.0
+_LEAST_VARIANCE = 1e-12  # reward units²; a square root of zero has no gradient
+_FASTER = 10.0  # steps of the process itself, against those of the network
+_CANDIDATES = 1 << 13  # frames among which inducing ones are chosen
+_POLISH = 200  # steps of L-BFGS at most
+_FEW = 512  # frames or clips that a starting value is taken from
+
+
+class GPHead(RewardModel):
+    r"""A Gaussian process over frames, whose belief widens away from the answers.
+
+    The reward is $r \sim GP(0, k)$, as in preference learning by Chu & Ghahramani (2005), with
+
+    $$k(x, x') = s^2 \exp\left(-\frac{|\phi(x) - \phi(x')|^2}{2 \ell^2}\right)
+    + v\, \phi(x)^\top \phi(x')$$
+
+    on features $\phi$ that keep distances (`ResidualFeatures`; Liu et al. 2020,
+    arXiv:2006.10108). Without the linear term nothing would be learned of what lies beyond the
+    data, and strange clips, whose frames have little in common, could vary less than known ones.
+    The first term is GPyTorch's `RFFKernel`, taken as the kernel itself: by random Fourier
+    features (Rahimi & Recht 2007) $k(x, x') = \psi(x)^\top \psi(x')$, with F numbers and H more,
+    those of $\phi$, for the linear term. So a clip is $\Psi = \sum_t \psi(x_t)$, a comparison
+    $z = \Psi_b - \Psi_a$, and all below is exact for k, in time linear in frames.
+
+    A sparse variational belief (Hensman et al. 2015) is held at M inducing frames, rows $\psi$ of
+    $\Psi_Z$: with $K = \Psi_Z \Psi_Z^\top = L L^\top$, $B = \Psi_Z^\top L^{-\top}$ and whitened
+    $q(u) = N(m, S)$, what is believed of a comparison, a linear functional of the process
+    (Lázaro-Gredilla & Figueiras-Vidal 2009), is $N(\mu, \sigma^2)$ with
+
+    $$\mu = z^\top B m, \quad \sigma^2 = |z|^2 - |B^\top z|^2 + z^\top B S B^\top z,$$
+
+    and what is minimised, per comparison, $-E_{N(\mu, \sigma^2)}[\log p(\text{answer})]$ by
+    Gauss–Hermite quadrature and $KL(q \| N(0, I)) / Q$. Features, $s^2$, $\ell$, $v$, m and S are
+    trained together; once the best weights are back, m and S are brought to their optimum.
+
+    Inducing frames are real frames of what was compared, spread by k-means++, held as inputs and
+    mapped anew at each step. Each fit chooses them anew from all the clips it is given, and
+    carries over what was believed at the new ones; $\phi$ and k go on from where they were. K
+    gets 1e-4 of its mean diagonal, as if inducing frames were observed with that noise, which
+    leaves all of the above exact; where that isn't enough, linear_operator's
+    `psd_safe_cholesky` adds more and warns.
+
+    Args:
+        inducing: M. No more than there are frames to choose from.
+        random_features: F, half of them cosines and half sines of random frequencies, which are
+            drawn once and saved with the model.
+        options: As `RewardModel` has them. `hidden` are the widths of $\phi$'s residual blocks,
+            none for a kernel on the normalised inputs themselves; a network of your own, or that of
+            images, is $\phi$ in their place, and needn't keep distances. `learning_rate` is
+            $\phi$'s, of which the process takes ten times, and `weight_decay` $\phi$'s alone.
+
+    Raises:
+        InvalidInput: A number out of range.
+
+    Example:
+        >>> GPHead(hidden=(), inducing=128).hparams["random_features"]
+        512
+    """
+
+    network: nn.Module
+    inducing_observations: Tensor
+    inducing_actions: Tensor
+    answers: Tensor
+    centre: Tensor
+    weights: Tensor
+    root: Tensor
+
+    def __init__(self, inducing: int = 64, random_features: int = 512, **options: Any) -> None:
+        super().__init__(**options)
+        if inducing < 1:
+            raise InvalidInput(f"inducing: expected at least 1 frame, got {inducing}.")
+        if random_features < 2 or random_features % 2:
+            raise InvalidInput(
+                "random_features: expected an even number of at least 2, as each frequency has a "
+                f"cosine and a sine, got {random_features}."
+            )
+        self.inducing, self.random_features = inducing, random_features
+        self.register_buffer("inducing_observations", None)
+        self.register_buffer("inducing_actions", None)
+
+    def build(self, inputs: int) -> None:
+        """Makes the features, the kernel and the belief, which is the prior yet."""
+        assert self.spec is not None
+        if self.make_network is None and not self.spec.image:
+            self.network = ResidualFeatures(inputs, self.hidden)
+        else:
+            self.network = self.frame_body(inputs)
+        width = feature_count(self.network, inputs)
+        self.rbf = ScaleKernel(RFFKernel(self.random_features // 2, num_dims=width))
+        self.linear = LinearKernel()
+        self.quadrature = GaussHermiteQuadrature1D()
+        size = self.random_features + width
+        self.variational_mean = nn.Parameter(torch.zeros(self.inducing))
+        self.variational_root = nn.Parameter(torch.eye(self.inducing))
+        self.register_buffer("answers", torch.ones(()))
+        self.register_buffer("centre", torch.zeros(size))
+        self.register_buffer("weights", torch.zeros(size))
+        self.register_buffer("root", torch.zeros(size, size + self.inducing))
+
+    def initialise(self, clips: Clips) -> None:
+        """Takes shapes and the reference batch, once there are frames enough.
+
+        Raises:
+            InvalidInput: Fewer frames than are to be inducing, or frames of other shapes than
+                the first data's.
+        """
+        self._check_enough(clips)
+        super().initialise(clips)
+
+    @torch.no_grad()
+    def observe(self, clips: Clips) -> None:
+        """Takes these clips into account, and chooses inducing frames among theirs.
+
+        Raises:
+            InvalidInput: Fewer frames than are to be inducing.
+        """
+        self._check_enough(clips)
+        super().observe(clips)
+        observations, actions = clips.observations[clips.mask], clips.actions[clips.mask]
+        n = min(len(observations), max(_CANDIDATES, self.inducing))
+        some = torch.linspace(0, len(observations) - 1, n, dtype=torch.double).long()
+        observations, actions = observations[some], actions[some]
+        frames = self.inputs(observations, actions).cpu().numpy()
+        seed = int(torch.randint(2**31, ()))
+        chosen = torch.from_numpy(kmeans_plusplus(frames, self.inducing, random_state=seed)[1])
+        self.inducing_observations = observations[chosen]
+        self.inducing_actions = actions[chosen]
+        if self.fitted:
+            self._carry_over()
+        else:
+            self._start(clips[:_FEW])
+
+    def features(self, clips: Clips) -> Tensor:
+        r"""`(N, F + H)`, $\Psi$: features of the kernel, summed over each clip's real frames."""
+        frames = self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
+        phi = self.network(frames)
+        rff = self.rbf.base_kernel
+        # RFFKernel's own features, summed before they are scaled and joined: half the time.
+        phases = phi @ (rff.randn_weights / rff.lengthscale.mT)
+        scale = (self.rbf.outputscale / rff.num_samples).sqrt()
+        parts = (scale, phases.cos()), (scale, phases.sin()), (self.linear.variance[0].sqrt(), phi)
+        real = clips.mask[:, None].to(phi)
+        sums = [by * (real @ part.unflatten(0, clips.mask.shape)).squeeze(1) for by, part in parts]
+        return torch.cat(sums, 1)
+
+    def frame_features(self, observations: Tensor, actions: Tensor) -> Tensor:
+        r"""`(B, F + H)`, $\psi$, of B frames; $\psi \psi^\top$ is the kernel."""
+        return self.features(Clips(observations[:, None], actions[:, None]))
+
+    def basis(self) -> Tensor:
+        r"""`(F + H, M)`, $B$: what a functional of the process shares with the whitened inducing u.
+
+        Raises:
+            FitDiverged: The inducing frames' covariance isn't finite, or not definite even with
+                more added to its diagonal.
+        """
+        inducing = self.frame_features(self.inducing_observations, self.inducing_actions)
+        root = _cholesky(inducing @ inducing.T)
+        return torch.linalg.solve_triangular(root, inducing, upper=False).T
+
+    def loss(self, batch: PairBatch) -> Tensor:
+        """Minus the evidence lower bound, divided by the number of comparisons."""
+        # One estimate of the spectral norms for all that this step looks at.
+        with cached():
+            z = self.features(batch.second) - self.features(batch.first)
+            basis = self.basis()
+        return self.bound(z @ basis, z.square().sum(1), batch.preference)
+
+    def bound(self, projected: Tensor, prior_var: Tensor, preference: Tensor) -> Tensor:
+        r"""Minus the evidence lower bound of Q comparisons, divided by their number.
+
+        Args:
+            projected: `(Q, M)`, $B^\top z$.
+            prior_var: `(Q,)`, $|z|^2$, reward units².
+            preference: `(Q,)`, probability that the second is preferred.
+
+        Returns:
+            A scalar, in nats per comparison.
+        """
+        root = self.variational_root.tril()
+        variance = prior_var + (projected @ root).square().sum(1) - projected.square().sum(1)
+        # Rounding may take a variance of nothing, as of two equal clips, below zero.
+        spread = variance.clamp_min(_LEAST_VARIANCE).sqrt()
+        # Unchecked, so that a NaN shows in the loss, where `fit` looks for it.
+        belief = Normal(projected @ self.variational_mean, spread, validate_args=False)
+        expected = self.quadrature(
+            lambda difference: negative_log_likelihood(
+                difference, preference, mistake_rate=self.mistake_rate
+            ),
+            belief,
+        )
+        return expected.mean() + self.divergence() / self.answers
+
+    def divergence(self) -> Tensor:
+        r"""$KL(N(m, S) \| N(0, I))$, in nats."""
+        root = self.variational_root.tril()
+        squares = root.square().sum() + self.variational_mean.square().sum()
+        return (squares - self.inducing) / 2 - root.diagonal().abs().log().sum()
+
+    def on_train_start(self) -> None:
+        """Notes how many comparisons the divergence is shared among."""
+        self.answers.fill_(len(self.trainer.train_dataloader.dataset))  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        r"""Takes the belief about the weights of $\psi$, and centres it on the reference batch.
+
+        Its mean is $B m$ and its covariance $I - B B^\top + B S B^\top$. With $G = B^\top B$,
+        which the diagonal's addition keeps below the identity, $I - B (I + (I - G)^{1/2})^{-1}
+        B^\top$ is the symmetric root of $I - B B^\top$.
+        """
+        reference = self.frame_features(self.reference_observations, self.reference_actions)
+        self.centre.copy_(reference.mean(0))
+        basis = self.basis()
+        self.weights.copy_(basis @ self.variational_mean)
+        values, vectors = torch.linalg.eigh(basis.T @ basis)
+        turned = basis @ vectors
+        residual = -(turned / (1 + (1 - values).clamp_min(0).sqrt())) @ turned.T
+        residual.diagonal().add_(1)
+        self.root.copy_(torch.cat([residual, basis @ self.variational_root.tril()], 1))
+
+    @torch.no_grad()
+    def conclude(self, comparisons: Comparisons) -> None:
+        """Brings m and S to the bound's optimum at the features and the kernel that were kept.
+
+        What z needs of these is fixed by now, so that L-BFGS over all comparisons takes less
+        than an epoch; the bound is concave without mistakes (Challis & Barber 2013).
+        """
+        comparisons = comparisons.compact()
+        clips, device = comparisons.clips.to(self.device), self.device
+        features = torch.cat([self.features(part) for part in in_parts(clips, functions=32)])
+        first, second = comparisons.pairs.to(device).T
+        z, preference = features[second] - features[first], comparisons.preference.to(device)
+        projected, prior_var = z @ self.basis(), z.square().sum(1)
+        belief = [self.variational_mean, self.variational_root]
+        optimizer = torch.optim.LBFGS(belief, max_iter=_POLISH, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            bound = self.bound(projected, prior_var, preference)
+            bound.backward()
+            return bound
+
+        with torch.enable_grad():
+            optimizer.step(closure)
+        self.settle()
+
+    def believe(self, clips: Clips) -> GaussianPosterior:
+        """A normal belief of rank F + H + M at most."""
+        features = torch.cat([self.features(part) for part in in_parts(clips, functions=32)])
+        centred = features - self.centre * clips.lengths[:, None]
+        return GaussianPosterior(centred @ self.weights, centred @ self.root)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; the process moves faster than the network, and nothing pulls it to zero."""
+        network = set(self.network.parameters())
+        process = [parameter for parameter in self.parameters() if parameter not in network]
+        return torch.optim.AdamW(
+            [
+                {"params": list(self.network.parameters()), "weight_decay": self.weight_decay},
+                {"params": process, "lr": _FASTER * self.learning_rate, "weight_decay": 0.0},
+            ],
+            lr=self.learning_rate,
+        )
+
+    def _check_enough(self, clips: Clips) -> None:
+        frames = int(clips.mask.sum())
+        if frames < self.inducing:
+            raise InvalidInput(
+                f"inducing: expected no more than the {frames} frames there are to choose from, "
+                f"got {self.inducing}; take fewer, or compare more or longer clips."
+            )
+
+    def _start(self, clips: Clips) -> None:
+        """Takes the lengthscale and both variances from the first data."""
+        frames = self.inputs(self.reference_observations, self.reference_actions)[:_FEW]
+        apart = float(torch.pdist(self.network(frames)).median())
+        self.rbf.base_kernel.lengthscale = max(apart, _JITTER)
+        self.rbf.outputscale = self.linear.variance = 1.0
+        centre = self.frame_features(self.reference_observations, self.reference_actions).mean(0)
+        centred = self.features(clips) - centre * clips.lengths[:, None]
+        rbf, linear = centred.tensor_split([self.random_features], 1)
+        # Each term gives half; two clips differ by twice what one does.
+        self.rbf.outputscale, self.linear.variance = (
+            _PRIOR_VARIANCE / 4 / max(float(part.square().sum(1).mean()), _JITTER)
+            for part in (rbf, linear)
+        )
+
+    def _carry_over(self) -> None:
+        """What was believed of the old inducing frames, said of the new ones."""
+        basis = self.basis()
+        mean, root = basis.T @ self.weights, basis.T @ self.root
+        # The addition to the diagonal is independent noise of the new ones.
+        noise = torch.eye(self.inducing).to(basis) - basis.T @ basis
+        self.variational_mean.copy_(mean)
+        self.variational_root.copy_(_cholesky(root @ root.T + noise))
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    jitter = _JITTER * matrix.diagonal().mean()
+    try:
+        root: Tensor = psd_safe_cholesky(matrix + jitter * torch.eye(len(matrix)).to(matrix))
+    except (NanError, NotPSDError) as error:
+        raise FitDiverged(
+            "GPHead: expected a definite covariance of the inducing frames, got one that isn't "
+            f"({error}). The model before this fit, or the best epoch's, is back; lower the "
+            "learning rate, take fewer inducing frames, or look for extreme inputs."
+        ) from error
+    return root
