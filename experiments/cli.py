@@ -65,7 +65,8 @@ def _chosen(arguments: list[str]) -> tuple[Callable[[list[str]], None], list[str
         commands.add_parser(words, help=text, add_help=False)
     if arguments and arguments[0] in ("-h", "--help", "--version"):
         parser.parse_args(arguments[:1])
-    came = " ".join(arguments[:2]) if arguments[:1] == ["benchmark"] else " ".join(arguments[:1])
+    words = 2 if arguments[:1] in (["benchmark"], ["study"]) else 1
+    came = " ".join(arguments[:words])
     close = get_close_matches(came, _COMMANDS, n=1)
     raise _Refused(
         f"command: expected one of {', '.join(_COMMANDS)}; got {came or 'none'!r}."
@@ -141,6 +142,14 @@ def _benchmark_learn(arguments: list[str]) -> None:
     _call("benchmark learn", parser, benchmark_learn, arguments)
 
 
+def _study_predictors(arguments: list[str]) -> None:
+    from experiments.studies.predictors import study_predictors
+
+    parser = _parser("study predictors")
+    parser.add_function_arguments(study_predictors)
+    _call("study predictors", parser, study_predictors, arguments)
+
+
 def _call(
     words: str, parser: ArgumentParser, function: Callable[..., object], arguments: list[str]
 ) -> None:
@@ -179,6 +188,10 @@ def _interruptible(how_to_go_on: Callable[[], str]) -> Iterator[None]:
 _COMMANDS = {
     "learn": ("learn a task from comparisons of behaviour", _learn),
     "demo": ("learn HalfCheetah from 100 comparisons, beside a reward of zero", _demo),
+    "study predictors": (
+        "compare predictors: whether their uncertainty may be believed",
+        _study_predictors,
+    ),
     "benchmark learn": ("measure returns, throughput and the scoring of pairs", _benchmark_learn),
 }
 

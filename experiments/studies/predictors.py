@@ -32,7 +32,7 @@ from torch import Tensor
 from active.teachers import SyntheticTeacher
 from experiments.human_data import HUMAN_DATA, HumanData, baseline, splits
 from experiments.pools import Pool, make_pool
-from experiments.studies.predictor_tables import write_tables
+from experiments.studies.predictor_tables import BASELINE, write_tables
 from experiments.studies.summary import Row
 from experiments.study import Cell, Result, run_study
 from experiments.tasks import find_task
@@ -42,6 +42,7 @@ from rewardmodels import (
     Comparisons,
     DeepEnsemble,
     Epinet,
+    GPHead,
     InvalidInput,
     LaplaceHead,
     MCDropout,
@@ -53,7 +54,6 @@ from rewardmodels import (
 from rewardmodels import calibration as score
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
-BASELINE = "logistic regression"
 SINGLE = "single network"
 
 PREDICTORS: dict[str, Callable[..., RewardModel]] = {
@@ -63,6 +63,7 @@ PREDICTORS: dict[str, Callable[..., RewardModel]] = {
     "MCDropout": MCDropout,
     "LaplaceHead": LaplaceHead,
     "Epinet": Epinet,
+    "GPHead": GPHead,
 }
 """What is compared, by the name in the tables; a function of `RewardModel`'s options."""
 
@@ -119,7 +120,7 @@ def study_predictors(
         _maker(predictor)
     for task in tasks:
         find_task(task)
-    people = [] if data is None else [load(data) for load in HUMAN_DATA.values()]
+    people = [] if data is None else [_people(name, str(data)) for name in HUMAN_DATA]
     for task in tasks:
         make_pool(task, folder=pools)  # before the fan-out, or each process would make its own
     settings = {"comparisons": comparisons, "length": length, "tests": tests, "pools": str(pools)}
@@ -141,7 +142,7 @@ def study_predictors(
         rows["human"] = _run(human, folds, out, jobs)
     # By itself, so that nothing else of ours takes its time.
     rows["speed"] = _run(speed, [{"predictor": predictor} for predictor in predictors], out, 1)
-    write_tables(rows, out)
+    print(write_tables(rows, out))
     return rows
 
 
@@ -149,7 +150,7 @@ def _left_out(data: HumanData) -> list[str]:
     return [f"{data.name}/{name}" for name in data.held_out]
 
 
-def _run(function: Callable[..., Result], cells: list[Cell], out: Path, jobs: int) -> list[Row]:
+def _run(function: Callable[..., Result], cells: Sequence[Cell], out: Path, jobs: int) -> list[Row]:
     results = run_study(function, cells, out / "cells", jobs=jobs)
     return [{**cell, **result} for cell, result in zip(cells, results, strict=True)]
 
@@ -256,9 +257,9 @@ def speed(predictor: str) -> Result:
     one = observations[0].numpy(), actions[0].numpy()
     return {
         "frame us": 1e6 * _median(lambda: scorer(*one), 3000),
-        "frame us at 4096": 1e6 / 4096 * _median(
-            lambda: scorer.batch(observations.numpy(), actions.numpy()), 20
-        ),
+        "frame us at 4096": 1e6
+        / 4096
+        * _median(lambda: scorer.batch(observations.numpy(), actions.numpy()), 20),
         "1,000 clips ms": 1e3 * _median(lambda: model.posterior(clips), 10),
     }
 
@@ -272,7 +273,7 @@ def _median(call: Callable[[], object], times: int) -> float:
     return statistics.median(taken)
 
 
-def scores(belief: ReturnPosterior, comparisons: Comparisons) -> dict[str, float]:
+def scores(belief: ReturnPosterior, comparisons: Comparisons) -> Result:
     r"""What a belief's answers are worth.
 
     Uncertainty is that of the answer, $\min(p, 1 - p)$, as a detector of wrong answers. In rank
@@ -297,9 +298,22 @@ def scores(belief: ReturnPosterior, comparisons: Comparisons) -> dict[str, float
         "AURC": risk.aurc,
         "AUGRC": risk.augrc,
         "joint log loss": score.joint_log_loss(samples, pairs, said),
-        "confident and wrong": float(
-            ((unsure < 0.1) & ((p > 0.5) != (said > 0.5))).double().mean()
-        ),
+        "confident and wrong": float((wrong & (unsure < 0.1)).double().mean()),
+        "reliability": _lists(score.reliability_curve(p, said)),
+        "risk by coverage": _thinned(risk.risk),
+    }
+
+
+def _of_returns(belief: ReturnPosterior, comparisons: Comparisons) -> Result:
+    mean, variance = (x.double().cpu() for x in belief.difference(comparisons.pairs))
+    returns = comparisons.clips.returns.double()
+    first, second = returns[comparisons.pairs].T
+    true = second - first
+    scale = float((mean * true).sum() / mean.square().sum())
+    error = (scale * mean - true).abs()
+    return {
+        "return rank correlation": score.rank_correlation(belief.mean.cpu(), returns),
+        "difference rank correlation": score.rank_correlation(variance, error),
     }
 
 
@@ -396,6 +410,6 @@ def _inner_split(data: HumanData, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
     return rows[taught], rows[asked]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _people(name: str, folder: str) -> HumanData:
     return HUMAN_DATA[name](Path(folder))

@@ -390,10 +390,10 @@ def test_groups_are_kept_back_together_and_stay_so():
     for group in range(7):
         assert len(kept[groups == group].unique()) == 1
     assert 0 < kept.sum() < 60
-    assert torch.equal(
-        fitting._draw(80, 0.3, torch.cat([groups, torch.arange(20)]), seed=1)[:60], kept
-    )
+    longer = torch.cat([groups, torch.arange(20)])
+    assert torch.equal(fitting._draw(80, 0.3, longer, seed=1)[:60], kept)
     # Each comparison by itself is the same as no groups.
-    assert torch.equal(fitting._draw(60, 0.3, torch.arange(60), 1), fitting._draw(60, 0.3, None, 1))
+    each = torch.arange(60)
+    assert torch.equal(fitting._draw(60, 0.3, each, 1), fitting._draw(60, 0.3, None, 1))
     with pytest.raises(InvalidInput, match="groups: expected a number for each of 60"):
         fit(small(), some(60), groups=groups[:3])

@@ -10,6 +10,7 @@ from rewardmodels import (
     Comparisons,
     DeepEnsemble,
     Epinet,
+    GPHead,
     InvalidInput,
     LaplaceHead,
     MCDropout,
@@ -23,7 +24,7 @@ from rewardmodels import networks as networks_module
 from rewardmodels.frames import FrameInputs, FrameSpec
 from rewardmodels.networks import CNN, FrameNetwork, MemberMLP
 
-PREDICTORS = [DeepEnsemble, Epinet, LaplaceHead, MCDropout]
+PREDICTORS = [DeepEnsemble, Epinet, GPHead, LaplaceHead, MCDropout]
 
 
 def taught(clips: Clips) -> Comparisons:
