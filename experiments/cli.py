@@ -65,8 +65,8 @@ def _chosen(arguments: list[str]) -> tuple[Callable[[list[str]], None], list[str
         commands.add_parser(words, help=text, add_help=False)
     if arguments and arguments[0] in ("-h", "--help", "--version"):
         parser.parse_args(arguments[:1])
-    words = 2 if arguments[:1] in (["benchmark"], ["study"]) else 1
-    came = " ".join(arguments[:words])
+    several = arguments[:1] in (["benchmark"], ["study"])
+    came = " ".join(arguments[: 2 if several else 1])
     close = get_close_matches(came, _COMMANDS, n=1)
     raise _Refused(
         f"command: expected one of {', '.join(_COMMANDS)}; got {came or 'none'!r}."

@@ -24,6 +24,9 @@ from rewardmodels.posterior import (
 )
 
 _LOWEST, _HIGHEST = 1e-2, 1e2  # temperatures
+# Of log T about 0: a factor of e. Of 60 held-out answers only a few are wrong, and without a prior
+# these few, or their absence, would decide.
+_PRIOR_SD = 1.0
 _METHODS = ("temperature", "isotonic")
 
 
@@ -46,11 +49,11 @@ class Calibrated:
 
     First every function that may be drawn is divided by one temperature, $R / T$: the belief stays
     one joint distribution, clips and pairs keep their order by mean, and `preference` integrates it
-    as before. T minimises the negative log likelihood of the held-out answers (Guo et al. 2017,
-    §4.2; convex in $1/T$ where the belief is one function). With "isotonic", `preference`
-    then goes through an increasing step-wise linear map (Zadrozny & Elkan 2002) that keeps
-    $f(1 - p) = 1 - f(p)$; samples and differences know nothing of that map. Both answers count as
-    seen once more than they were (Platt 1999), so that no few right answers make it certain.
+    as before. T is the most probable one given the held-out answers (Guo et al. 2017, §4.2, take
+    their likelihood alone) and a log-normal prior about 1 with $\log T$ of standard deviation 1.
+    With "isotonic", `preference` then goes through an increasing step-wise linear map (Zadrozny &
+    Elkan 2002) that keeps $f(1 - p) = 1 - f(p)$ and stays as far from certainty as one answer more
+    each way would; samples and differences know nothing of that map.
 
     What is calibrated is `preference(pairs)`, answers as they were given, mistakes included; a
     `mistake_rate` in the question is mixed in on top. The model is never changed.
@@ -129,8 +132,7 @@ class Calibrated:
         right = _both_ways(base, pairs)[torch.arange(len(said)), (said > 0.5).long()]
         self._scores = np.sort((1 - right)[said != 0.5].numpy())
 
-        smooth = (said * len(said) + 1) / (len(said) + 2)
-        self.temperature = _best_temperature(base, pairs, smooth)
+        self.temperature = _best_temperature(base, pairs, said)
         self._map = None
         if self.method == "isotonic":
             p = _both_ways(_scaled(base, self.temperature), pairs)
@@ -268,7 +270,8 @@ def _best_temperature(belief: ReturnPosterior, pairs: Tensor, said: Tensor) -> f
     def loss(log_temperature: float) -> float:
         p = _both_ways(_scaled(belief, math.exp(log_temperature)), pairs)
         log_p = p.clamp_min(torch.finfo(torch.double).tiny).log()
-        return -float(((1 - said) * log_p[:, 0] + said * log_p[:, 1]).mean())
+        nll = -float(((1 - said) * log_p[:, 0] + said * log_p[:, 1]).sum())
+        return nll + (log_temperature / _PRIOR_SD) ** 2 / 2
 
     # With the belief integrated out the loss may have more than one valley: a grid finds the one.
     grid = np.linspace(math.log(_LOWEST), math.log(_HIGHEST), 41)

@@ -111,8 +111,8 @@ def study_predictors(
         UnknownName: A task or predictor that there isn't.
     """
     for name, value, least in (
-        ("comparisons", comparisons, 20), ("length", length, 1), ("tests", tests, 2 * _CALIBRATED_ON),
-        ("seeds", seeds, 1), ("jobs", jobs, 1),
+        ("comparisons", comparisons, 20), ("length", length, 1), ("seeds", seeds, 1),
+        ("tests", tests, 2 * _CALIBRATED_ON), ("jobs", jobs, 1),
     ):  # fmt: skip
         if value < least:
             raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
