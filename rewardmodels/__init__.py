@@ -26,6 +26,7 @@ from rewardmodels.posterior import (
     SampledPosterior,
 )
 from rewardmodels.saving import load, save
+from rewardmodels.scoring import FrameScorer
 
 __all__ = [
     "ActivelyChosenWarning",
@@ -37,6 +38,7 @@ __all__ = [
     "Epinet",
     "FitDiverged",
     "FitReport",
+    "FrameScorer",
     "FrameSpec",
     "GaussianPosterior",
     "InvalidInput",
