@@ -227,8 +227,7 @@ def sample_moments(samples: Array) -> tuple[Array, Array]:
 def _check(name: str, value: NDArray[Any], shape: tuple[int, ...]) -> None:
     if value.shape != shape:
         raise InvalidInput(
-            f"{name}: expected shape {shape}, as learned from, got {value.shape}; for many frames "
-            "at once there is `batch`."
+            f"{name}: expected shape {shape}, for frames as learned from, got {value.shape}."
         )
     if value.dtype.kind not in "fiub":
         raise InvalidInput(f"{name}: expected numbers, got dtype {value.dtype}.")
