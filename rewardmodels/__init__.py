@@ -27,6 +27,7 @@ from rewardmodels.posterior import (
     SampledPosterior,
 )
 from rewardmodels.saving import load, save
+from rewardmodels.scoring import FrameScorer
 
 __all__ = [
     "ActivelyChosenWarning",
@@ -38,6 +39,7 @@ __all__ = [
     "Epinet",
     "FitDiverged",
     "FitReport",
+    "FrameScorer",
     "FrameSpec",
     "GPHead",
     "GaussianPosterior",

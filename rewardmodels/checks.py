@@ -224,6 +224,25 @@ def check_frames_sum_to_their_clip(make_model: MakeModel) -> None:
     _same("covariance of clips, and the sum of their frames'", belief.covariance, covariance, cause)
 
 
+def check_scorer_agrees_with_frame_posterior(make_model: MakeModel) -> None:
+    """`frame_scorer` says of a frame what `frame_posterior` says, near the data and far from it.
+
+    Of many frames, and of one at a time.
+    """
+    model = _fitted(make_model)
+    scorer = model.frame_scorer()
+    cause = "`fold` inherited by a model that believes something else, or `fold` without the gauge"
+    for clips in (_clips(4, seed=28), _far(4, seed=29)):
+        frames = clips.observations.flatten(0, 1), clips.actions.flatten(0, 1)
+        belief = model.frame_posterior(*frames)
+        several = scorer.batch(*frames)
+        alone = zip(*(scorer(*frame) for frame in zip(*frames, strict=True)), strict=True)
+        for what, came in (("frames scored together", several), ("frames scored alone", alone)):
+            means, stds = (torch.tensor(each) for each in came)
+            _same(f"mean of {what}", means, belief.mean, cause)
+            _same(f"standard deviation of {what}", stds, belief.variance.sqrt(), cause)
+
+
 def check_every_function_is_zero_on_the_reference(make_model: MakeModel) -> None:
     """The constant that comparisons leave free is fixed, for each function that may be drawn.
 
@@ -375,6 +394,7 @@ CHECKS: list[Check] = [
     check_a_clip_does_not_depend_on_its_neighbours,
     check_padding_changes_nothing,
     check_frames_sum_to_their_clip,
+    check_scorer_agrees_with_frame_posterior,
     check_every_function_is_zero_on_the_reference,
     check_surer_near_the_data,
     check_same_seed_same_fit,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +15,15 @@ from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
 from rewardmodels.networks import MLP, FrameNetwork
+from rewardmodels.scoring import (
+    Array,
+    Fold,
+    Layer,
+    as_array,
+    fold_mlp,
+    pass_hidden,
+    sample_moments,
+)
 
 
 class MCDropout(SampledRewardModel):
@@ -72,6 +83,20 @@ class MCDropout(SampledRewardModel):
         """`(S, B)`, the network's view under each mask."""
         return self._under(self.masks(), self.inputs(observations, actions))
 
+    def fold(self) -> Fold | None:
+        """The layers and the masks; None for a network that is no multilayer perceptron."""
+        layers, last = fold_mlp(self.network.body), self.network.last
+        if layers is None:
+            return None
+        *masks, last_mask = (mask.squeeze(1) for mask in self.masks())
+        return partial(
+            _score,
+            layers,
+            [as_array(mask) for mask in masks],
+            as_array(last_mask * last.weight),
+            as_array(last.bias - self.gauge),
+        )
+
     def loss(self, batch: PairBatch) -> Tensor:
         """Mean over comparisons of the log loss, each under a mask of its own."""
         masks = [mask.to(self.device) for mask in self._draw(len(batch.index))]
@@ -102,3 +127,13 @@ class MCDropout(SampledRewardModel):
         return [
             torch.rand(n, 1, width, generator=generator).lt(keep).float() / keep for width in widths
         ]
+
+
+def _score(
+    layers: Sequence[Layer], masks: Sequence[Array], last: Array, constant: Array, inputs: Array
+) -> tuple[Array, Array]:
+    # All masks share the first layer; from there on hidden layers are (B, S, H).
+    hidden = pass_hidden(inputs, layers[:1])[:, None]
+    for mask, layer in zip(masks, layers[1:], strict=True):
+        hidden = pass_hidden(hidden * mask, [layer])
+    return sample_moments(np.vecdot(hidden, last) + constant)

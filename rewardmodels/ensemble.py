@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
 from rewardmodels.networks import MemberMLP, Members
+from rewardmodels.scoring import Array, Fold, Layer, fold_members, pass_members, sample_moments
 
 
 class DeepEnsemble(SampledRewardModel):
@@ -78,6 +80,15 @@ class DeepEnsemble(SampledRewardModel):
         rewards: Tensor = self.network(frames)
         return rewards if self.prior is None else rewards + self.prior_scale * self.prior(frames)
 
+    def fold(self) -> Fold | None:
+        """The members, and their priors; None for members that are no multilayer perceptrons."""
+        if not isinstance(self.network, MemberMLP):
+            return None
+        networks = [fold_members(self.network, self.gauge)]
+        if isinstance(self.prior, MemberMLP):
+            networks.append(fold_members(self.prior, scale=self.prior_scale))
+        return partial(_score, networks)
+
     def loss(self, batch: PairBatch) -> Tensor:
         """Mean over members and comparisons of the log loss times its count."""
         difference = self.returns(batch.second) - self.returns(batch.first)
@@ -90,6 +101,11 @@ class DeepEnsemble(SampledRewardModel):
         """`(Q, K)`, how often each member counts each of the first Q comparisons."""
         rows = 1 << (comparisons - 1).bit_length()  # so that few different tables are drawn
         return _poisson(int(self.bootstrap_seed), rows, self.members)[:comparisons]
+
+
+def _score(networks: Sequence[Sequence[Layer]], inputs: Array) -> tuple[Array, Array]:
+    rewards, *priors = (pass_members(inputs, layers) for layers in networks)
+    return sample_moments(sum(priors, start=rewards).T)
 
 
 @lru_cache(maxsize=8)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +15,18 @@ from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
 from rewardmodels.networks import FrameNetwork, MemberMLP
+from rewardmodels.scoring import (
+    Array,
+    Fold,
+    Layer,
+    as_array,
+    fold_members,
+    fold_mlp,
+    leaky_relu,
+    pass_hidden,
+    pass_members,
+    sample_moments,
+)
 
 _PRIOR_HIDDEN = (5, 5)  # Osband et al. 2023, §4.1
 
@@ -110,6 +124,30 @@ class Epinet(SampledRewardModel):
         constant = (indices @ self.out.bias)[:, None]
         return base + learned + constant + self.prior_scale * (indices @ self.prior(frames))
 
+    def fold(self) -> Fold | None:
+        """The layers, and all that is known of the indices before a frame comes; as `rewards_of`.
+
+        None for a base network that is no multilayer perceptron.
+        """
+        layers, last, indices = fold_mlp(self.network.body), self.network.last, self.indices()
+        if layers is None:
+            return None
+        of_features, of_inputs = self.of_frame.weight.tensor_split([self.network.width], 1)
+        constant = indices @ self.out.bias + last.bias - self.gauge
+        return partial(
+            _score,
+            _Folded(
+                base=layers,
+                prior=fold_members(self.prior, scale=self.prior_scale),
+                of_features=as_array(torch.cat([of_features, last.weight]).T),
+                of_inputs=as_array(of_inputs.T),
+                of_index=as_array(self.of_index(indices) + self.of_frame.bias),
+                out=as_array(indices @ self.out.weight),
+                indices=as_array(indices.T),
+                constant=as_array(constant),
+            ),
+        )
+
     def loss(self, batch: PairBatch) -> Tensor:
         """Mean log loss over comparisons and a few fresh indices."""
         indices = self._draw(self.training_indices)
@@ -126,3 +164,22 @@ class Epinet(SampledRewardModel):
 
     def _draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.randn(n, self.index_dim, generator=generator).to(self.network.last.weight)
+
+
+class _Folded(NamedTuple):
+    base: list[Layer]
+    prior: list[Layer]
+    of_features: Array  # (H, E + 1), the last column that of the base network's output
+    of_inputs: Array  # (D, E)
+    of_index: Array  # (S, E)
+    out: Array  # (S, E)
+    indices: Array  # (Z, S)
+    constant: Array  # (S,)
+
+
+def _score(net: _Folded, inputs: Array) -> tuple[Array, Array]:
+    of_features = pass_hidden(inputs, net.base) @ net.of_features
+    of_frame, base = of_features[:, :-1] + inputs @ net.of_inputs, of_features[:, -1:]
+    learned = np.vecdot(leaky_relu(of_frame[:, None] + net.of_index), net.out)
+    prior = pass_members(inputs, net.prior).T @ net.indices
+    return sample_moments(base + learned + prior + net.constant)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from rewardmodels.likelihood import (
 from rewardmodels.model import PairBatch, RewardModel, in_parts
 from rewardmodels.networks import FrameNetwork
 from rewardmodels.posterior import GaussianPosterior
+from rewardmodels.scoring import Array, Fold, Layer, as_array, fold_mlp, pass_hidden
 
 _LEAST_PRECISION, _MOST_PRECISION = 1e-4, 1e8
 
@@ -159,6 +163,15 @@ class LaplaceHead(RewardModel):
         centred = features - self.centre * clips.lengths[:, None]
         return GaussianPosterior(centred @ self.weights, centred @ self.root)
 
+    def fold(self) -> Fold | None:
+        """The layers and the root; None for a network that is no multilayer perceptron."""
+        layers = fold_mlp(self.network.body)
+        if layers is None:
+            return None
+        # Every frame counts as one, as on the reference: the bias, which comes last, cancels.
+        mean_and_root = torch.cat([self.weights[:-1, None], self.root[:-1]], 1)
+        return partial(_score, layers, as_array(self.centre[:-1]), as_array(mean_and_root))
+
     def _rows(self, comparisons: Comparisons) -> Tensor:
         r"""`(Q, F)`, $\sqrt{i_q} z_q$; in double precision, which not every device has."""
         comparisons = comparisons.compact()
@@ -225,3 +238,12 @@ def best_precision(information: Tensor, weights_squared: float) -> float:
         determined = float((information / (precision + information)).sum())
         low, high = (low, middle) if precision * weights_squared > determined else (middle, high)
     return math.exp((low + high) / 2)
+
+
+def _score(
+    layers: Sequence[Layer], centre: Array, mean_and_root: Array, inputs: Array
+) -> tuple[Array, Array]:
+    centred: Array = pass_hidden(inputs, layers) - centre
+    moments: Array = np.matmul(centred, mean_and_root)
+    deviations = moments[:, 1:]
+    return moments[:, 0], np.sqrt(np.vecdot(deviations, deviations))

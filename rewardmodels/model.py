@@ -18,6 +18,7 @@ from rewardmodels.frames import FrameInputs, FrameSpec
 from rewardmodels.likelihood import check_mistake_rate
 from rewardmodels.networks import CNN, MLP, FrameNetwork, MakeNetwork, network_maker
 from rewardmodels.posterior import ReturnPosterior, SampledPosterior
+from rewardmodels.scoring import Fold, FrameScorer
 
 # Bounds the memory of `posterior`, and keeps it within a processor's cache; each frame is seen
 # once either way.
@@ -190,6 +191,19 @@ class RewardModel(L.LightningModule, ABC):
     def believe(self, clips: Clips) -> ReturnPosterior:
         """The centred belief about checked clips; called without gradients, in eval mode."""
 
+    def fold(self) -> Fold | None:
+        """The belief about single frames as a function of arrays, for `frame_scorer`.
+
+        A predictor that has none is right without it, if slower. One that inherits it, and
+        changes what is believed, has to give its own, or None.
+
+        Returns:
+            A function from normalised inputs `(B, D)`, as `inputs` makes them, to means and
+            standard deviations `(B,)` in reward units, the gauge included; of copies, so that a
+            later fit doesn't change it. None where there is no such function.
+        """
+        return None
+
     def initialise(self, clips: Clips) -> None:
         """Takes shapes and the reference batch from the first data; later calls only check.
 
@@ -280,6 +294,18 @@ class RewardModel(L.LightningModule, ABC):
             torch.Size([7])
         """
         return self.posterior(Clips(observations[:, None], actions[:, None]))
+
+    def frame_scorer(self) -> FrameScorer:
+        """Makes what answers for one frame at a time as `frame_posterior` does, only sooner.
+
+        It keeps what is believed now: a later fit doesn't change it, so make another after each.
+
+        Raises:
+            NotFitted: The model has not been fitted yet.
+        """
+        if not self.fitted:
+            raise NotFitted(f"{type(self).__name__}: expected a fitted model; call fit first.")
+        return FrameScorer(self)
 
     def check(self, clips: Clips) -> None:
         """Raises InvalidInput unless the clips' frames have the shapes learned from."""

@@ -133,6 +133,17 @@ class MeanOverFrames(DeepEnsemble):
         return SampledPosterior(super().believe(clips).samples / clips.lengths)
 
 
+class FoldsWhatItsBaseBelieves(DeepEnsemble):
+    def rewards(self, observations, actions):
+        return super().rewards(observations, actions) - 0.1 * actions.square().sum(1)
+
+
+class FoldsAVariance(DeepEnsemble):
+    def fold(self):
+        score = super().fold()
+        return lambda inputs: (score(inputs)[0], score(inputs)[1] ** 2)
+
+
 class NeverCentres(DeepEnsemble):
     def settle(self):
         self.gauge = torch.zeros(self.members)
@@ -227,6 +238,8 @@ BUGS = [
     (LooksAtNeighbours, "a_clip_does_not_depend_on_its_neighbours", r"clips \[3\] alone"),
     (ForgetsTheMask, "padding_changes_nothing", "padded"),
     (MeanOverFrames, "frames_sum_to_their_clip", "sum of its frames"),
+    (FoldsWhatItsBaseBelieves, "scorer_agrees_with_frame_posterior", "mean of frames scored"),
+    (FoldsAVariance, "scorer_agrees_with_frame_posterior", "standard deviation of frames scored"),
     (NeverCentres, "every_function_is_zero_on_the_reference", "reference batch is zero"),
     (CentresTheMeanOnly, "every_function_is_zero_on_the_reference", "reference batch is zero"),
     (SaturatesFarAway, "surer_near_the_data", "far from the data"),
@@ -260,7 +273,7 @@ def test_every_check_has_a_bug_that_it_catches():
 def test_the_whole_list_says_all_that_failed():
     with pytest.raises(CheckFailed) as failure:
         check_reward_model(NeverCentres)
-    assert str(failure.value).startswith("1 of 16 checks failed:\n- every sample's mean reward")
+    assert str(failure.value).startswith("1 of 17 checks failed:\n- every sample's mean reward")
     assert isinstance(failure.value, RewardModelsError)
     assert isinstance(failure.value, AssertionError)
 
