@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from gpytorch.kernels import LinearKernel, RFFKernel, ScaleKernel
 from gpytorch.utils.quadrature import GaussHermiteQuadrature1D
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from linear_operator.utils.errors import NanError, NotPSDError
+from numpy.typing import NDArray
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -19,8 +22,9 @@ from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import FitDiverged, InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, RewardModel, in_parts
-from rewardmodels.networks import ResidualFeatures, feature_count
+from rewardmodels.networks import BRANCH, ResidualFeatures, feature_count
 from rewardmodels.posterior import GaussianPosterior
+from rewardmodels.scoring import Array, Fold, as_array, leaky_relu
 
 _JITTER = 1e-4  # of the mean diagonal: single precision loses definiteness below about 1e-5
 # Before any answer, returns of two of the first clips differ by two reward units (sd): answers
@@ -278,6 +282,35 @@ class GPHead(RewardModel):
         centred = features - self.centre * clips.lengths[:, None]
         return GaussianPosterior(centred @ self.weights, centred @ self.root)
 
+    def fold(self) -> Fold | None:
+        r"""Features of the kernel, and what the answers say of them; None for a $\phi$ not ours.
+
+        The covariance of the weights of $\psi$ is $I - \sum_i e_i v_i v_i^\top$ with no more terms
+        than there are inducing frames: a tenth of the root's arithmetic, in double precision, which
+        the difference needs.
+        """
+        if type(self.network) is not ResidualFeatures:
+            return None
+        rff = self.rbf.base_kernel
+        root = self.root.double()
+        known = torch.eye(len(root)).to(root) - root @ root.T
+        values, vectors = torch.linalg.eigh(known)
+        some = values.abs().topk(self.inducing).indices
+        blocks = [
+            tuple(as_array(part) for part in (u.weight.T, u.bias, v.weight.T, v.bias))
+            for u, v in self.network.blocks()
+        ]
+        return partial(
+            _score,
+            blocks,
+            as_array(rff.randn_weights / rff.lengthscale.mT),
+            float((self.rbf.outputscale / rff.num_samples).sqrt()),
+            float(self.linear.variance[0].sqrt()),
+            self.centre.double().cpu().numpy().copy(),
+            torch.cat([self.weights[:, None].double(), vectors[:, some]], 1).cpu().numpy().copy(),
+            values[some].cpu().numpy().copy(),
+        )
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW; the process moves faster than the network, and nothing pulls it to zero."""
         network = set(self.network.parameters())
@@ -321,6 +354,27 @@ class GPHead(RewardModel):
         noise = torch.eye(self.inducing).to(basis) - basis.T @ basis
         self.variational_mean.copy_(mean)
         self.variational_root.copy_(_cholesky(root @ root.T + noise))
+
+
+def _score(
+    blocks: list[tuple[Array, ...]],
+    frequencies: Array,
+    scale: float,
+    slope: float,
+    centre: NDArray[np.float64],
+    directions: NDArray[np.float64],
+    shares: NDArray[np.float64],
+    inputs: Array,
+) -> tuple[Array, Array]:
+    phi = inputs
+    for u, a, v, b in blocks:
+        phi = phi + np.float32(BRANCH) * (leaky_relu(phi @ u + a) @ v + b)
+    phases = phi @ frequencies
+    psi = np.concatenate([scale * np.cos(phases), scale * np.sin(phases), slope * phi], 1) - centre
+    along = psi @ directions
+    mean, known = along[:, 0], along[:, 1:]
+    variance = np.vecdot(psi, psi) - np.vecdot(known * shares, known)
+    return mean.astype(np.float32), np.sqrt(np.maximum(variance, 0)).astype(np.float32)
 
 
 def _cholesky(matrix: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.model_selection import GroupKFold
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from active.teachers import SyntheticTeacher
@@ -246,6 +247,11 @@ def speed(predictor: str) -> Result:
     Of frames of 17 and 6 numbers (HalfCheetah's), on one thread; medians.
     """
     torch.set_num_threads(1)
+    with threadpool_limits(1):  # NumPy's
+        return _speed(predictor)
+
+
+def _speed(predictor: str) -> Result:
     draw = torch.Generator().manual_seed(0)
     clips = Clips(
         torch.randn(1000, 25, 17, generator=draw), torch.randn(1000, 25, 6, generator=draw)
