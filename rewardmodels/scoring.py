@@ -25,7 +25,9 @@ Fold = Callable[[Array], tuple[Array, Array]]
 """From normalised inputs `(B, D)` to means and standard deviations `(B,)`, in reward units."""
 
 _SLOPE = np.float32(0.01)  # that of torch's leaky_relu
-_FRAMES_AT_ONCE = 256  # so that what passes between layers stays in a processor's cache
+# So that what passes between layers stays in a processor's cache: 4,096 frames under 32 masks take
+# 6 microseconds each in parts of 128 or 256, and 12 in one.
+_FRAMES_AT_ONCE = 256
 
 
 class FrameScorer:
@@ -36,6 +38,16 @@ class FrameScorer:
     single precision (`RewardModel.fold`), since for one frame a module's calls and checks take far
     longer than its arithmetic. A model that can't be folded, such as one with convolutions or with
     a `network` of the caller's, is copied and asked as ever: right, and no quicker.
+
+    For one frame of 17 and 6 numbers, one thread of a server takes (median, microseconds):
+
+    | | LaplaceHead | DeepEnsemble | MCDropout | Epinet |
+    |---|---|---|---|---|
+    | `frame_posterior` | 214 | 259 | 297 | 400 |
+    | a scorer | 16 | 21 | 25 | 36 |
+
+    Thousands of frames at once take about as long either way: LaplaceHead two thirds as long here,
+    MCDropout a third, Epinet half as long again.
 
     It is a snapshot: a later fit of the model doesn't change it.
 
@@ -154,7 +166,8 @@ class FrameScorer:
             raise InvalidInput(f"actions: expected numbers from 0 to {last}, got {wrong}.")
 
 
-# What predictors fold themselves with.
+# What predictors fold themselves with. In NumPy, since with the same matrices torch takes two and a
+# half times as long for one frame (DeepEnsemble 58 microseconds against 21); compiled, 89.
 
 
 def as_array(value: Tensor) -> Array:
