@@ -128,7 +128,7 @@ class ResidualFeatures(nn.Module):
 
     def blocks(self) -> list[tuple[nn.Linear, nn.Linear]]:
         """The two linear layers of each block."""
-        return list(zip(self.inner, self.outer, strict=True))
+        return list(zip(self.inner, self.outer, strict=True))  # type: ignore[arg-type]  # made so
 
     def forward(self, frames: Tensor) -> Tensor:
         """Returns `(..., D)` features of frames `(..., D)`."""

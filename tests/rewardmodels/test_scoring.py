@@ -232,6 +232,10 @@ def test_a_reward_that_overflows_is_refused(model):
     scorer = model.frame_scorer()
     seen, done = frames(3)
     seen[1] = 3e38 * np.sign(seen[1])
+    mean = model.frame_posterior(torch.tensor(seen[1:2]), torch.tensor(done[1:2])).mean
+    if mean.isfinite():  # a linear member's small weights may take it
+        assert scorer(seen[1], done[1])[0] == pytest.approx(float(mean), rel=1e-4)
+        return
     with pytest.raises(InvalidInput, match="it overflows"):
         scorer(seen[1], done[1])
     with pytest.raises(InvalidInput, match="it overflows"):
