@@ -233,7 +233,8 @@ def test_a_reward_that_overflows_is_refused(model):
     seen, done = frames(3)
     seen[1] = 3e38 * np.sign(seen[1])
     mean = model.frame_posterior(torch.tensor(seen[1:2]), torch.tensor(done[1:2])).mean
-    if mean.isfinite():  # a linear member's small weights may take it
+    if isinstance(model, DeepEnsemble) and not model.hidden and mean.isfinite():
+        # One function, whose small weights may take it; more have a spread that doesn't.
         assert scorer(seen[1], done[1])[0] == pytest.approx(float(mean), rel=1e-4)
         return
     with pytest.raises(InvalidInput, match="it overflows"):
