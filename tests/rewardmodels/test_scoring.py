@@ -1,5 +1,6 @@
 """A scorer says of one frame what its model says of a batch of them."""
 
+import copy
 import pickle
 from collections.abc import Callable
 
@@ -229,14 +230,12 @@ def test_what_is_not_finite_is_refused(model, bad):
 
 
 def test_a_reward_that_overflows_is_refused(model):
+    if isinstance(model, DeepEnsemble) and not model.hidden:
+        model = copy.deepcopy(model)  # a linear member's small weights may take it
+        model.network.weights[-1].data *= 1e3
     scorer = model.frame_scorer()
     seen, done = frames(3)
     seen[1] = 3e38 * np.sign(seen[1])
-    mean = model.frame_posterior(torch.tensor(seen[1:2]), torch.tensor(done[1:2])).mean
-    if isinstance(model, DeepEnsemble) and not model.hidden and mean.isfinite():
-        # One function, whose small weights may take it; more have a spread that doesn't.
-        assert scorer(seen[1], done[1])[0] == pytest.approx(float(mean), rel=1e-4)
-        return
     with pytest.raises(InvalidInput, match="it overflows"):
         scorer(seen[1], done[1])
     with pytest.raises(InvalidInput, match="it overflows"):
