@@ -14,7 +14,7 @@ from torch import Tensor
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
-from rewardmodels.networks import MemberMLP, Members
+from rewardmodels.networks import PRIOR_GAIN, MemberMLP, Members
 from rewardmodels.scoring import Array, Fold, Layer, fold_members, pass_members, sample_moments
 
 
@@ -63,15 +63,15 @@ class DeepEnsemble(SampledRewardModel):
     def build(self, inputs: int) -> None:
         """Makes the members, and draws the seed of their bootstraps."""
         self.bootstrap_seed.random_(2**31)
-        self.network = self._networks(inputs)
+        self.network = self._networks(inputs, gain=1.0)
         self.prior = None
         if self.prior_scale > 0:
-            self.prior = self._networks(inputs).requires_grad_(False)
+            self.prior = self._networks(inputs, gain=PRIOR_GAIN).requires_grad_(False)
 
-    def _networks(self, inputs: int) -> MemberMLP | Members:
+    def _networks(self, inputs: int, gain: float) -> MemberMLP | Members:
         assert self.spec is not None
         if self.make_network is None and not self.spec.image:
-            return MemberMLP(self.members, inputs, self.hidden)
+            return MemberMLP(self.members, inputs, self.hidden, gain)
         return Members(self.frame_network(inputs) for _ in range(self.members))
 
     def rewards(self, observations: Tensor, actions: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
-from rewardmodels.networks import FrameNetwork, MemberMLP
+from rewardmodels.networks import PRIOR_GAIN, FrameNetwork, MemberMLP
 from rewardmodels.scoring import (
     Array,
     Fold,
@@ -100,7 +100,8 @@ class Epinet(SampledRewardModel):
         self.of_frame = nn.Linear(self.network.width + inputs, self.epinet_width)
         self.of_index = nn.Linear(self.index_dim, self.epinet_width, bias=False)
         self.out = nn.Linear(self.epinet_width, self.index_dim)
-        self.prior = MemberMLP(self.index_dim, inputs, _PRIOR_HIDDEN).requires_grad_(False)
+        prior = MemberMLP(self.index_dim, inputs, _PRIOR_HIDDEN, PRIOR_GAIN)
+        self.prior = prior.requires_grad_(False)
 
     def indices(self) -> Tensor:
         """`(S, Z)`, those asked for a belief; the same at each call."""

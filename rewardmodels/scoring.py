@@ -175,8 +175,13 @@ def as_array(value: Tensor) -> Array:
     return np.array(value.detach().cpu().numpy(), dtype=np.float32, order="C")
 
 
+def silu(hidden: Array) -> Array:
+    """Returns the activation of the library's hidden layers, written over what it is given."""
+    return np.divide(hidden, 1 + np.exp(-hidden), out=hidden)
+
+
 def leaky_relu(hidden: Array) -> Array:
-    """Returns the activation of the library's networks, written over what it is given."""
+    """Returns the activation of epinets and of residual blocks, written over what it is given."""
     return np.maximum(hidden, _SLOPE * hidden, out=hidden)
 
 
@@ -214,7 +219,7 @@ def pass_hidden(inputs: Array, layers: Iterable[Layer]) -> Array:
     for weight, bias in layers:
         hidden = inputs @ weight
         hidden += bias
-        inputs = leaky_relu(hidden)
+        inputs = silu(hidden)
     return inputs
 
 

@@ -25,7 +25,7 @@ def one_frame(model: MCDropout, frame: torch.Tensor, masks: list[np.ndarray]) ->
     weights = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in layers]
     for (weight, bias), mask in zip(weights[:-1], masks, strict=True):
         hidden = weight @ hidden + bias
-        hidden = np.where(hidden > 0, hidden, 0.01 * hidden) * mask
+        hidden = hidden / (1 + np.exp(-hidden)) * mask
     return float((weights[-1][0] @ hidden + weights[-1][1])[0])
 
 

@@ -54,7 +54,7 @@ def features(model: LaplaceHead, clips: Clips) -> torch.Tensor:
                 torch.cat([observations[frame], actions[frame]]).double()
             )
             for layer in model.network.body.layers:
-                hidden = torch.nn.functional.leaky_relu(layer.weight @ hidden + layer.bias)
+                hidden = torch.nn.functional.silu(layer.weight @ hidden + layer.bias)
             total = total + torch.cat([hidden, torch.ones(1)])
         rows.append(total.detach())
     return torch.stack(rows)

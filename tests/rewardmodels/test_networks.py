@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rewardmodels.frames import RunningNorm
-from rewardmodels.networks import MemberMLP
+from rewardmodels.networks import PRIOR_GAIN, MemberMLP
 
 
 @pytest.mark.parametrize("sizes", [(100,), (1, 99), (30, 50, 20), (10,) * 10])
@@ -51,7 +51,7 @@ def test_members_are_separate_networks(hidden):
         for weight, bias in zip(network.weights, network.biases, strict=True):
             layer = torch.nn.Linear(weight.shape[2], weight.shape[1])
             layer.weight.data, layer.bias.data = weight[member].data, bias[member, :, 0].data
-            layers += [layer, torch.nn.LeakyReLU()]
+            layers += [layer, torch.nn.SiLU()]
         one = torch.nn.Sequential(*layers[:-1])(frames).squeeze(1)
         torch.testing.assert_close(came[member], one)
 
@@ -76,10 +76,17 @@ def test_gradient_is_right_in_spite_of_working_in_place():
     assert torch.autograd.gradcheck(call, (frames, *network.parameters()))
 
 
-def test_members_start_apart_and_within_glorots_bounds():
-    network = MemberMLP(4, 10, (30,))
-    weight = network.weights[0].detach()
+def test_members_start_apart_and_as_linear_layers_do():
+    network, linear = MemberMLP(40, 10, (30,)), torch.nn.Linear(10, 4000)
+    weight, bias = network.weights[0].detach(), network.biases[0].detach()
+    linear.requires_grad_(False)
     assert not torch.equal(weight[0], weight[1])
-    bound = (6 / (10 + 30)) ** 0.5  # Glorot & Bengio 2010, eq. 16
-    assert 0.95 * bound < float(weight.abs().max()) <= bound
-    assert float(weight.var()) == pytest.approx(bound**2 / 3, rel=0.1)
+    for came, expected in ((weight, linear.weight), (bias, linear.bias)):
+        assert float(came.abs().max()) == pytest.approx(float(expected.abs().max()), rel=0.02)
+        assert float(came.std()) == pytest.approx(float(expected.std()), rel=0.05)
+
+
+@pytest.mark.parametrize(("inputs", "hidden"), [(23, (64, 64)), (8, (5, 5)), (100, (256, 256))])
+def test_untrained_priors_are_of_about_one(inputs, hidden):
+    outputs = MemberMLP(50, inputs, hidden, PRIOR_GAIN)(torch.randn(500, inputs)).detach()
+    assert 0.5 < float(outputs.std(1).mean()) < 2
