@@ -9,7 +9,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from active.acquisition import check_pairs
+from active.pairs import check_pairs
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
 
