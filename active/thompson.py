@@ -7,13 +7,15 @@ batch is then as varied as the belief is unsure, with no rule to make it so.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
 from active.query_strategy import QueryStrategy, check_selection, weighted
 from rewardmodels.posterior import ReturnPosterior
+
+_SAME: Final = 1e-5  # share of a draw's spread by which it must see two clips differ
 
 
 class DrawnQueries(QueryStrategy):
@@ -61,8 +63,9 @@ class Thompson(DrawnQueries):
     r"""Compares the favourites of two draws (double Thompson sampling).
 
     For draws f and g the pair with the highest $f(a) + g(b)$, either way round: f's favourite
-    against g's, and against the next best where the two agree or the pair has been chosen (Wu &
-    Liu 2016, arXiv 1604.07101, without the bounds on what is drawn from). It looks for the best
+    against g's, and against the next best where the two agree, or can't tell their favourites
+    apart, or the pair has been chosen (Wu & Liu 2016, arXiv 1604.07101, without the bounds on
+    what is drawn from). It looks for the best
     clip, and stops asking about a clip as soon as no draw takes it for the best. For an ensemble
     a draw is a member.
 
@@ -76,9 +79,12 @@ class Thompson(DrawnQueries):
     draws_per_question = 2
 
     def values(self, draws: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """What the two clips are worth, each to the draw that thinks so."""
+        """What the two clips are worth, each to one of the draws."""
         ours, theirs = draws
-        return torch.maximum(ours[first] + theirs[second], ours[second] + theirs[first])
+        worth = torch.maximum(ours[first] + theirs[second], ours[second] + theirs[first])
+        # A favourite's copy is as good a favourite, and nothing to compare it with.
+        apart = (draws[:, second] - draws[:, first]).abs().amax(0)
+        return worth * (apart > _SAME * draws.max())
 
 
 @final
