@@ -15,7 +15,7 @@ from active.feedback import Counts, FeedbackStore, Query
 from active.pairs import all_pairs
 from active.query_strategy import QueryStrategy
 from active.rules import BatchRule, Candidates, Power, TopK
-from active.schedule import Constant, Hyperbolic, Schedule
+from active.schedule import Constant, Hyperbolic, Schedule, Timetable, WhenUnsure, mean_information
 from active.strategies import (
     BALD,
     EUBO,
@@ -61,13 +61,16 @@ __all__ = [
     "SyntheticTeacher",
     "Teacher",
     "Thompson",
+    "Timetable",
     "TopK",
     "Uniform",
+    "WhenUnsure",
     "acquisition_named",
     "all_pairs",
     "d_optimal",
     "difference_variance",
     "expected_best",
+    "mean_information",
     "mutual_information",
     "predictive_entropy",
     "preference_variance",
