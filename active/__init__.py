@@ -28,7 +28,7 @@ from active.strategies import (
     ScoredStrategy,
     Uniform,
 )
-from active.teachers import SyntheticTeacher, Teacher
+from active.teachers import SyntheticTeacher, Teacher, published_threshold
 from active.thompson import BestVsWorst, Thompson
 from active.variety import EachClipOnce, FarthestFirst, GreedyLogDet
 
@@ -74,4 +74,5 @@ __all__ = [
     "mutual_information",
     "predictive_entropy",
     "preference_variance",
+    "published_threshold",
 ]
