@@ -155,7 +155,12 @@ def test_it_asks_while_the_belief_is_worse_than_the_level_and_stops_when_it_is_n
         assert due(unsure, answered) == answered + 15
         assert due(sure, answered) == answered
     assert due(unsure, 95) == 100  # within the budget
-    assert due(unsure, 100) == due(sure, 100) == 100
+    assert due(unsure, 100) == 100
+
+    def never():
+        raise AssertionError("nobody should look at the belief when nothing can be asked")
+
+    assert unsure.comparisons_by(7, answered=100, belief=never, **args) == 100
     # What was skipped of the first quarter comes first, whatever is believed.
     assert due(unsure, 20) == due(sure, 20) == 25
 

@@ -173,6 +173,7 @@ def test_as_published_no_rationality_is_all_of_it_and_a_negative_threshold_ties_
     clips = clips_of(*FIVE)
     assert_binomial(frequency(SyntheticTeacher(rationality=0.0), clips), 0.5)
     teacher = SyntheticTeacher(rationality=0.0, same_threshold=-0.3, as_published=True)
+    assert frequency(teacher, clips) == 0
     assert ask(teacher, clips, (0, 1), (1, 0), (3, 4)) == [0.0, 1.0, 0.0]
     # In between both toss the same coin.
     p = 1 / (1 + math.exp(0.2 * 2))
