@@ -85,8 +85,9 @@ class EachClipOnce(OneByOne):
     def values(self, candidates: Candidates, clips: Tensor) -> Generator[Tensor, int, None]:
         """A pair's score, below all of pairs whose clips have been used less often."""
         used = torch.zeros(candidates.returns.shape[1], device=clips.device, dtype=torch.float64)
-        # Scores squeezed into [0, 1), so that they never outweigh a use.
-        rank = candidates.scores / (1 + candidates.scores.max())
+        # Scores squeezed into [0, 1/2], so that they never outweigh a use.
+        tiny = torch.finfo(torch.float64).tiny
+        rank = candidates.scores / (2 * candidates.scores.max()).clamp_min(tiny)
         while True:
             best = yield rank - used[clips].amax(1)
             used[clips[best]] += 1

@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import resource
+import sys
+import time
 
 import pytest
 import torch
@@ -227,3 +230,17 @@ def test_a_belief_that_is_sure_of_everything_is_asked_at_random(rule):
     assert rule.choose(certain, 0).shape == (0,)
     none = Candidates(torch.zeros(0), torch.zeros(0, 2).long(), torch.zeros(3, 6))
     assert rule.choose(none, 0).shape == (0,)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=named)
+def test_half_a_million_pairs_take_little_time_and_memory(rule):
+    returns = torch.randn(16, 1000, generator=seeded())
+    pairs = all_pairs(1000)
+    candidates = Candidates(torch.ones(len(pairs)), pairs, returns)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.process_time()
+    assert len(set(rule.choose(candidates, 5, seeded()).tolist())) == 5
+    # Processor time, so that a busy machine doesn't fail it; alone it measures 0.3 s.
+    assert time.process_time() - started < 3
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < (2**30 if sys.platform == "darwin" else 2**20)  # 1 GiB, in bytes or KiB
