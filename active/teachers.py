@@ -180,18 +180,20 @@ def published_threshold(
     episodes' returns, and $\epsilon^2\,\bar R\,H / T$ in every later one: `train_PEBBLE.py`
     multiplies by the share, and `set_teacher_thres_skip` and `set_teacher_thres_equal` in
     `reward_model.py` do so again. What is 10 in the first round at a share of a tenth is 1
-    ever after. The paper (Lee et al. 2021, arXiv 2111.03026, §3) multiplies once.
+    ever after. The paper (Lee et al. 2021, arXiv 2111.03026, §3) multiplies once, and so does the
+    code's other half, PrefPPO (`on_policy_with_reward_algorithm.py`), whose every round is as
+    PEBBLE's first.
 
     Both are of the sign of the returns. A `SyntheticTeacher` that isn't `as_published` had
     better be given thresholds in reward units.
 
     Args:
         share: $\epsilon$, `teacher_eps_skip` or `teacher_eps_equal` there.
-        episode_returns: The task's own returns of recent training episodes, at least one. The
-            code keeps ten, and until ten have ended a zero before the first.
+        episode_returns: The task's own returns of recent training episodes, at least one.
+            PEBBLE's keeps ten, and until ten have ended a zero before the first.
         clip_length: H, frames.
         episode_length: T, frames, the task's limit.
-        first_round: Whether nothing has been asked before.
+        first_round: Whether PEBBLE's has asked nothing before; True for PrefPPO.
 
     Returns:
         A threshold in reward units, for a `SyntheticTeacher` that answers `as_published`.
