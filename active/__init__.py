@@ -4,27 +4,55 @@ from active.acquisition import (
     ACQUISITIONS,
     Acquisition,
     acquisition_named,
-    all_pairs,
+    d_optimal,
+    difference_variance,
+    expected_best,
     mutual_information,
+    predictive_entropy,
     preference_variance,
 )
 from active.feedback import Counts, FeedbackStore, Query
+from active.pairs import all_pairs
+from active.query_strategy import QueryStrategy
 from active.rules import BatchRule, Candidates, Power, TopK
-from active.schedule import Constant, Hyperbolic, Schedule
-from active.strategies import BALD, Disagreement, QueryStrategy, ScoredStrategy, Uniform
-from active.teachers import SyntheticTeacher, Teacher
+from active.schedule import Constant, Hyperbolic, Schedule, Timetable, WhenUnsure, mean_information
+from active.strategies import (
+    BALD,
+    EUBO,
+    STRATEGIES,
+    Disagreement,
+    DOptimal,
+    Entropy,
+    GreedyInformation,
+    KCenter,
+    ScoredStrategy,
+    Uniform,
+)
+from active.teachers import SyntheticTeacher, Teacher, published_threshold
+from active.thompson import BestVsWorst, Thompson
+from active.variety import EachClipOnce, FarthestFirst, GreedyLogDet
 
 __all__ = [
     "ACQUISITIONS",
     "BALD",
+    "EUBO",
+    "STRATEGIES",
     "Acquisition",
     "BatchRule",
+    "BestVsWorst",
     "Candidates",
     "Constant",
     "Counts",
+    "DOptimal",
     "Disagreement",
+    "EachClipOnce",
+    "Entropy",
+    "FarthestFirst",
     "FeedbackStore",
+    "GreedyInformation",
+    "GreedyLogDet",
     "Hyperbolic",
+    "KCenter",
     "Power",
     "Query",
     "QueryStrategy",
@@ -32,10 +60,19 @@ __all__ = [
     "ScoredStrategy",
     "SyntheticTeacher",
     "Teacher",
+    "Thompson",
+    "Timetable",
     "TopK",
     "Uniform",
+    "WhenUnsure",
     "acquisition_named",
     "all_pairs",
+    "d_optimal",
+    "difference_variance",
+    "expected_best",
+    "mean_information",
     "mutual_information",
+    "predictive_entropy",
     "preference_variance",
+    "published_threshold",
 ]

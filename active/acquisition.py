@@ -1,8 +1,15 @@
-"""How much an answer about each pair of clips would teach, from posterior samples alone.
+r"""How much an answer about each pair of clips would teach, from posterior samples alone.
 
 An acquisition is a pure function `(returns (S, N), pairs (Q, 2)) -> scores (Q,)`. It sees
 numbers, never a network: N clips have been through the model once, and every pair is
-arithmetic on the result. A new one is a function and a line in `ACQUISITIONS`.
+arithmetic on the result. Scores are at least 0, don't depend on which clip of a pair comes
+first, and don't move with a constant added to a sample, which no comparison can tell. A new one
+is a function and a line in `ACQUISITIONS`.
+
+Volume removal (Sadigh et al. 2017), $\min(\mathbb{E}_s p_s, 1 - \mathbb{E}_s p_s)$, is left out
+on purpose: a clip against its own copy maximises it, and answering that teaches nothing (Bıyık
+et al. 2019, arXiv 1910.04365). `predictive_entropy` shares the flaw, and is here because it
+is what others are measured against.
 """
 
 from __future__ import annotations
@@ -13,36 +20,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from rewardmodels.errors import InvalidInput, UnknownName
+from active.pairs import over_differences
+from rewardmodels.errors import UnknownName
 from rewardmodels.likelihood import check_mistake_rate, preference_probability
 
 Acquisition = Callable[[Tensor, Tensor], Tensor]
-
-# Differences held at once, which keeps memory flat in Q. A quarter of a megabyte of doubles
-# stays in a core's cache and is just below what torch splits over threads: on a machine with
-# other work, waiting for the second thread at each block measures ten times slower.
-_BLOCK: Final = 2**15 - 1
-
-
-def all_pairs(n: int) -> Tensor:
-    """Every unordered pair among n clips, in lexicographic order.
-
-    Args:
-        n: Number of clips.
-
-    Returns:
-        `(n (n - 1) / 2, 2)` long, the smaller index first.
-
-    Raises:
-        InvalidInput: A negative n.
-
-    Example:
-        >>> all_pairs(3).tolist()
-        [[0, 1], [0, 2], [1, 2]]
-    """
-    if n < 0:
-        raise InvalidInput(f"n: expected a number of clips, at least 0, got {n}.")
-    return torch.triu_indices(n, n, 1).T.contiguous()
 
 
 def preference_variance(returns: Tensor, pairs: Tensor) -> Tensor:
@@ -64,16 +46,59 @@ def preference_variance(returns: Tensor, pairs: Tensor) -> Tensor:
 
     Example:
         >>> returns = torch.tensor([[0.0, 50.0, 0.0], [0.0, -50.0, 0.0]])
-        >>> preference_variance(returns, all_pairs(3))
-        tensor([0.2500, 0.0000, 0.2500])
+        >>> preference_variance(returns, torch.tensor([[0, 1], [0, 2]]))
+        tensor([0.2500, 0.0000])
     """
+    return over_differences(returns, pairs, lambda difference: _variance(difference.sigmoid()))
 
-    def score(difference: Tensor) -> Tensor:
-        # Written out: torch's own var over the first axis measures a hundred times slower.
-        p = difference.sigmoid()
-        return (p - p.mean(0)).square_().mean(0)
 
-    return _blockwise(returns, pairs, score)
+def difference_variance(returns: Tensor, pairs: Tensor) -> Tensor:
+    r"""How unsure the belief is of the difference between two returns.
+
+    $\operatorname{Var}_s[R_b^s - R_a^s]$, the population variance. Unlike
+    `preference_variance`, it goes on growing where every sample is sure of the answer.
+
+    Args:
+        returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
+        pairs: `(Q, 2)` integers, indices into the N clips.
+
+    Returns:
+        `(Q,)`, at least 0, reward units², in the dtype of `returns`.
+
+    Raises:
+        InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
+
+    Example:
+        >>> difference_variance(torch.tensor([[0.0, 1.0], [0.0, 5.0]]), torch.tensor([[0, 1]]))
+        tensor([4.])
+    """
+    return over_differences(returns, pairs, _variance)
+
+
+def predictive_entropy(returns: Tensor, pairs: Tensor) -> Tensor:
+    r"""How unsure the belief is of the answer, for whatever reason.
+
+    $H[\mathbb{E}_s p_s]$ with $p_s = \sigma(R_b^s - R_a^s)$ and $H$ the entropy of a yes or no:
+    uncertainty sampling (Lewis & Gale 1994). It doesn't tell a pair that nobody knows from one
+    that anybody would toss a coin about, so that a clip against its copy scores highest;
+    `mutual_information` does. Teachers who answer at random raise it without changing which
+    pair has more.
+
+    Args:
+        returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
+        pairs: `(Q, 2)` integers, indices into the N clips.
+
+    Returns:
+        `(Q,)`, nats from 0 to log 2, in the dtype of `returns`.
+
+    Raises:
+        InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
+
+    Example:
+        >>> predictive_entropy(torch.tensor([[0.0, 0.0, 9.0]]), torch.tensor([[0, 1], [0, 2]]))
+        tensor([0.6931, 0.0012])
+    """
+    return over_differences(returns, pairs, lambda d: _entropy(*_preference(d)))
 
 
 def mutual_information(returns: Tensor, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
@@ -99,24 +124,91 @@ def mutual_information(returns: Tensor, pairs: Tensor, *, mistake_rate: float = 
 
     Example:
         >>> returns = torch.tensor([[0.0, 50.0, 0.0], [0.0, -50.0, 0.0]])
-        >>> mutual_information(returns, all_pairs(3))
-        tensor([0.6931, 0.0000, 0.6931])
+        >>> mutual_information(returns, torch.tensor([[0, 1], [0, 2]]))
+        tensor([0.6931, 0.0000])
     """
     check_mistake_rate(mistake_rate)
 
     def score(difference: Tensor) -> Tensor:
-        # Both tails from their own sigmoid: 1 - p would round a near-certain answer to certain.
         second = preference_probability(difference, mistake_rate=mistake_rate)
         first = preference_probability(-difference, mistake_rate=mistake_rate)
         total = _entropy(second.mean(0), first.mean(0))
         return (total - _entropy(second, first).mean(0)).clamp_min(0)
 
-    return _blockwise(returns, pairs, score)
+    return over_differences(returns, pairs, score)
+
+
+def expected_best(returns: Tensor, pairs: Tensor) -> Tensor:
+    r"""Expected return of the better clip, once the answer has said which it is (EUBO).
+
+    $\mathbb{E}_s[\max(R_a^s, R_b^s) - \min_c R_c^s]$: the expected utility of the best option
+    (Lin et al. 2022, arXiv 2203.11382), counted from each sample's own worst clip.
+    That takes the same off every pair, so that the order is EUBO's; but it makes a score one
+    that weights can multiply, and rids it of the constant that comparisons leave free. It looks
+    for good clips, where `mutual_information` looks for the reward function.
+
+    Args:
+        returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
+        pairs: `(Q, 2)` integers, indices into the N clips.
+
+    Returns:
+        `(Q,)`, at least 0, reward units, in the dtype of `returns`.
+
+    Raises:
+        InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
+
+    Example:
+        >>> returns = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 5.0]])
+        >>> expected_best(returns, torch.tensor([[0, 1], [0, 2], [1, 2]]))
+        tensor([2.0000, 3.0000, 3.5000])
+    """
+    # max(a, b) = a + relu(b - a): one number a clip, and what is left is of differences.
+    gain = over_differences(returns, pairs, lambda difference: difference.relu().mean(0))
+    if not len(pairs):
+        return gain
+    first = (returns.detach().double() - returns.detach().double().amin(1, keepdim=True)).mean(0)
+    return gain + first[pairs[:, 0].long()].to(gain.dtype)
+
+
+def d_optimal(returns: Tensor, pairs: Tensor) -> Tensor:
+    r"""How far the answer shrinks the volume of what is believed (D-optimal design).
+
+    $p (1 - p) \operatorname{Var}_s[R_b^s - R_a^s]$ with $p = \mathbb{E}_s \sigma(R_b^s - R_a^s)$:
+    the variance of the answer times that of what it is about. By the matrix determinant lemma,
+    one plus this is the factor by which the answer's Fisher information raises the determinant
+    of the belief's precision (Chaloner & Verdinelli 1995, "Bayesian Experimental Design"; for
+    comparisons Das et al. 2024, arXiv 2402.10500). `active.variety.GreedyLogDet` carries it on
+    to a batch.
+
+    Args:
+        returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
+        pairs: `(Q, 2)` integers, indices into the N clips.
+
+    Returns:
+        `(Q,)`, at least 0, reward units², in the dtype of `returns`.
+
+    Raises:
+        InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
+
+    Example:
+        >>> d_optimal(torch.tensor([[0.0, 2.0], [0.0, -2.0]]), torch.tensor([[0, 1]]))
+        tensor([1.])
+    """
+
+    def score(difference: Tensor) -> Tensor:
+        second, first = _preference(difference)
+        return second * first * _variance(difference)
+
+    return over_differences(returns, pairs, score)
 
 
 ACQUISITIONS: Final[dict[str, Acquisition]] = {
     "preference_variance": preference_variance,
+    "difference_variance": difference_variance,
+    "predictive_entropy": predictive_entropy,
     "mutual_information": mutual_information,
+    "expected_best": expected_best,
+    "d_optimal": d_optimal,
 }
 
 
@@ -131,46 +223,14 @@ def acquisition_named(name: str) -> Acquisition:
     return ACQUISITIONS[name]
 
 
-def check_pairs(pairs: Tensor, n: int) -> None:
-    """Raises InvalidInput unless pairs is `(Q, 2)` integers from 0 to n - 1."""
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype not in _INTEGERS:
-        raise InvalidInput(
-            f"pairs: expected integers of shape (Q, 2), got {pairs.dtype} of shape "
-            f"{tuple(pairs.shape)}."
-        )
-    if len(pairs) and not 0 <= int(pairs.min()) <= int(pairs.max()) < n:
-        raise InvalidInput(
-            f"pairs: expected indices from 0 to {n - 1} ({n} clips), got "
-            f"{int(pairs.min())} to {int(pairs.max())}."
-        )
+def _variance(samples: Tensor) -> Tensor:
+    # Written out: torch's own var over the first axis measures a hundred times slower.
+    return (samples - samples.mean(0)).square_().mean(0)
 
 
-_INTEGERS: Final = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
-
-
-@torch.no_grad()
-def _blockwise(returns: Tensor, pairs: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """Applies `score: (S, B) differences -> (B,)` to all pairs, in O(S B) memory."""
-    if returns.ndim != 2 or not returns.is_floating_point() or len(returns) == 0:
-        raise InvalidInput(
-            "returns: expected floats of shape (S, N) with at least one sample, got "
-            f"{returns.dtype} of shape {tuple(returns.shape)}."
-        )
-    if not bool(returns.isfinite().all()):
-        raise InvalidInput(
-            "returns: expected finite numbers, got NaN or infinity; the model that drew them "
-            "has diverged."
-        )
-    check_pairs(pairs, returns.shape[1])
-    # Doubles, because information is a small difference of entropies of order one.
-    samples = returns.double()
-    scores = returns.new_empty(len(pairs))
-    block = max(1, _BLOCK // len(samples))
-    for start in range(0, len(pairs), block):
-        first, second = pairs[start : start + block].long().unbind(1)
-        difference = samples.index_select(1, second).sub_(samples.index_select(1, first))
-        scores[start : start + block] = score(difference)
-    return scores
+def _preference(difference: Tensor) -> tuple[Tensor, Tensor]:
+    # Both tails from their own sigmoid: 1 - p would round a near-certain answer to certain.
+    return difference.sigmoid().mean(0), difference.neg().sigmoid().mean(0)
 
 
 def _entropy(yes: Tensor, no: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from active.acquisition import check_pairs
 from active.database import connect, refuse_damage
+from active.pairs import check_pairs
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, UnreadableFile

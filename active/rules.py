@@ -2,7 +2,8 @@
 
 One batch is answered before the model learns from any of it, so the pairs with the highest
 scores are often the same question twenty times over. A rule trades score for variety. A new
-one is a class with `choose`.
+one is a class with `choose`. `TopK` and `Power` look at scores alone; those in `active.variety`
+look at what the pairs have in common.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class TopK(BatchRule):
     """The n pairs with the highest scores, best first.
 
     Equal scores are drawn at random: a model that is sure of everything would else ask about
-    its first clip for ever.
+    its first clip for ever. Nothing keeps a batch from holding one question many times over: of
+    a clip and its copy, each against the same third clip, it takes both.
 
     Example:
         >>> scores, pairs = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([[0, 1], [0, 2], [1, 2]])

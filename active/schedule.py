@@ -1,28 +1,34 @@
-"""How many answers there should be by which step of the agent.
+"""How many answers there should be by now.
 
-A schedule counts answers received, not questions put: people skip, and a budget spent on
-skipped questions teaches nothing. The caller asks `comparisons_by(step) - received` more.
+A schedule counts answers received, not questions put: people skip, and a skipped question spends
+the teacher's time but teaches nothing. The caller asks `comparisons_by(...) - answered` more.
+`Timetable`s go by the agent's steps; `WhenUnsure` goes by what is believed of its policy.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import final
+from collections.abc import Callable
+from typing import Final, final
 
+import torch
+
+from active.acquisition import mutual_information
+from active.pairs import all_pairs
 from rewardmodels.errors import InvalidInput
+from rewardmodels.posterior import ReturnPosterior
+
+# A multiple of the sizes that ensembles have, so that each member counts alike.
+_SAMPLES: Final = 60
 
 
 class Schedule(ABC):
-    r"""A budget of comparisons spread over the agent's steps.
-
-    $n(t) = b\,[a + (1 - a)\,f(t)]$, rounded, for a budget b, an initial share a that is asked
-    for before the first step, and the share f of the rest that is due by step t, which each
-    schedule defines and which rises from 0 to 1.
+    """A budget of comparisons spread over the agent's training.
 
     Args:
-        initial: a, from 0 to 1, share of the budget due at step 0 (Christiano et al. 2017,
-            Appendix A, use a quarter).
+        initial: From 0 to 1, share of the budget due before the first step (Christiano et al.
+            2017, Appendix A, use a quarter).
 
     Raises:
         InvalidInput: An initial share outside [0, 1].
@@ -33,31 +39,58 @@ class Schedule(ABC):
             raise InvalidInput(f"initial: expected a share from 0 to 1, got {initial}.")
         self.initial = initial
 
-    @final
-    def comparisons_by(self, step: int, *, total_steps: int, budget: int) -> int:
-        """How many answers should have come by a step.
+    @abstractmethod
+    def comparisons_by(
+        self,
+        step: int,
+        *,
+        total_steps: int,
+        budget: int,
+        answered: int = 0,
+        belief: Callable[[], ReturnPosterior] | None = None,
+    ) -> int:
+        """How many answers there should be by a step.
 
         Args:
-            step: Steps that the agent has taken; past `total_steps` the whole budget is due.
+            step: Steps that the agent has taken.
             total_steps: Steps in the whole of the agent's training, at least 1.
             budget: Comparisons in the whole of the agent's training.
+            answered: Answers received so far.
+            belief: Makes the belief about the returns of the policy's latest clips; only called
+                by a schedule that looks at it. None before there is one.
 
         Returns:
-            A count that never falls as step rises: the initial share at 0, the whole budget at
-            `total_steps`.
+            A count from 0 to the budget; no more are wanted where it is at most `answered`.
 
         Raises:
-            InvalidInput: A negative step or budget, or fewer than 1 step in total.
+            InvalidInput: A negative step, budget or number of answers, or fewer than 1 step in
+                total.
         """
-        if step < 0 or total_steps < 1 or budget < 0:
-            raise InvalidInput(
-                "step, total_steps, budget: expected at least 0, 1 and 0, got "
-                f"{step}, {total_steps} and {budget}."
-            )
+
+
+class Timetable(Schedule):
+    r"""A schedule by the agent's steps alone.
+
+    $n(t) = b\,[a + (1 - a)\,f(t)]$, rounded, for a budget b, an initial share a, and the share f
+    of the rest that is due by step t, which each timetable defines and which rises from 0 to 1.
+    The whole budget is due at the last step and past it.
+    """
+
+    @final
+    def comparisons_by(
+        self,
+        step: int,
+        *,
+        total_steps: int,
+        budget: int,
+        answered: int = 0,
+        belief: Callable[[], ReturnPosterior] | None = None,
+    ) -> int:
+        """A count that never falls as step rises; see `Schedule.comparisons_by`."""
+        _check(step, total_steps, budget, answered)
         if step >= total_steps:
             return budget
-        share = self.initial + (1 - self.initial) * self.share_by(step, total_steps)
-        return min(budget, math.floor(budget * share + 0.5))
+        return _part(budget, self.initial + (1 - self.initial) * self.share_by(step, total_steps))
 
     @abstractmethod
     def share_by(self, step: int, total_steps: int) -> float:
@@ -65,7 +98,7 @@ class Schedule(ABC):
 
 
 @final
-class Constant(Schedule):
+class Constant(Timetable):
     r"""The same rate all the time: $f(t) = t / T$.
 
     Args:
@@ -85,13 +118,13 @@ class Constant(Schedule):
 
 
 @final
-class Hyperbolic(Schedule):
+class Hyperbolic(Timetable):
     r"""Many at first, ever fewer later: a rate proportional to $c / (t + c)$.
 
     Its integral, normalised to reach 1 at the end, is
     $f(t) = \log(1 + t / c) / \log(1 + T / c)$. Christiano et al. 2017, Appendix A, use
-    $c = 2 \cdot 10^6$ frames. The rate doesn't depend on how long the training is, the share
-    does.
+    $2 \cdot 10^6 / (t + 2 \cdot 10^6)$, which is what this does unless told otherwise. The rate
+    doesn't depend on how long the training is, the share does.
 
     Args:
         initial: Share of the budget due at step 0.
@@ -118,3 +151,99 @@ class Hyperbolic(Schedule):
     def share_by(self, step: int, total_steps: int) -> float:
         """Share of the integrated rate; log1p keeps it exact for a half-life far past the end."""
         return math.log1p(step / self.half_life) / math.log1p(total_steps / self.half_life)
+
+
+@final
+class WhenUnsure(Schedule):
+    """Asks while the belief about what the policy now does is worse than a stated level.
+
+    Whenever it is looked at and `mean_information` of the policy's latest clips is above the
+    level, a share of the budget more is due; else nothing is, however much of the budget is
+    left. A policy that stays where answers have been given costs none, one that finds something
+    new is asked about at once.
+
+    Args:
+        level: Nats from 0 to log 2, mean information in an answer above which to ask. 0 asks
+            as long as the belief's samples differ at all.
+        share: Of the budget, above 0, asked for each time.
+        initial: Share of the budget due before the first step, when there is no belief yet.
+
+    Raises:
+        InvalidInput: A level or a share out of range.
+
+    Example:
+        >>> from rewardmodels.posterior import SampledPosterior
+        >>> unsure = SampledPosterior(torch.tensor([[0.0, 9.0], [0.0, -9.0]]))
+        >>> sure = SampledPosterior(torch.tensor([[0.0, 9.0], [0.0, 9.0]]))
+        >>> schedule, so_far = WhenUnsure(level=0.1), dict(total_steps=99, budget=80, answered=20)
+        >>> schedule.comparisons_by(50, belief=lambda: unsure, **so_far)
+        28
+        >>> schedule.comparisons_by(50, belief=lambda: sure, **so_far)
+        20
+    """
+
+    def __init__(self, level: float = 0.05, share: float = 0.1, initial: float = 0.25) -> None:
+        super().__init__(initial)
+        if not 0 <= level <= math.log(2):
+            raise InvalidInput(f"level: expected nats from 0 to log 2 = 0.693, got {level}.")
+        if not 0 < share <= 1:
+            raise InvalidInput(f"share: expected a share above 0, up to 1, got {share}.")
+        self.level, self.share = level, share
+
+    def comparisons_by(
+        self,
+        step: int,
+        *,
+        total_steps: int,
+        budget: int,
+        answered: int = 0,
+        belief: Callable[[], ReturnPosterior] | None = None,
+    ) -> int:
+        """The initial share, and then as many more as the belief needs; see the class."""
+        _check(step, total_steps, budget, answered)
+        first = _part(budget, self.initial)
+        if belief is None or answered < first or answered >= budget:
+            return min(budget, max(first, answered))
+        if mean_information(belief()) <= self.level:
+            return answered
+        return min(budget, answered + max(1, _part(budget, self.share)))
+
+
+def mean_information(posterior: ReturnPosterior) -> float:
+    """How much an answer about two of these clips would teach, on average over all pairs.
+
+    The mean of `active.acquisition.mutual_information`, from 60 samples; they are drawn from a
+    seed that is always the same, so that a belief has one value.
+
+    Args:
+        posterior: Belief about the returns of N clips, at least 2.
+
+    Returns:
+        Nats from 0 to log 2.
+
+    Raises:
+        InvalidInput: Fewer than 2 clips.
+
+    Example:
+        >>> from rewardmodels.posterior import SampledPosterior
+        >>> belief = SampledPosterior(torch.tensor([[0.0, 50.0, 0.0], [0.0, -50.0, 0.0]]))
+        >>> round(mean_information(belief), 3)  # two pairs of three tell everything, log 2
+        0.462
+    """
+    samples = posterior.rsample(_SAMPLES, torch.Generator().manual_seed(0)).detach()
+    if samples.shape[1] < 2:
+        raise InvalidInput(f"posterior: expected at least 2 clips, got {samples.shape[1]}.")
+    pairs = all_pairs(samples.shape[1]).to(samples.device)
+    return float(mutual_information(samples, pairs).double().mean())
+
+
+def _part(budget: int, share: float) -> int:
+    return min(budget, math.floor(budget * share + 0.5))
+
+
+def _check(step: int, total_steps: int, budget: int, answered: int) -> None:
+    if step < 0 or total_steps < 1 or budget < 0 or answered < 0:
+        raise InvalidInput(
+            "step, total_steps, budget, answered: expected at least 0, 1, 0 and 0, got "
+            f"{step}, {total_steps}, {budget} and {answered}."
+        )

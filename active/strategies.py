@@ -1,56 +1,35 @@
 """Which pairs of clips to ask about next.
 
 A strategy sees a belief about returns, never the model behind it, so that every strategy works
-with every predictor. `ScoredStrategy` composes any acquisition with any batch rule; `BALD` and
-`Disagreement` are its two usual settings.
+with every predictor. `ScoredStrategy` composes any acquisition with any batch rule, and most
+others are settings of it that have a name; a table of strategies lists `STRATEGIES`. Whoever
+wants another writes a `QueryStrategy`, and gives its import path.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from functools import partial
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from active.acquisition import Acquisition, acquisition_named, check_pairs, mutual_information
+from active.acquisition import (
+    Acquisition,
+    acquisition_named,
+    d_optimal,
+    expected_best,
+    mutual_information,
+    predictive_entropy,
+    preference_variance,
+)
+from active.query_strategy import QueryStrategy, check_selection, weighted
 from active.rules import BatchRule, Candidates, Power, TopK
+from active.thompson import BestVsWorst, Thompson
+from active.variety import EachClipOnce, FarthestFirst, GreedyLogDet
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import check_mistake_rate
 from rewardmodels.posterior import ReturnPosterior
-
-
-class QueryStrategy(ABC):
-    """A choice of queries; its constructor takes hyper-parameters only."""
-
-    @abstractmethod
-    def select(
-        self,
-        posterior: ReturnPosterior,
-        pairs: Tensor,
-        n: int,
-        *,
-        weights: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Selects n of the pairs.
-
-        Args:
-            posterior: Belief about the returns of N clips.
-            pairs: `(Q, 2)` integers, the candidates, indices into the N clips.
-            n: Number of pairs to select.
-            weights: `(N,)`, at least 0, how much each clip matters (how often the agent's
-                policy comes there, say); a pair's score is multiplied by both its clips'.
-            generator: Source of randomness.
-
-        Returns:
-            `(n,)` long, distinct indices into `pairs`, in the order of selection.
-
-        Raises:
-            InvalidInput: More pairs asked for than there are, or a shape or a value that
-                can't be used.
-        """
 
 
 @final
@@ -78,13 +57,12 @@ class Uniform(QueryStrategy):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Selects n pairs at random; see `QueryStrategy.select`."""
-        _check(posterior, pairs, n, weights)
+        check_selection(posterior, pairs, n, weights)
         scores = torch.ones(len(pairs), dtype=torch.float64, device=pairs.device)
-        candidates = Candidates(_weighted(scores, pairs, weights), pairs, scores.new_empty(0, 0))
+        candidates = Candidates(weighted(scores, pairs, weights), pairs, scores.new_empty(0, 0))
         return Power(1.0).choose(candidates, n, generator)
 
 
-@final
 class ScoredStrategy(QueryStrategy):
     """Scores every pair from posterior samples, then lets a rule choose the batch.
 
@@ -120,6 +98,7 @@ class ScoredStrategy(QueryStrategy):
         self.rule = TopK() if rule is None else rule
         self.samples = samples
 
+    @final
     def select(
         self,
         posterior: ReturnPosterior,
@@ -130,14 +109,17 @@ class ScoredStrategy(QueryStrategy):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Selects n pairs by score and rule; see `QueryStrategy.select`."""
-        _check(posterior, pairs, n, weights)
+        check_selection(posterior, pairs, n, weights)
         returns = posterior.rsample(self.samples, generator).detach()
-        scores = _weighted(self.acquisition(returns, pairs), pairs, weights)
+        scores = weighted(self.acquisition(returns, pairs), pairs, weights)
         return self.rule.choose(Candidates(scores, pairs, returns), n, generator)
 
 
+# What follows only names settings of ScoredStrategy, whose select is the one there is.
+
+
 @final
-class Disagreement(QueryStrategy):
+class Disagreement(ScoredStrategy):
     """Asks where posterior samples disagree about which clip is better.
 
     `ScoredStrategy` with `preference_variance` (Christiano et al. 2017, §2.2.4).
@@ -154,24 +136,12 @@ class Disagreement(QueryStrategy):
     """
 
     def __init__(self, samples: int = 32, power: float | None = 1.0) -> None:
-        self.samples, self.power = samples, power
-        self._scored = ScoredStrategy("preference_variance", _rule(power), samples)
-
-    def select(
-        self,
-        posterior: ReturnPosterior,
-        pairs: Tensor,
-        n: int,
-        *,
-        weights: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Selects n pairs by disagreement; see `QueryStrategy.select`."""
-        return self._scored.select(posterior, pairs, n, weights=weights, generator=generator)
+        super().__init__(preference_variance, _rule(power), samples)
+        self.power = power
 
 
 @final
-class BALD(QueryStrategy):
+class BALD(ScoredStrategy):
     """Asks where an answer is expected to give most information about the reward function.
 
     `ScoredStrategy` with `mutual_information` (Houlsby et al. 2011; Bıyık et al. 2019).
@@ -192,47 +162,122 @@ class BALD(QueryStrategy):
         self, samples: int = 32, power: float | None = 1.0, mistake_rate: float = 0.0
     ) -> None:
         check_mistake_rate(mistake_rate)
-        self.samples, self.power, self.mistake_rate = samples, power, mistake_rate
         score = partial(mutual_information, mistake_rate=mistake_rate)
-        self._scored = ScoredStrategy(score, _rule(power), samples)
+        super().__init__(score, _rule(power), samples)
+        self.power, self.mistake_rate = power, mistake_rate
 
-    def select(
-        self,
-        posterior: ReturnPosterior,
-        pairs: Tensor,
-        n: int,
-        *,
-        weights: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Selects n pairs by mutual information; see `QueryStrategy.select`."""
-        return self._scored.select(posterior, pairs, n, weights=weights, generator=generator)
+
+@final
+class Entropy(ScoredStrategy):
+    """Asks where the answer is hardest to foretell, for whatever reason.
+
+    `ScoredStrategy` with `predictive_entropy` (Lewis & Gale 1994; one of the strategies of Lee
+    et al. 2021, arXiv 2111.03026).
+
+    Args:
+        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
+            size counts every member equally.
+        power: As in `BALD`; scores lie so close together that drawing by them is next to
+            uniform, so that the highest are taken unless this says otherwise.
+
+    Raises:
+        InvalidInput: Fewer than 1 sample, or a negative power.
+    """
+
+    def __init__(self, samples: int = 32, power: float | None = None) -> None:
+        super().__init__(predictive_entropy, _rule(power), samples)
+        self.power = power
+
+
+@final
+class DOptimal(ScoredStrategy):
+    """Asks where an answer shrinks the volume of the belief most.
+
+    `ScoredStrategy` with `d_optimal`. `GreedyInformation` does so for the batch as a whole.
+
+    Args:
+        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
+            size counts every member equally.
+        power: As in `BALD`.
+
+    Raises:
+        InvalidInput: Fewer than 1 sample, or a negative power.
+    """
+
+    def __init__(self, samples: int = 32, power: float | None = 1.0) -> None:
+        super().__init__(d_optimal, _rule(power), samples)
+        self.power = power
+
+
+@final
+class EUBO(ScoredStrategy):
+    """Asks about pairs whose better clip is expected to be very good.
+
+    `ScoredStrategy` with `expected_best` (Lin et al. 2022, arXiv 2203.11382), each clip once:
+    the highest scores all hold the same favourite.
+
+    Args:
+        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
+            size counts every member equally.
+
+    Raises:
+        InvalidInput: Fewer than 1 sample.
+    """
+
+    def __init__(self, samples: int = 32) -> None:
+        super().__init__(expected_best, EachClipOnce(), samples)
+
+
+@final
+class GreedyInformation(ScoredStrategy):
+    """Asks for the batch whose answers together teach most, chosen greedily.
+
+    `ScoredStrategy` with `d_optimal` and `active.variety.GreedyLogDet`.
+
+    Args:
+        samples: Posterior samples that the scores rest on, and the rank of what a batch can
+            teach. For an ensemble a multiple of its size counts every member equally.
+
+    Raises:
+        InvalidInput: Fewer than 1 sample.
+    """
+
+    def __init__(self, samples: int = 32) -> None:
+        super().__init__(d_optimal, GreedyLogDet(), samples)
+
+
+@final
+class KCenter(ScoredStrategy):
+    """Asks pairs that cover all pairs, by what samples say of them, however sure they are.
+
+    `ScoredStrategy` with all scores equal and `active.variety.FarthestFirst` (core-sets: Sener &
+    Savarese 2018, arXiv 1708.00489; one of the strategies of Lee et al. 2021, arXiv 2111.03026,
+    there over observations).
+
+    Args:
+        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
+            size counts every member equally.
+
+    Raises:
+        InvalidInput: Fewer than 1 sample.
+    """
+
+    def __init__(self, samples: int = 32) -> None:
+        super().__init__(_equal, FarthestFirst(), samples)
+
+
+STRATEGIES: Final[dict[str, type[QueryStrategy]]] = {
+    strategy.__name__: strategy
+    for strategy in (
+        Uniform, Disagreement, BALD, Entropy, DOptimal, EUBO,
+        Thompson, BestVsWorst, GreedyInformation, KCenter,
+    )
+}  # fmt: skip
 
 
 def _rule(power: float | None) -> BatchRule:
     return TopK() if power is None else Power(power)
 
 
-def _check(posterior: ReturnPosterior, pairs: Tensor, n: int, weights: Tensor | None) -> None:
-    clips = len(posterior.mean)
-    check_pairs(pairs, clips)
-    if not 0 <= n <= len(pairs):
-        raise InvalidInput(
-            f"n: expected from 0 to the {len(pairs)} pairs there are to select from, got {n}; "
-            "cut more clips or ask for fewer."
-        )
-    if weights is None:
-        return
-    if weights.shape != (clips,):
-        raise InvalidInput(
-            f"weights: expected one per clip, shape ({clips},), got {tuple(weights.shape)}."
-        )
-    if not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise InvalidInput(
-            "weights: expected finite numbers, at least 0, got some that are negative, NaN or "
-            "infinite."
-        )
-
-
-def _weighted(scores: Tensor, pairs: Tensor, weights: Tensor | None) -> Tensor:
-    return scores if weights is None else scores * weights[pairs.long()].prod(1)
+def _equal(returns: Tensor, pairs: Tensor) -> Tensor:
+    return returns.new_ones(len(pairs))

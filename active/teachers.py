@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from active.acquisition import check_pairs
+from active.pairs import check_pairs
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
 
@@ -60,7 +61,18 @@ class SyntheticTeacher(Teacher):
     of this teacher has twice the rate.
 
     Sums are correctly rounded, so a clip's return doesn't depend on how far it was padded, and
-    clips that tie exactly are seen to tie.
+    clips that tie exactly are seen to tie. Returns may be of either sign, and clips of any length.
+
+    B-Pref's public code (rll-research/BPref, `get_label` in `reward_model.py`) answers otherwise
+    at the edges; `as_published` does as it does, for comparisons with printed numbers:
+
+    - a skip needs $\max(R_1, R_2) \le d_\text{skip}$, and a threshold that isn't positive skips
+      nothing: where returns are negative, teachers who skip don't;
+    - a rational teacher prefers the *first* of two clips that tie exactly, and errs about it;
+    - a rationality of 0 (there: of 0 or below, -1 by default) is a rational teacher's;
+    - a threshold for "the same" may be negative, and is then never met.
+
+    What that code sets the thresholds to is `published_threshold`.
 
     Args:
         rationality: $\beta$, at least 0, per reward unit; infinity always prefers the higher
@@ -71,6 +83,7 @@ class SyntheticTeacher(Teacher):
         skip_threshold: $d_\text{skip}$, reward units; None never skips.
         same_threshold: $d_\text{same}$, at least 0, reward units; None never says "the same",
             save of an exact tie at infinite rationality.
+        as_published: Answer as B-Pref's public code does.
 
     Raises:
         InvalidInput: A value outside its range.
@@ -91,6 +104,7 @@ class SyntheticTeacher(Teacher):
         mistake_rate: float = 0.0,
         skip_threshold: float | None = None,
         same_threshold: float | None = None,
+        as_published: bool = False,
     ) -> None:
         _require("rationality", rationality >= 0, "a number, at least 0", rationality)
         _require("myopia", 0 <= myopia <= 1, "a discount from 0 to 1", myopia)
@@ -98,12 +112,15 @@ class SyntheticTeacher(Teacher):
         skip = 0.0 if skip_threshold is None else skip_threshold
         same = 0.0 if same_threshold is None else same_threshold
         _require("skip_threshold", math.isfinite(skip), "a finite number or None", skip)
-        _require("same_threshold", 0 <= same < math.inf, "a finite number from 0 or None", same)
+        least = -math.inf if as_published else 0.0
+        right = math.isfinite(same) and same >= least
+        _require("same_threshold", right, "a finite number from 0 or None", same)
         self.rationality = rationality
         self.myopia = myopia
         self.mistake_rate = mistake_rate
         self.skip_threshold = skip_threshold
         self.same_threshold = same_threshold
+        self.as_published = as_published
 
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
@@ -124,8 +141,13 @@ class SyntheticTeacher(Teacher):
         if self.same_threshold is not None:
             preference[(first - second).abs() < self.same_threshold] = 0.5
         if self.skip_threshold is not None:
-            preference[torch.maximum(first, second) < self.skip_threshold] = SKIPPED
+            preference[self._skips(torch.maximum(first, second), self.skip_threshold)] = SKIPPED
         return preference.float().to(pairs.device)
+
+    def _skips(self, better: Tensor, threshold: float) -> Tensor:
+        if self.as_published:
+            return (better <= threshold) & (threshold > 0)
+        return better < threshold
 
     def _prefer(self, difference: Tensor, generator: torch.Generator | None) -> Tensor:
         # Two draws for every pair whether needed or not, so that an answer depends on its place
@@ -134,12 +156,64 @@ class SyntheticTeacher(Teacher):
         luck = torch.rand(
             len(difference), 2, dtype=torch.float64, generator=generator, device=device
         ).to(difference.device)
-        if math.isinf(self.rationality):
+        if self.as_published and self.rationality in (0, math.inf):
+            preference = (difference > 0).double()
+        elif math.isinf(self.rationality):
             preference = 0.5 + 0.5 * difference.sign()
         else:
             preference = (luck[:, 0] < torch.sigmoid(self.rationality * difference)).double()
         mistaken = luck[:, 1] < self.mistake_rate
         return torch.where(mistaken, 1 - preference, preference)
+
+
+def published_threshold(
+    share: float,
+    episode_returns: Sequence[float],
+    *,
+    clip_length: int,
+    episode_length: int,
+    first_round: bool,
+) -> float:
+    r"""The threshold that B-Pref's public code skips, or says "the same", below.
+
+    $\epsilon\,\bar R\,H / T$ in the first round of questions, for the mean $\bar R$ of recent
+    episodes' returns, and $\epsilon^2\,\bar R\,H / T$ in every later one: `train_PEBBLE.py`
+    multiplies by the share, and `set_teacher_thres_skip` and `set_teacher_thres_equal` in
+    `reward_model.py` do so again. What is 10 in the first round at a share of a tenth is 1
+    ever after. The paper (Lee et al. 2021, arXiv 2111.03026, §3) multiplies once, and so does the
+    code's other half, PrefPPO (`on_policy_with_reward_algorithm.py`), whose every round is as
+    PEBBLE's first.
+
+    Both are of the sign of the returns. A `SyntheticTeacher` that isn't `as_published` had
+    better be given thresholds in reward units.
+
+    Args:
+        share: $\epsilon$, `teacher_eps_skip` or `teacher_eps_equal` there.
+        episode_returns: The task's own returns of recent training episodes, at least one.
+            PEBBLE's keeps ten, and until ten have ended a zero before the first.
+        clip_length: H, frames.
+        episode_length: T, frames, the task's limit.
+        first_round: Whether PEBBLE's has asked nothing before; True for PrefPPO.
+
+    Returns:
+        A threshold in reward units, for a `SyntheticTeacher` that answers `as_published`.
+
+    Raises:
+        InvalidInput: No episodes, or lengths below 1.
+
+    Example:
+        >>> settings = dict(clip_length=50, episode_length=1000)
+        >>> published_threshold(0.1, [1500.0, 2500.0], first_round=True, **settings)
+        10.0
+        >>> published_threshold(0.1, [1500.0, 2500.0], first_round=False, **settings)
+        1.0
+    """
+    if not episode_returns:
+        raise InvalidInput("episode_returns: expected at least one return, got none.")
+    for name, length in (("clip_length", clip_length), ("episode_length", episode_length)):
+        _require(name, length >= 1, "at least 1 frame", length)
+    margin = math.fsum(episode_returns) / len(episode_returns) * (clip_length / episode_length)
+    return share * margin if first_round else share * (share * margin)
 
 
 def _discounted(clips: Clips, discount: float) -> Tensor:

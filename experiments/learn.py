@@ -51,6 +51,7 @@ from rewardmodels import (
     Clips,
     DeepEnsemble,
     InvalidInput,
+    ReturnPosterior,
     RewardModel,
     SampledPosterior,
     fit,
@@ -250,7 +251,8 @@ class Learner:
         """Chooses queries among the agent's latest clips, and has the teacher answer them."""
         if round == 0:
             self._act_at_random()
-        n = self._due(round) - answers.counts().answered
+        answered = answers.counts().answered
+        n = self._due(round, answered) - answered
         if n > 0 and not answers.queries(round):  # else they were put before an interruption
             clips = self._latest_clips(self.config.candidates)
             pairs = self._choose(clips, min(n, len(clips) * (len(clips) - 1) // 2))
@@ -338,13 +340,17 @@ class Learner:
         """Steps that the policy will have been trained for after a round."""
         return max(0, round - self.warm_up + 2) * self.config.steps // self.config.rounds
 
-    def _due(self, round: int) -> int:
-        """Answers that there should be before a round's training; all by the last."""
+    def _due(self, round: int, answered: int) -> int:
+        """Answers that there should be before a round's training; a timetable's all by the last."""
         a_round = self.config.steps // self.config.rounds
+        # In warm-up there is no policy yet to be unsure about.
+        judged = self.model.fitted and round >= self.warm_up
         due = self.schedule.comparisons_by(
             max(0, round - self.warm_up + 1) * a_round,
             total_steps=max(1, (self.config.rounds - 1) * a_round),
             budget=self.config.comparisons,
+            answered=answered,
+            belief=self._belief if judged else None,
         )
         return due if round >= self.warm_up else -(-due * (round + 1) // self.warm_up)
 
@@ -360,6 +366,9 @@ class Learner:
 
     def _latest_clips(self, n: int) -> Clips:
         return self.history.cut(self.clip_length, n, self.rng)
+
+    def _belief(self) -> ReturnPosterior:
+        return self.model.posterior(self._latest_clips(self.config.candidates))
 
     def _choose(self, clips: Clips, n: int) -> torch.Tensor:
         """`(n, 2)` pairs: the strategy's choice, or a random one while there is no belief."""

@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
-from active import SyntheticTeacher
+from active import SyntheticTeacher, published_threshold
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
 
@@ -134,6 +134,86 @@ def test_thresholds_look_at_the_plain_return_and_skipping_comes_first():
     assert math.isnan(answer)
 
 
+# Five clips with returns 6, 4, 4, -2 and -6, of different lengths, one of a single frame.
+FIVE = ([1.0, 2.0, 3.0], [4.0], [2.0, 1.0, 1.0, 0.0], [-3.0, 1.0], [-1.0, -2.0, -3.0])
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("settings", "exact", "published"),
+    [
+        # Pairs:      0-1  1-0  1-2  2-1  3-4  4-3  0-4
+        ({}, (0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)),
+        ({"mistake_rate": 1.0},
+         (1.0, 0.0, 0.5, 0.5, 1.0, 0.0, 1.0), (1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0)),
+        ({"skip_threshold": 4.0},  # at 4 itself only the public code skips
+         (0.0, 1.0, 0.5, 0.5, NAN, NAN, 0.0), (0.0, 1.0, NAN, NAN, NAN, NAN, 0.0)),
+        ({"skip_threshold": -1.0},  # returns of -2 and -6 are below: it should have been skipped
+         (0.0, 1.0, 0.5, 0.5, NAN, NAN, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)),
+        ({"skip_threshold": 0.0},
+         (0.0, 1.0, 0.5, 0.5, NAN, NAN, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)),
+        ({"same_threshold": 2.5, "mistake_rate": 1.0},
+         (0.5, 0.5, 0.5, 0.5, 1.0, 0.0, 1.0), (0.5, 0.5, 0.5, 0.5, 1.0, 0.0, 1.0)),
+        ({"same_threshold": 2.0},  # at 2 itself both prefer; an exact tie is closer than that
+         (0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0), (0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0)),
+        # With half the weight a frame back, returns are 4.75, 4, 1, -0.5 and -4.25.
+        ({"myopia": 0.5}, (0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0)),
+        ({"myopia": 0.5, "same_threshold": 0.5},  # which looks at plain returns: 4 and 4
+         (0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0), (0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0)),
+    ],
+)  # fmt: skip
+def test_answers_by_hand_exact_and_as_published(settings, exact, published):
+    pairs = ((0, 1), (1, 0), (1, 2), (2, 1), (3, 4), (4, 3), (0, 4))
+    for as_published, expected in ((False, exact), (True, published)):
+        teacher = SyntheticTeacher(as_published=as_published, **settings)
+        assert ask(teacher, clips_of(*FIVE), *pairs) == pytest.approx(expected, nan_ok=True)
+
+
+def test_as_published_no_rationality_is_all_of_it_and_a_negative_threshold_ties_nothing():
+    clips = clips_of(*FIVE)
+    assert_binomial(frequency(SyntheticTeacher(rationality=0.0), clips), 0.5)
+    teacher = SyntheticTeacher(rationality=0.0, same_threshold=-0.3, as_published=True)
+    assert frequency(teacher, clips) == 0
+    assert ask(teacher, clips, (0, 1), (1, 0), (3, 4)) == [0.0, 1.0, 0.0]
+    # In between both toss the same coin.
+    p = 1 / (1 + math.exp(0.2 * 2))
+    for as_published in (False, True):
+        assert_binomial(frequency(SyntheticTeacher(0.2, as_published=as_published), clips), p)
+
+
+def test_published_thresholds_shrink_after_the_first_round_and_follow_the_sign():
+    by_hand = [
+        # mean 2,000 over 1,000 frames is 2 a frame, so 100 for a clip of 50
+        ((0.1, [1000.0, 3000.0], 50, 1000), 10.0, 1.0),
+        ((0.2, [1000.0, 3000.0], 50, 1000), 20.0, 4.0),
+        ((1.0, [1000.0, 3000.0], 50, 1000), 100.0, 100.0),
+        # Reacher or Pendulum: -150 over 200 frames, a clip of 40
+        ((0.1, [-100.0, -200.0], 40, 200), -3.0, -0.3),
+        # The zero that stands before the first episode counts as one.
+        ((0.5, [0.0, 8.0], 10, 10), 2.0, 1.0),
+        ((0.0, [5.0], 5, 10), 0.0, 0.0),
+    ]
+    for (share, returns, clip, episode), first, later in by_hand:
+        for first_round, expected in ((True, first), (False, later)):
+            came = published_threshold(
+                share, returns, clip_length=clip, episode_length=episode, first_round=first_round
+            )
+            assert came == pytest.approx(expected, rel=1e-12)
+
+
+def test_thresholds_of_a_negative_task_vanish_as_published():
+    clips = clips_of([-9.0, -9.0], [-9.0, -8.9], [-1.0, -1.0])
+    lengths = {"clip_length": 2, "episode_length": 20}
+    below = published_threshold(0.1, [-40.0, -60.0], first_round=True, **lengths)
+    assert below == pytest.approx(-0.5)
+    published = SyntheticTeacher(skip_threshold=below, same_threshold=below, as_published=True)
+    assert ask(published, clips, (0, 1), (0, 2)) == [1.0, 1.0]
+    # In reward units, the same teacher finds nothing to see in -18 against -17.9.
+    exact = SyntheticTeacher(skip_threshold=-10.0, same_threshold=0.5)
+    assert ask(exact, clips, (0, 1), (0, 2)) == pytest.approx([NAN, 1.0], nan_ok=True)
+    assert ask(SyntheticTeacher(same_threshold=0.5), clips, (0, 1), (0, 2)) == [0.5, 1.0]
+
+
 def noisy() -> SyntheticTeacher:
     return SyntheticTeacher(0.5, 0.9, 0.1, skip_threshold=-3.0, same_threshold=0.3)
 
@@ -177,6 +257,14 @@ def test_bad_input_is_refused_by_name():
         for value in values:
             with pytest.raises(InvalidInput, match=f"{name}: expected .* got {value}"):
                 SyntheticTeacher(**{name: value})
+    with pytest.raises(InvalidInput, match=r"same_threshold: .* got nan"):
+        SyntheticTeacher(same_threshold=math.nan, as_published=True)
+    lengths = {"clip_length": 5, "episode_length": 10, "first_round": True}
+    with pytest.raises(InvalidInput, match=r"episode_returns: .* got none"):
+        published_threshold(0.1, [], **lengths)
+    for name in ("clip_length", "episode_length"):
+        with pytest.raises(InvalidInput, match=f"{name}: .* got 0"):
+            published_threshold(0.1, [1.0], **{**lengths, name: 0})
     without = Clips(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
     with pytest.raises(InvalidInput, match=r"clips.rewards: .*None"):
         SyntheticTeacher().answer(without, torch.tensor([[0, 1]]))

@@ -106,7 +106,8 @@ def refused(capsys, words) -> str:
         ("learn --algorithm PPOO", "algorithm: expected one of A2C, DDPG, DQN, PPO, SAC, TD3; got "
          "'PPOO'. Did you mean 'PPO'?"),
         ("learn --algorithm DQN --task Pendulum", "algorithm: expected one for Pendulum's actions"),
-        ("learn --strategy BLAD", "strategy: expected one of BALD, Disagreement, ScoredStrategy, "
+        ("learn --strategy BLAD", "strategy: expected one of BALD, BestVsWorst, DOptimal, "
+         "Disagreement, EUBO, Entropy, GreedyInformation, KCenter, ScoredStrategy, Thompson, "
          "Uniform or an import path; got 'BLAD'. Did you mean 'BALD'?"),
         ("learn --strategy no_module.Mine", "strategy: expected a class, got 'no_module.Mine': No "
          "module named 'no_module'."),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from active import Constant, FeedbackStore, QueryStrategy
+from active import Constant, FeedbackStore, QueryStrategy, WhenUnsure
 from experiments.cli import main
 from experiments.learn import LearnConfig, Learner, learn
 from experiments.run import Run
@@ -328,6 +328,17 @@ def test_warm_up_asks_in_parts_before_the_policy_is_trained(tmp_path):
     assert [row["step"] for row in rows] == [0, 0, 4096, 6144]
     with FeedbackStore(out / "answers.sqlite") as answers:
         assert [len(answers.queries(round)) for round in range(4)] == [4, 4, 4, 12]
+
+
+def test_a_schedule_may_go_by_the_belief_about_the_latest_clips(finished):
+    learner = Learner(tiny(finished), Run(finished))
+    learner.seed(0)
+    first, tenth = COMPARISONS // 4, math.floor(COMPARISONS / 10 + 0.5)
+    for level, more in ((0.0, tenth), (math.log(2), 0)):
+        learner.schedule = WhenUnsure(level)
+        assert learner._due(1, first) == first + more
+        # In warm-up there is no policy to be unsure about.
+        assert learner._due(0, 0) == first
 
 
 def test_an_agent_that_acts_at_random_starts_over(tmp_path):

@@ -1,0 +1,246 @@
+"""Batches chosen one pair at a time: against determinants, exhaustive search, and twins."""
+
+import itertools
+import math
+import resource
+import sys
+import time
+
+import pytest
+import torch
+
+from active import (
+    Candidates,
+    EachClipOnce,
+    FarthestFirst,
+    GreedyLogDet,
+    Power,
+    TopK,
+    all_pairs,
+    d_optimal,
+    mutual_information,
+    predictive_entropy,
+)
+
+RULES = [EachClipOnce(), GreedyLogDet(), FarthestFirst()]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pool(clips: int, samples: int = 6, seed: int = 1, score=d_optimal) -> Candidates:
+    returns = 2 * torch.randn(samples, clips, generator=seeded(seed), dtype=torch.float64)
+    pairs = all_pairs(clips)
+    return Candidates(score(returns, pairs), pairs, returns)
+
+
+def named(rule: object) -> str:
+    return type(rule).__name__
+
+
+def differences(candidates: Candidates) -> torch.Tensor:
+    first, second = candidates.pairs.unbind(1)
+    return (candidates.returns[:, second] - candidates.returns[:, first]).T
+
+
+def information(candidates: Candidates, chosen: tuple[int, ...]) -> float:
+    """log det(I + W½ K W½) as it is written, by a dense determinant."""
+    d = differences(candidates)[list(chosen)]
+    p = d.sigmoid().mean(1)
+    root = torch.diag((p * (1 - p)).sqrt())
+    covariance = torch.cov(d, correction=0).reshape(len(d), len(d))
+    eye = torch.eye(len(d), dtype=torch.float64)
+    return float(torch.logdet(eye + root @ covariance @ root))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_log_det_is_the_naive_greedy_choice(seed):
+    candidates = pool(7, seed=seed)
+    chosen: tuple[int, ...] = ()
+    for _ in range(10):  # more than the rank, 5, of what six samples can teach
+        rest = [i for i in range(len(candidates.pairs)) if i not in chosen]
+        chosen += (max(rest, key=lambda i: information(candidates, (*chosen, i))),)
+    assert GreedyLogDet().choose(candidates, 10, seeded()).tolist() == list(chosen)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_log_det_is_near_the_best_batch_there_is(seed):
+    candidates = pool(6, seed=seed)
+    batches = itertools.combinations(range(len(candidates.pairs)), 4)
+    best = max(information(candidates, batch) for batch in batches)
+    greedy = information(candidates, tuple(GreedyLogDet().choose(candidates, 4).tolist()))
+    assert (1 - 1 / math.e) * best <= greedy <= best + 1e-9
+    top = information(candidates, tuple(TopK().choose(candidates, 4).tolist()))
+    assert top < greedy  # in these pools, which is what the rule is for
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_greedy_log_det_takes_any_score_for_quality(scale):
+    candidates = pool(7, score=lambda r, p: scale * mutual_information(r, p))
+    roots = candidates.scores.sqrt()
+    kernel = torch.corrcoef(differences(candidates)) * roots[:, None] * roots
+    kernel += torch.eye(len(kernel), dtype=torch.float64)
+    chosen: list[int] = []
+    for _ in range(5):
+        rest = [i for i in range(len(kernel)) if i not in chosen]
+        chosen.append(
+            max(rest, key=lambda i: float(kernel[[*chosen, i]][:, [*chosen, i]].logdet()))
+        )
+    assert GreedyLogDet().choose(candidates, 5, seeded()).tolist() == chosen
+
+
+def distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    return min(float((x - y).norm()), float((x + y).norm()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_farthest_first_takes_what_is_farthest_whichever_clip_comes_first(seed):
+    candidates = pool(8, seed=seed, score=lambda r, p: r.new_ones(len(p)))
+    points = differences(candidates)
+    turned = torch.rand(len(points), generator=seeded(seed)) < 0.5
+    pairs = torch.where(turned[:, None], candidates.pairs.flip(1), candidates.pairs)
+    flipped = Candidates(candidates.scores, pairs, candidates.returns)
+    for some in (candidates, flipped):
+        centres = [torch.zeros(6).double()]
+        # Differences of three clips add up, so that many distances tie: any of them will do.
+        for pick in FarthestFirst().choose(some, 12, seeded()).tolist():
+            far = [min(distance(x, c) for c in centres) for x in points]
+            assert far[pick] == pytest.approx(max(far), rel=1e-9)
+            centres.append(points[pick])
+
+
+def test_farthest_first_covers_within_twice_the_best_radius():
+    candidates = pool(6, score=lambda r, p: r.new_ones(len(p)))
+    points = [*differences(candidates), torch.zeros(6).double()]  # nothing is covered for free
+    apart = [[distance(x, y) for y in points] for x in points]
+
+    def radius(chosen: tuple[int, ...]) -> float:
+        return max(min(row[c] for c in (*chosen, len(points) - 1)) for row in apart)
+
+    best = min(radius(batch) for batch in itertools.combinations(range(15), 3))
+    assert radius(tuple(FarthestFirst().choose(candidates, 3).tolist())) <= 2 * best
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_clip_once_is_a_matching_half_as_good_as_the_best(seed):
+    candidates = pool(8, seed=seed)
+    chosen = EachClipOnce().choose(candidates, 4)
+    assert sorted(candidates.pairs[chosen].flatten().tolist()) == list(range(8))
+    rows = candidates.pairs.tolist()
+    total = max(
+        sum(float(candidates.scores[i]) for i in batch)
+        for batch in itertools.combinations(range(28), 4)
+        if len({clip for i in batch for clip in rows[i]}) == 8
+    )
+    assert float(candidates.scores[chosen].sum()) >= total / 2
+    # And so on: of the clips that have been used least, the pair with the highest score.
+    used, expected = [0] * 8, []
+    for _ in range(8):
+        rest = [i for i in range(28) if i not in expected]
+        expected.append(
+            max(rest, key=lambda i: (-max(used[c] for c in rows[i]), candidates.scores[i]))
+        )
+        for clip in rows[expected[-1]]:
+            used[clip] += 1
+    assert EachClipOnce().choose(candidates, 8).tolist() == expected
+
+
+def doubled(clips: int, dtype: torch.dtype, offset: float) -> Candidates:
+    """A pool with every clip in it twice, the copies a rounding error apart."""
+    returns = pool(clips).returns.to(dtype) + offset
+    noise = 1 + torch.finfo(dtype).eps * torch.randn(6, clips, generator=seeded(4)).sign()
+    returns = torch.cat([returns, returns * noise.to(dtype)], 1)
+    pairs = all_pairs(2 * clips)
+    # Of all scores the one that a clip against its copy has most of.
+    return Candidates(predictive_entropy(returns, pairs), pairs, returns)
+
+
+def questions(candidates: Candidates, chosen: torch.Tensor, clips: int) -> list[tuple[int, ...]]:
+    return [tuple(sorted(c % clips for c in pair)) for pair in candidates.pairs[chosen].tolist()]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", RULES, ids=named)
+def test_clips_that_come_twice_are_not_asked_about_twice(rule, dtype, offset):
+    candidates = doubled(6, dtype, offset)
+    everything = rule.choose(candidates, 66, seeded())
+    assert sorted(everything.tolist()) == list(range(66))
+    # Of 6 clips there are 15 questions; a clip against its copy is none.
+    asked = questions(candidates, everything[:15], 6)
+    assert sorted(asked) == list(map(tuple, all_pairs(6).tolist()))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=named)
+def test_twins_are_found_among_clips_of_the_same_mean(rule):
+    # Members that mirror each other: every clip's mean is 0.
+    half = torch.randn(3, 5, generator=seeded(2), dtype=torch.float64)
+    returns = torch.cat([half, -half]).repeat(1, 2)
+    pairs = all_pairs(10)
+    candidates = Candidates(torch.ones(45), pairs, returns)
+    asked = questions(candidates, rule.choose(candidates, 10, seeded()), 5)
+    assert sorted(asked) == list(map(tuple, all_pairs(5).tolist()))
+
+
+def test_one_clip_that_nobody_knows_does_not_fill_a_batch():
+    returns = 0.5 * torch.randn(16, 30, generator=seeded(4), dtype=torch.float64)
+    returns[:, 0] = torch.linspace(-3, 3, 16)
+    pairs = all_pairs(30)
+    candidates = Candidates(d_optimal(returns, pairs), pairs, returns)
+
+    def about_clip_0(rule) -> int:
+        return int((pairs[rule.choose(candidates, 15, seeded())] == 0).any(1).sum())
+
+    assert about_clip_0(TopK()) == 15
+    assert about_clip_0(EachClipOnce()) == 1
+    assert about_clip_0(GreedyLogDet()) < 12
+
+
+@pytest.mark.parametrize("rule", [*RULES, Power(1.0)], ids=named)
+def test_a_score_of_zero_comes_last_and_a_double_score_sooner(rule):
+    candidates = pool(8)
+    scores = candidates.scores.clone()
+    scores[(candidates.pairs >= 4).any(1)] = 0
+    chosen = rule.choose(Candidates(scores, candidates.pairs, candidates.returns), 2, seeded())
+    assert bool((candidates.pairs[chosen] < 4).all())
+
+
+@pytest.mark.parametrize("rule", RULES, ids=named)
+def test_permuting_pairs_or_clips_permutes_the_choice(rule):
+    # Pairs that share no clip, since distances between others may tie.
+    every = pool(24)
+    pairs = torch.arange(24).reshape(12, 2)
+    candidates = Candidates(d_optimal(every.returns, pairs), pairs, every.returns)
+    chosen = rule.choose(candidates, 7, seeded())
+    order = torch.randperm(12, generator=seeded(2))
+    moved = Candidates(candidates.scores[order], pairs[order], every.returns)
+    assert torch.equal(order[rule.choose(moved, 7, seeded())], chosen)
+    clips = torch.randperm(24, generator=seeded(3))
+    renamed = Candidates(candidates.scores, clips.argsort()[pairs], every.returns[:, clips])
+    assert torch.equal(rule.choose(renamed, 7, seeded()), chosen)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=named)
+def test_a_belief_that_is_sure_of_everything_is_asked_at_random(rule):
+    certain = Candidates(torch.zeros(15), all_pairs(6), torch.arange(6.0).repeat(3, 1))
+    asked = {tuple(rule.choose(certain, 1, seeded(seed)).tolist()) for seed in range(60)}
+    assert len(asked) > 8
+    assert sorted(rule.choose(certain, 15, seeded()).tolist()) == list(range(15))
+    assert rule.choose(certain, 0).shape == (0,)
+    none = Candidates(torch.zeros(0), torch.zeros(0, 2).long(), torch.zeros(3, 6))
+    assert rule.choose(none, 0).shape == (0,)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=named)
+def test_half_a_million_pairs_take_little_time_and_memory(rule):
+    returns = torch.randn(16, 1000, generator=seeded())
+    pairs = all_pairs(1000)
+    candidates = Candidates(torch.ones(len(pairs)), pairs, returns)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.process_time()
+    assert len(set(rule.choose(candidates, 5, seeded()).tolist())) == 5
+    # Processor time, so that a busy machine doesn't fail it; alone it measures 0.3 s.
+    assert time.process_time() - started < 3
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < (2**30 if sys.platform == "darwin" else 2**20)  # 1 GiB, in bytes or KiB
