@@ -53,6 +53,8 @@ class Epinet(SampledRewardModel):
         prior_scale: $\beta$, in reward units per frame for outputs of about one.
         epinet_width: Hidden units of the epinet.
         training_indices: Indices that each minibatch sees.
+        weight_decay: As `RewardModel` has it. Each index is trained on all answers, none on a
+            bootstrap, so that with less of it all agree too soon on rewards that are too large.
         options: As `RewardModel` has them; the base network's.
 
     Raises:
@@ -74,9 +76,10 @@ class Epinet(SampledRewardModel):
         prior_scale: float = 0.3,
         epinet_width: int = 16,
         training_indices: int = 8,
+        weight_decay: float = 5.0,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(weight_decay=weight_decay, **options)
         for name, number in (
             ("index_dim", index_dim),
             ("samples", samples),

@@ -108,7 +108,8 @@ class RewardModel(L.LightningModule, ABC):
         discrete_actions: How many there are to choose from, where actions are whole numbers; 0 for
             as many as the first clips show.
         learning_rate: Step size of AdamW.
-        weight_decay: Decoupled weight decay of AdamW.
+        weight_decay: Decoupled weight decay of AdamW, which takes `learning_rate` times as much of
+            each weight at each step: 0.01 does next to nothing in a few hundred steps.
         mistake_rate: How often the teacher is taken to answer at random (Christiano et al.
             2017, §2.2.3, use 0.1).
 
@@ -132,7 +133,7 @@ class RewardModel(L.LightningModule, ABC):
         reward_of: RewardOf = "observation_action",
         discrete_actions: int = 0,
         learning_rate: float = 1e-3,
-        weight_decay: float = 1e-2,
+        weight_decay: float = 1.0,
         mistake_rate: float = 0.0,
     ) -> None:
         super().__init__()

@@ -196,7 +196,7 @@ def test_objects_are_told_by_class_path_and_arguments():
             "reward_of": "observation_action",
             "discrete_actions": 0,
             "learning_rate": 1e-3,
-            "weight_decay": 1e-2,
+            "weight_decay": 1.0,
             "mistake_rate": 0.0,
         },
     }
