@@ -142,6 +142,17 @@ def _benchmark_learn(arguments: list[str]) -> None:
     _call("benchmark learn", parser, benchmark_learn, arguments)
 
 
+def _benchmark_predictors(arguments: list[str]) -> None:
+    from experiments.benchmarks.predictors import benchmark_predictors
+
+    parser = _parser("benchmark predictors")
+    parser.add_argument(
+        "--quick", action="store_true", help="in about two minutes, for trends: one task, one seed"
+    )
+    parser.add_function_arguments(benchmark_predictors, skip={"quick"})
+    _call("benchmark predictors", parser, benchmark_predictors, arguments)
+
+
 def _study_predictors(arguments: list[str]) -> None:
     from experiments.studies.predictors import study_predictors
 
@@ -191,6 +202,10 @@ _COMMANDS = {
     "study predictors": (
         "compare predictors: whether their uncertainty may be believed",
         _study_predictors,
+    ),
+    "benchmark predictors": (
+        "measure calibration, uncertainty and cost of every predictor",
+        _benchmark_predictors,
     ),
     "benchmark learn": ("measure returns, throughput and the scoring of pairs", _benchmark_learn),
 }

@@ -76,7 +76,7 @@ _WEIGHT_DECAYS = (1.0, 30.0)  # AdamW multiplies them by the learning rate
 _PEOPLES_BATCH = 256  # of thousands of answers, and clips of few frames
 _SAMPLES = 64
 _FOLDS = 5
-_COVERAGE, _CALIBRATED_ON = 0.95, 100
+COVERAGE, _CALIBRATED_ON = 0.95, 100
 
 
 def study_predictors(
@@ -167,6 +167,7 @@ def simulated(
     length: int,
     tests: int,
     pools: str,
+    **made: int,
 ) -> Result:
     """One predictor's scores on one task, with one draw of clips and one of initial weights.
 
@@ -178,9 +179,10 @@ def simulated(
         length: Frames per clip.
         tests: Pairs asked about afterwards.
         pools: Directory of `make_pool`.
+        made: What else it is given.
     """
     torch.set_num_threads(1)
-    pool = make_pool(task, folder=Path(pools), progress=False)
+    pool = make_pool(task, folder=Path(pools), progress=False, **made)
     known, fresh = (_half(pool, which) for which in (0, 1))
     draw = torch.Generator().manual_seed(seed)
 
@@ -387,7 +389,7 @@ def coverage(model: RewardModel, comparisons: Comparisons, resplits: int = 200) 
         order = torch.randperm(len(said), generator=draw)
         known, rest = said[order[:_CALIBRATED_ON]], said[order[_CALIBRATED_ON:]]
         calibrated = Calibrated(remembered).calibrate(known, random=True)
-        sets = calibrated.posterior(rest.clips).prediction_set(rest.pairs, _COVERAGE)
+        sets = calibrated.posterior(rest.clips).prediction_set(rest.pairs, COVERAGE)
         held.append(sets[torch.arange(len(rest)), (rest.preference > 0.5).long()].double().mean())
     return float(torch.stack(held).mean())
 
