@@ -74,7 +74,7 @@ def test_errors_of_returns_are_taken_in_the_beliefs_best_scale():
 
 @pytest.mark.parametrize("kind", ["sampled", "gaussian"])
 def test_coverage_is_what_the_sets_cover(kind):
-    belief, said = asked(500)
+    _, said = asked(500)
 
     class Model:
         def posterior(self, clips):
@@ -86,9 +86,8 @@ def test_coverage_is_what_the_sets_cover(kind):
 
     # Half the answers by a coin: sets of 95% then have to hold both often.
     luck = torch.rand(500, generator=torch.Generator().manual_seed(2))
-    noisy = replace(
-        said, preference=torch.where(luck < 0.5, (luck < 0.25).float(), said.preference)
-    )
+    answers = torch.where(luck < 0.5, (luck < 0.25).float(), said.preference)
+    noisy = replace(said, preference=answers)
     came = study.coverage(Model(), noisy, resplits=60)
     assert study.COVERAGE - 0.01 < came < study.COVERAGE + 0.03
 
@@ -112,10 +111,9 @@ def people() -> HumanData:
     pairs = torch.arange(80).view(40, 2)
     features = clips.observations[pairs, 0].diff(dim=1)[:, 0].double().numpy()
     said = torch.from_numpy(features[:, 0] > 0).float()
-    held_out = {"odd": np.arange(40) % 8 == 7}
-    return HumanData(
-        "made up", Comparisons(clips, pairs, said), np.arange(40) // 2, features, held_out
-    )
+    held_out = {"odd": np.arange(40) % 4 == 3}
+    groups = np.arange(40) // 2
+    return HumanData("made up", Comparisons(clips, pairs, said), groups, features, held_out)
 
 
 def test_settings_are_chosen_without_a_group_that_is_trained_on():
@@ -138,8 +136,8 @@ def test_a_fold_is_scored_for_a_predictor_and_for_the_regression(name, monkeypat
 def rows(predictors=("single network", "LaplaceHead"), seeds=3):
     belief, said = asked(200)
     found = study.scores(belief, said) | study._of_returns(belief, said)
-    cell = {f"{test}/{kind}{k}": v for test in ("in distribution", "shifted") for kind in ("", "raw ")
-            for k, v in found.items()}  # fmt: skip
+    tests = [f"{test}/{kind}" for test in ("in distribution", "shifted") for kind in ("", "raw ")]
+    cell = {f"{test}{key}": value for test in tests for key, value in found.items()}
     simulated = [
         {"task": task, "predictor": name, "seed": seed, "fit seconds": 1.0, "parameters": 10,
          **cell, "in distribution/ECE": 0.01 * seed}
