@@ -235,3 +235,24 @@ def test_a_gpu_believes_the_same(model):
     model.to("cpu")
     torch.testing.assert_close(there.mean.cpu(), here.mean, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(there.covariance.cpu(), here.covariance, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("preference", [0.0, 0.5, 1.0])
+def test_answers_that_are_all_equal_leave_a_finite_belief(maker, preference):
+    some = answers(30)
+    equal = Comparisons(some.clips, some.pairs, torch.full((30,), preference))
+    model = fit(maker(), equal, epochs=4)
+    mean, variance = model.posterior(some.clips).difference(some.pairs)
+    assert mean.isfinite().all()
+    assert (variance >= 0).all()
+    if preference == 0.5:  # nothing speaks for either
+        p = model.posterior(some.clips).preference(some.pairs)
+        assert float((p - 0.5).abs().mean()) < 0.25
+
+
+def test_clips_longer_than_any_in_training_are_sums_like_others(model):
+    clips, _ = world(n=6)
+    joined = [torch.cat([x[:3], x[3:]], 1) for x in (clips.observations, clips.actions)]
+    longer = model.posterior(Clips(*joined)).mean
+    apart = model.posterior(clips).mean
+    torch.testing.assert_close(longer, apart[:3] + apart[3:], atol=1e-3, rtol=1e-3)
