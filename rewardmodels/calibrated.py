@@ -91,7 +91,7 @@ class Calibrated:
         self.model = model
         self.method = method
         self.temperature = 1.0
-        self._map: IsotonicRegression | None = None
+        self._map: NDArray[np.float64] | None = None
         self._scores: NDArray[np.float64] | None = None
 
     def calibrate(self, comparisons: Comparisons, *, random: bool) -> Calibrated:
@@ -137,9 +137,30 @@ class Calibrated:
         if self.method == "isotonic":
             p = _both_ways(_scaled(base, self.temperature), pairs)
             edge = 1 / (len(said) + 2)
-            self._map = IsotonicRegression(y_min=edge, y_max=1 - edge, out_of_bounds="clip")
-            self._map.fit(p.T.flatten().numpy(), torch.cat([1 - said, said]).numpy())
+            isotonic = IsotonicRegression(y_min=edge, y_max=1 - edge)
+            isotonic.fit(p.T.flatten().numpy(), torch.cat([1 - said, said]).numpy())
+            self._map = np.stack([isotonic.X_thresholds_, isotonic.y_thresholds_])
         return self
+
+    def state(self) -> dict[str, Tensor]:
+        """What `calibrate` set, as tensors, for `rewardmodels.save`.
+
+        Raises:
+            NotFitted: It wasn't called yet.
+        """
+        if self._scores is None:
+            raise NotFitted("Calibrated: expected a calibrated model; call calibrate first.")
+        state = {
+            "temperature": torch.tensor(self.temperature, dtype=torch.double),
+            "scores": torch.from_numpy(self._scores),
+        }
+        return state if self._map is None else state | {"map": torch.from_numpy(self._map)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes up what `state` gave."""
+        self.temperature = float(state["temperature"])
+        self._scores = state["scores"].numpy()
+        self._map = state["map"].numpy() if "map" in state else None
 
     def posterior(self, clips: Clips) -> CalibratedPosterior:
         """The calibrated joint belief about the returns of N clips, in reward units.
@@ -179,7 +200,7 @@ class CalibratedPosterior(ReturnPosterior):
         self,
         base: ReturnPosterior,
         temperature: float,
-        map: IsotonicRegression | None,
+        map: NDArray[np.float64] | None,
         scores: NDArray[np.float64],
     ) -> None:
         self._base = base
@@ -208,7 +229,7 @@ class CalibratedPosterior(ReturnPosterior):
         if self._map is None:
             return self._scaled.preference(pairs, mistake_rate=mistake_rate)
         both = _both_ways(self._scaled, pairs).numpy()
-        first, second = (torch.from_numpy(self._map.predict(column)) for column in both.T)
+        first, second = (torch.from_numpy(np.interp(column, *self._map)) for column in both.T)
         # The map is symmetric but for rounding.
         p = ((second + 1 - first) / 2).to(self.mean)
         return (1 - mistake_rate) * p + mistake_rate / 2

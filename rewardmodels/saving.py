@@ -6,12 +6,13 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rewardmodels.calibrated import Calibrated
 from rewardmodels.dropout import MCDropout
 from rewardmodels.ensemble import DeepEnsemble
 from rewardmodels.epinet import Epinet
@@ -23,20 +24,20 @@ from rewardmodels.laplace import LaplaceHead
 from rewardmodels.model import RewardModel
 from rewardmodels.networks import MakeNetwork
 
-AnyModel = TypeVar("AnyModel", bound=RewardModel)
-
 FORMAT = 1
+_CALIBRATION = "calibration."
 PREDICTORS: dict[str, type[RewardModel]] = {
     cls.__name__: cls for cls in (DeepEnsemble, Epinet, GPHead, LaplaceHead, MCDropout)
 }
 """Those that `load` knows by name. It never imports what a file names."""
 
 
-def save(model: RewardModel, path: str | os.PathLike[str]) -> None:
+def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> None:
     """Writes a fitted model to one safetensors file, whole or not at all.
 
     Args:
-        model: A fitted model whose hyper-parameters are numbers, strings or tuples.
+        model: A fitted model whose hyper-parameters are numbers, strings or tuples, or a
+            calibrated one that holds such a model.
         path: The file; one that stands there is replaced.
 
     Raises:
@@ -48,6 +49,15 @@ def save(model: RewardModel, path: str | os.PathLike[str]) -> None:
             ...
         rewardmodels.errors.NotFitted: DeepEnsemble: expected a fitted model to save; call fit ...
     """
+    calibration: dict[str, Tensor] = {}
+    method = None
+    if isinstance(model, Calibrated):
+        calibration, method = model.state(), model.method
+        if not isinstance(model.model, RewardModel):
+            raise InvalidInput(
+                f"model: expected a calibrated RewardModel, got a calibrated {type(model.model)}."
+            )
+        model = model.model
     if not model.fitted or model.spec is None:
         raise NotFitted(f"{type(model).__name__}: expected a fitted model to save; call fit first.")
     about = {
@@ -56,8 +66,10 @@ def save(model: RewardModel, path: str | os.PathLike[str]) -> None:
         "hyper_parameters": dict(model.hparams),
         "own_network": model.make_network is not None,
         "spec": asdict(model.spec),
+        "calibrated": method,
     }
     tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    tensors |= {_CALIBRATION + name: value.contiguous() for name, value in calibration.items()}
     path = Path(path)
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -69,11 +81,13 @@ def save(model: RewardModel, path: str | os.PathLike[str]) -> None:
 
 def load(
     path: str | os.PathLike[str],
-    cls: type[AnyModel] | None = None,
+    cls: type[RewardModel] | None = None,
     *,
     network: nn.Module | MakeNetwork | None = None,
-) -> AnyModel:
+) -> Any:
     """Reads a model that `save` wrote; its answers are the same to the last bit.
+
+    What was saved as `Calibrated` comes back so.
 
     Args:
         path: The file.
@@ -100,6 +114,7 @@ def load(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         version, name, hparams = int(about["format"]), about["class"], about["hyper_parameters"]
         own_network, shapes = bool(about["own_network"]), about["spec"]
+        method = about["calibrated"]
         spec = FrameSpec(
             tuple(shapes["observation"]), tuple(shapes["action"]), int(shapes["discrete_actions"])
         )
@@ -127,9 +142,19 @@ def load(
         hparams["network"] = network
     try:
         # Building draws initial weights, which the file's then replace.
+        calibration = {
+            name.removeprefix(_CALIBRATION): tensors.pop(name)
+            for name in list(tensors)
+            if name.startswith(_CALIBRATION)
+        }
         with isolated_randomness(0):
-            return _rebuilt(known, hparams, spec, tensors)  # type: ignore[return-value]
-    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            model = _rebuilt(known, hparams, spec, tensors)
+        if method is None:
+            return model
+        calibrated = Calibrated(model, method)
+        calibrated.load_state(calibration)
+        return calibrated
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UnreadableFile(
             f"{path}: expected the tensors of a {name} with {hparams}, got others: {error}"
         ) from error

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from rewardmodels import (
+    Calibrated,
     Clips,
     Comparisons,
     DeepEnsemble,
@@ -225,3 +226,26 @@ def test_tensors_that_do_not_fit_are_refused(file, name, value):
     rewritten(file, **{name: value})
     with pytest.raises(UnreadableFile, match="expected the tensors of a DeepEnsemble"):
         load(file)
+
+
+@pytest.mark.parametrize("method", ["temperature", "isotonic"])
+def test_a_calibrated_model_comes_back_calibrated(model, method, tmp_path):
+    calibrated = Calibrated(model, method)
+    with pytest.raises(NotFitted, match="call calibrate first"):
+        save(calibrated, tmp_path / "model")
+    calibrated.calibrate(ANSWERS, random=True)
+    save(calibrated, tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert type(again) is Calibrated
+    assert type(again.model) is DeepEnsemble
+    one, other = (x.posterior(CLIPS) for x in (calibrated, again))
+    assert torch.equal(one.preference(ANSWERS.pairs), other.preference(ANSWERS.pairs))
+    sets = [x.prediction_set(ANSWERS.pairs, 0.5) for x in (one, other)]
+    assert torch.equal(*sets)
+
+
+def test_a_calibration_that_is_missing_is_noticed(model, tmp_path):
+    save(Calibrated(model).calibrate(ANSWERS, random=True), tmp_path / "model")
+    rewritten(tmp_path / "model", **{"calibration.scores": None})
+    with pytest.raises(UnreadableFile, match="expected the tensors"):
+        load(tmp_path / "model")
