@@ -291,7 +291,8 @@ def test_a_real_model_is_held_and_left_as_it_was():
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     p = torch.sigmoid(worth[pairs[:, 1]] - worth[pairs[:, 0]])
     said = Comparisons(clips, pairs, torch.bernoulli(p, generator=draw))
-    model = fit(DeepEnsemble(members=3), said[:100], epochs=200, held_out=0.0, batch_size=16)
+    far = {"epochs": 200, "held_out": 0.0, "batch_size": 16}
+    model = fit(DeepEnsemble(members=3, weight_decay=0.0), said[:100], **far)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     belief = Calibrated(model).calibrate(said[100:200], random=True).posterior(clips)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
