@@ -130,8 +130,8 @@ def check_difference_agrees_with_samples(make_model: MakeModel) -> None:
     mean, covariance = double(belief.mean), double(belief.covariance)
     variance = covariance.diagonal()[first] + covariance.diagonal()[second]
     variance = variance - 2 * covariance[first, second]
-    expect_same("mean of a difference, and that of the means", came.mean, mean[second] - mean[first],
-          cause)  # fmt: skip
+    apart = mean[second] - mean[first]
+    expect_same("mean of a difference, and that of the means", came.mean, apart, cause)
     expect_same("variance of a difference, and the covariance's", came.variance, variance, cause)
     draws = double(draws_of(belief))
     apart = draws[:, second] - draws[:, first]

@@ -5,8 +5,7 @@ import random
 import pytest
 import torch
 
-from rewardmodels import Clips, DeepEnsemble, RewardModelsError, SampledPosterior
-from rewardmodels import checks as checks_module
+from rewardmodels import Clips, DeepEnsemble, RewardModelsError, SampledPosterior, _checking
 from rewardmodels.checks import CHECKS, CheckFailed, check_reward_model
 
 
@@ -261,7 +260,7 @@ BUGS = [
 )
 def test_catches(broken, name, message, monkeypatch):
     if broken not in (LearnsTheOpposite, SaturatesFarAway):
-        monkeypatch.setattr(checks_module, "_EPOCHS", 5)  # all that most bugs need
+        monkeypatch.setattr(_checking, "EPOCHS", 5)  # all that most bugs need
     with pytest.raises(CheckFailed, match=rf"(?s){message}.*Usual cause: "):
         getattr(checks_module, f"check_{name}")(broken)
 
@@ -280,7 +279,7 @@ def test_the_whole_list_says_all_that_failed():
 
 def test_a_crash_names_its_check(monkeypatch):
     monkeypatch.setattr(checks_module, "CHECKS", [checks_module.check_surer_near_the_data])
-    monkeypatch.setattr(checks_module, "_EPOCHS", 1)
+    monkeypatch.setattr(_checking, "EPOCHS", 1)
 
     class Crashes(DeepEnsemble):
         def posterior(self, clips):
@@ -292,7 +291,7 @@ def test_a_crash_names_its_check(monkeypatch):
 
 
 def test_a_belief_that_is_no_number_fails(monkeypatch):
-    monkeypatch.setattr(checks_module, "_EPOCHS", 1)
+    monkeypatch.setattr(_checking, "EPOCHS", 1)
 
     class Spoilt(DeepEnsemble):
         def posterior(self, clips):
