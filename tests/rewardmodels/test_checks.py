@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rewardmodels import Clips, DeepEnsemble, RewardModelsError, SampledPosterior, _checking
+from rewardmodels import checks as checks_module
 from rewardmodels.checks import CHECKS, CheckFailed, check_reward_model
 
 
