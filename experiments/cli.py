@@ -161,6 +161,14 @@ def _study_predictors(arguments: list[str]) -> None:
     _call("study predictors", parser, study_predictors, arguments)
 
 
+def _study_strategies(arguments: list[str]) -> None:
+    from experiments.studies.strategies import study_strategies
+
+    parser = _parser("study strategies")
+    parser.add_function_arguments(study_strategies)
+    _call("study strategies", parser, study_strategies, arguments)
+
+
 def _call(
     words: str, parser: ArgumentParser, function: Callable[..., object], arguments: list[str]
 ) -> None:
@@ -202,6 +210,10 @@ _COMMANDS = {
     "study predictors": (
         "compare predictors: whether their uncertainty may be believed",
         _study_predictors,
+    ),
+    "study strategies": (
+        "compare query strategies: the comparisons that they save over uniform ones",
+        _study_strategies,
     ),
     "benchmark predictors": (
         "measure calibration, uncertainty and cost of every predictor",

@@ -14,7 +14,8 @@ import torch
 
 from experiments.pools import make_pool
 from experiments.run import versions, write_atomically
-from experiments.studies.predictors import COVERAGE, PREDICTORS, TASKS, simulated, speed
+from experiments.studies.predictor_scores import COVERAGE
+from experiments.studies.predictors import PREDICTORS, TASKS, simulated, speed
 from experiments.studies.summary import Row, by, numbers, pooled
 from experiments.study import run_study
 from rewardmodels import Clips, Comparisons, InvalidInput, LaplaceHead, fit

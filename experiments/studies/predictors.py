@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,14 @@ from torch import Tensor
 from active.teachers import SyntheticTeacher
 from experiments.human_data import HUMAN_DATA, HumanData, baseline, splits
 from experiments.pools import Pool, make_pool
+from experiments.studies.lookup import found_class
+from experiments.studies.predictor_scores import (
+    CALIBRATED_ON,
+    coverage,
+    of_answers,
+    of_returns,
+    scores,
+)
 from experiments.studies.predictor_tables import BASELINE, write_tables
 from experiments.studies.summary import Row
 from experiments.study import Cell, Result, run_study
@@ -43,15 +50,11 @@ from rewardmodels import (
     Comparisons,
     DeepEnsemble,
     Epinet,
-    GaussianPosterior,
     GPHead,
     InvalidInput,
     LaplaceHead,
     MCDropout,
-    ReturnPosterior,
     RewardModel,
-    SampledPosterior,
-    UnknownName,
     fit,
 )
 from rewardmodels import calibration as score
@@ -74,9 +77,7 @@ _LABELLED, _SHIFTED = slice(0, 4), slice(-3, None)
 _CALIBRATION_SHARE = 0.3
 _WEIGHT_DECAYS = (1.0, 30.0)  # AdamW multiplies them by the learning rate
 _PEOPLES_BATCH = 256  # of thousands of answers, and clips of few frames
-_SAMPLES = 64
 _FOLDS = 5
-COVERAGE, _CALIBRATED_ON = 0.95, 100
 
 
 def study_predictors(
@@ -116,15 +117,15 @@ def study_predictors(
     """
     for name, value, least in (
         ("comparisons", comparisons, 20), ("length", length, 1), ("seeds", seeds, 1),
-        ("tests", tests, 2 * _CALIBRATED_ON), ("jobs", jobs, 1),
+        ("tests", tests, 2 * CALIBRATED_ON), ("jobs", jobs, 1),
     ):  # fmt: skip
         if value < least:
             raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
     for predictor in predictors:
-        _maker(predictor)
+        maker(predictor)
     for task in tasks:
         find_task(task)
-    people = [] if data is None else [_people(name, str(data)) for name in HUMAN_DATA]
+    sets = [] if data is None else [people(name, str(data)) for name in HUMAN_DATA]
     for task in tasks:
         make_pool(task, folder=pools)  # before the fan-out, or each process would make its own
     settings = {"comparisons": comparisons, "length": length, "tests": tests, "pools": str(pools)}
@@ -136,7 +137,7 @@ def study_predictors(
     ]
     rows = {"simulated": _run(simulated, grid, out, jobs)}
     if data is not None:
-        names = [name for known in people for name in (known.name, *_left_out(known))]
+        names = [name for known in sets for name in (known.name, *_left_out(known))]
         folds = [
             {"data": name, "predictor": predictor, "fold": fold, "folder": str(data)}
             for name in names
@@ -183,7 +184,7 @@ def simulated(
     """
     torch.set_num_threads(1)
     pool = make_pool(task, folder=Path(pools), progress=False, **made)
-    known, fresh = (_half(pool, which) for which in (0, 1))
+    known, fresh = (half(pool, which) for which in (0, 1))
     draw = torch.Generator().manual_seed(seed)
 
     def asked(of: Pool, n: int, skills: slice) -> Comparisons:
@@ -197,12 +198,12 @@ def simulated(
         "shifted": asked(fresh, tests, _SHIFTED),
     }
     kept = round(comparisons * _CALIBRATION_SHARE)
-    model, figures = _taught(_maker(predictor), said[kept:], seed=seed)
+    model, figures = _taught(maker(predictor), said[kept:], seed=seed)
     calibrated = Calibrated(model).calibrate(said[:kept], random=True)
     for name, some in test.items():
         for kind, asks in (("", calibrated), ("raw ", model)):
             belief = asks.posterior(some.clips)
-            found = scores(belief, some) | _of_returns(belief, some)
+            found = scores(belief, some) | of_returns(belief, some)
             figures |= {f"{name}/{kind}{k}": v for k, v in found.items()}
     if seed == 0:
         figures["coverage"] = coverage(model, test["in distribution"])
@@ -221,7 +222,7 @@ def human(data: str, predictor: str, fold: int, folder: str, seed: int = 0) -> R
     """
     torch.set_num_threads(1)
     name, _, left_out = data.partition("/")
-    known = _people(name, folder)
+    known = people(name, folder)
     train, test = list(splits(known, _FOLDS, seed=seed))[fold]
     if left_out:
         unknown = known.held_out[left_out]
@@ -232,8 +233,8 @@ def human(data: str, predictor: str, fold: int, folder: str, seed: int = 0) -> R
         started = time.perf_counter()
         p = torch.from_numpy(baseline(known, train, decided))
         figures: Result = {"fit seconds": time.perf_counter() - started}
-        return figures | _of_answers(p, said.preference)
-    make = _maker(predictor)
+        return figures | of_answers(p, said.preference)
+    make = maker(predictor)
     train = train[known.decided[train]]
     taught, asked = _inner_split(known, train)
     losses = []
@@ -264,7 +265,7 @@ def _speed(predictor: str) -> Result:
         torch.randn(1000, 25, 17, generator=draw), torch.randn(1000, 25, 6, generator=draw)
     )
     some = Comparisons(clips[:200], torch.arange(200).view(100, 2), torch.arange(100) % 2.0)
-    model = fit(_maker(predictor)(), some, epochs=1)
+    model = fit(maker(predictor)(), some, epochs=1)
     scorer = model.frame_scorer()
     observations, actions = (x.flatten(0, 1)[:4096] for x in (clips.observations, clips.actions))
     one = observations[0].numpy(), actions[0].numpy()
@@ -286,63 +287,6 @@ def _median(call: Callable[[], object], times: int) -> float:
     return statistics.median(taken)
 
 
-def scores(belief: ReturnPosterior, comparisons: Comparisons) -> Result:
-    r"""What a belief's answers are worth.
-
-    Uncertainty is that of the answer, $\min(p, 1 - p)$, as a detector of wrong answers. In rank
-    correlation with the error $|p - y|$ it is epistemic alone: the spread of $p$ over the functions
-    that are believed possible (Gleave & Irving 2022, arXiv:2203.07472). Where most answers
-    are right both fall together as p leaves one half, so where the true return is known the spread
-    of the difference of returns is also set against the error of that difference, the belief
-    scaled to the true returns by least squares.
-    """
-    pairs, said = comparisons.pairs, comparisons.preference
-    p = belief.preference(pairs).double().cpu()
-    samples = belief.rsample(_SAMPLES, torch.Generator().manual_seed(0)).cpu()
-    spread = (samples[:, pairs[:, 1]] - samples[:, pairs[:, 0]]).double().sigmoid().std(0)
-    unsure = torch.minimum(p, 1 - p)
-    wrong = (p > 0.5) != (said > 0.5)
-    risk = score.risk_coverage(unsure, p, said)
-    return _of_answers(p, said) | {
-        "error AUROC": score.error_detection_auroc(unsure, p, said),
-        "epistemic error AUROC": score.error_detection_auroc(spread, p, said),
-        "rank correlation": score.rank_correlation(spread, (p - said).abs()),
-        "total rank correlation": score.rank_correlation(unsure, (p - said).abs()),
-        "AURC": risk.aurc,
-        "AUGRC": risk.augrc,
-        "joint log loss": score.joint_log_loss(samples, pairs, said),
-        "confident and wrong": float((wrong & (unsure < 0.1)).double().mean()),
-        "reliability": _lists(score.reliability_curve(p, said)),
-        "risk by coverage": _thinned(risk.risk),
-    }
-
-
-def _of_returns(belief: ReturnPosterior, comparisons: Comparisons) -> Result:
-    mean, variance = (x.double().cpu() for x in belief.difference(comparisons.pairs))
-    returns = comparisons.clips.returns.double()
-    first, second = returns[comparisons.pairs].T
-    true = second - first
-    scale = float((mean * true).sum() / mean.square().sum())
-    error = (scale * mean - true).abs()
-    return {
-        "return rank correlation": score.rank_correlation(belief.mean.cpu(), returns),
-        "difference rank correlation": score.rank_correlation(variance, error),
-    }
-
-
-def _of_answers(p: Tensor, said: Tensor) -> dict[str, float]:
-    decided = said != 0.5
-    right = ((p > 0.5) == (said > 0.5))[decided]
-    return {
-        "accuracy": float(right.double().mean()),
-        "log loss": score.log_loss(p, said),
-        "Brier": score.brier_score(p, said),
-        "ECE": score.expected_calibration_error(p, said),
-        "ACE": score.adaptive_calibration_error(p, said),
-        "sharpness": score.sharpness(p),
-    }
-
-
 def _taught(
     make: Callable[..., RewardModel],
     comparisons: Comparisons,
@@ -360,58 +304,7 @@ def _taught(
     return model, {"fit seconds": seconds, "parameters": parameters}
 
 
-def _lists(curve: score.Reliability) -> dict[str, list[float]]:
-    return {name: [float(x) for x in values] for name, values in curve._asdict().items()}
-
-
-def _thinned(risk: np.ndarray) -> list[float]:
-    """At coverages of 0.05, 0.1, ..., 1."""
-    places = np.ceil(np.linspace(0.05, 1, 20) * len(risk)).astype(int) - 1
-    return [float(x) for x in risk[places]]
-
-
-def coverage(model: RewardModel, comparisons: Comparisons, resplits: int = 200) -> float:
-    """How often a prediction set of 95% holds the answer, over draws of who is calibrated on.
-
-    Args:
-        model: A fitted model.
-        comparisons: Answers that it hasn't seen, of which each draw calibrates on 100 and asks
-            about the rest.
-        resplits: Draws.
-    """
-    comparisons = comparisons[comparisons.preference != 0.5]
-    remembered = _Remembered(model.posterior(comparisons.clips))
-    index = torch.arange(float(len(comparisons.clips)))[:, None, None]
-    said = replace(comparisons, clips=Clips(index, index))
-    draw = torch.Generator().manual_seed(0)
-    held = []
-    for _ in range(resplits):
-        order = torch.randperm(len(said), generator=draw)
-        known, rest = said[order[:_CALIBRATED_ON]], said[order[_CALIBRATED_ON:]]
-        calibrated = Calibrated(remembered).calibrate(known, random=True)
-        sets = calibrated.posterior(rest.clips).prediction_set(rest.pairs, COVERAGE)
-        held.append(sets[torch.arange(len(rest)), (rest.preference > 0.5).long()].double().mean())
-    return float(torch.stack(held).mean())
-
-
-class _Remembered:
-    """A belief about clips that was asked for once; clips are now told by their number."""
-
-    def __init__(self, belief: ReturnPosterior) -> None:
-        self.belief = belief
-
-    def posterior(self, clips: Clips) -> ReturnPosterior:
-        rows, belief = clips.observations[:, 0, 0].long(), self.belief
-        if isinstance(belief, SampledPosterior):
-            return SampledPosterior(belief.samples[:, rows])
-        assert isinstance(belief, GaussianPosterior)
-        return GaussianPosterior(belief.mean[rows], belief.root[rows])
-
-    def frame_posterior(self, observations: Tensor, actions: Tensor) -> ReturnPosterior:
-        return self.posterior(Clips(observations[:, None], actions[:, None]))
-
-
-def _half(pool: Pool, which: int) -> Pool:
+def half(pool: Pool, which: int) -> Pool:
     """The first half of each skill's episodes, or the second."""
     rows = torch.cat(
         [
@@ -422,17 +315,14 @@ def _half(pool: Pool, which: int) -> Pool:
     return replace(pool, trajectories=pool.trajectories[rows], skill=pool.skill[rows])
 
 
-def _maker(predictor: str) -> Callable[..., RewardModel]:
-    if predictor in PREDICTORS:
-        return PREDICTORS[predictor]
-    module, _, name = predictor.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UnknownName("predictor", predictor, PREDICTORS) from error
-    if not (isinstance(found, type) and issubclass(found, RewardModel)):
-        raise InvalidInput(f"predictor: expected a RewardModel, got {predictor}.")
-    return found
+def maker(predictor: str) -> Callable[..., RewardModel]:
+    """What makes a predictor, of a name in `PREDICTORS` or an import path.
+
+    Raises:
+        UnknownName: There is none.
+        InvalidInput: It is something else.
+    """
+    return found_class("predictor", predictor, PREDICTORS, RewardModel)
 
 
 def _rows(data: HumanData, rows: np.ndarray) -> tuple[Comparisons, Tensor]:
@@ -446,5 +336,6 @@ def _inner_split(data: HumanData, rows: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 @lru_cache(maxsize=4)
-def _people(name: str, folder: str) -> HumanData:
+def people(name: str, folder: str) -> HumanData:
+    """A set of people's answers, read once."""
     return HUMAN_DATA[name](Path(folder))

@@ -12,6 +12,7 @@ from experiments.benchmarks import predictors as benchmark
 from experiments.cli import main
 from experiments.human_data import HumanData
 from experiments.pools import Pool
+from experiments.studies import predictor_scores as scores
 from experiments.studies import predictors as study
 from experiments.studies.predictor_tables import BASELINE, write_tables
 from experiments.studies.summary import as_csv, markdown, pooled
@@ -38,7 +39,7 @@ def asked(n: int = 400, seed: int = 0) -> tuple[SampledPosterior, Comparisons]:
 
 def test_scores_are_those_of_their_definitions():
     belief, said = asked()
-    came = study.scores(belief, said)
+    came = scores.scores(belief, said)
     d = (belief.samples[:, said.pairs[:, 1]] - belief.samples[:, said.pairs[:, 0]]).double()
     each = d.sigmoid()
     p, y = each.mean(0), said.preference.double()
@@ -65,7 +66,7 @@ def test_scores_are_those_of_their_definitions():
 def test_errors_of_returns_are_taken_in_the_beliefs_best_scale():
     belief, said = asked()
     for factor in (1.0, 7.0):
-        came = study._of_returns(SampledPosterior(factor * belief.samples), said)
+        came = scores.of_returns(SampledPosterior(factor * belief.samples), said)
         if factor == 1.0:
             first = came
     assert came == pytest.approx(first, abs=1e-6)
@@ -88,8 +89,8 @@ def test_coverage_is_what_the_sets_cover(kind):
     luck = torch.rand(500, generator=torch.Generator().manual_seed(2))
     answers = torch.where(luck < 0.5, (luck < 0.25).float(), said.preference)
     noisy = replace(said, preference=answers)
-    came = study.coverage(Model(), noisy, resplits=60)
-    assert study.COVERAGE - 0.01 < came < study.COVERAGE + 0.03
+    came = scores.coverage(Model(), noisy, resplits=60)
+    assert scores.COVERAGE - 0.01 < came < scores.COVERAGE + 0.03
 
 
 def test_what_is_tested_on_comes_from_episodes_that_were_not_labelled():
@@ -97,13 +98,12 @@ def test_what_is_tested_on_comes_from_episodes_that_were_not_labelled():
     episodes = Clips(frames, frames, rewards=frames[..., 0])
     pool = Pool("made up", 0, episodes, torch.arange(12) % 3, torch.arange(3))
     one, other = (
-        set(study._half(pool, which).trajectories.observations.unique().tolist())
-        for which in (0, 1)
+        set(study.half(pool, which).trajectories.observations.unique().tolist()) for which in (0, 1)
     )
     assert not one & other
     assert one | other == set(range(12))
     for which in (0, 1):
-        assert study._half(pool, which).skill.bincount().tolist() == [2, 2, 2]
+        assert study.half(pool, which).skill.bincount().tolist() == [2, 2, 2]
 
 
 def people() -> HumanData:
@@ -125,7 +125,7 @@ def test_settings_are_chosen_without_a_group_that_is_trained_on():
 
 @pytest.mark.parametrize("name", ["made up", "made up/odd"])
 def test_a_fold_is_scored_for_a_predictor_and_for_the_regression(name, monkeypatch):
-    monkeypatch.setattr(study, "_people", lambda *_: people())
+    monkeypatch.setattr(study, "people", lambda *_: people())
     regression = study.human(name, BASELINE, 0, "nowhere")
     model = study.human(name, "LaplaceHead", 0, "nowhere")
     assert regression["accuracy"] > 0.6
@@ -135,7 +135,7 @@ def test_a_fold_is_scored_for_a_predictor_and_for_the_regression(name, monkeypat
 
 def rows(predictors=("single network", "LaplaceHead"), seeds=3):
     belief, said = asked(200)
-    found = study.scores(belief, said) | study._of_returns(belief, said)
+    found = scores.scores(belief, said) | scores.of_returns(belief, said)
     tests = [f"{test}/{kind}" for test in ("in distribution", "shifted") for kind in ("", "raw ")]
     cell = {f"{test}{key}": value for test in tests for key, value in found.items()}
     simulated = [
@@ -144,7 +144,7 @@ def rows(predictors=("single network", "LaplaceHead"), seeds=3):
         for name in predictors for task in ("A", "B") for seed in range(seeds)
     ]  # fmt: skip
     human = [
-        {"data": "trains", "predictor": name, "fold": fold, **study.scores(belief, said)}
+        {"data": "trains", "predictor": name, "fold": fold, **scores.scores(belief, said)}
         for name in (BASELINE, *predictors)
         for fold in range(5)
     ]
@@ -212,9 +212,9 @@ def test_what_is_wrong_is_refused_before_any_work(words, message, tmp_path, monk
 
 
 def test_a_predictor_of_ones_own_is_found_by_its_path():
-    assert study._maker("rewardmodels.GPHead").__name__ == "GPHead"
+    assert study.maker("rewardmodels.GPHead").__name__ == "GPHead"
     with pytest.raises(UnknownName):
-        study._maker("rewardmodels.Nope")
+        study.maker("rewardmodels.Nope")
 
 
 @pytest.mark.slow

@@ -1,0 +1,197 @@
+"""Which questions teach most? Strategies side by side, where every answer is already known.
+
+**Pool mode.** One agent's clips at ten stages of training are cut from its kept episodes
+(`experiments.pools`), and all their pairs may be asked about. Each strategy starts from the same
+random batch; then it is shown the belief of a predictor that was taught the answers so far, chooses
+a batch, and gets the answers. A predictor is made anew for each round, so that no strategy has
+another's luck. After each batch its accuracy is measured on pairs of clips from other episodes.
+Candidates, tests and first batches depend on the task and the seed alone: what is compared are
+strategies, seed by seed.
+
+**Real people.** The same with published answers (`experiments.human_data`): only pairs that
+somebody compared may be asked about, and tests are of groups that were left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from active import STRATEGIES, QueryStrategy, SyntheticTeacher, all_pairs
+from experiments.human_data import HUMAN_DATA, HumanData, splits
+from experiments.pools import make_pool
+from experiments.studies.lookup import found_class
+from experiments.studies.predictors import half, maker, people
+from experiments.studies.strategy_tables import write_tables
+from experiments.studies.summary import Row
+from experiments.study import Result, run_study
+from experiments.tasks import find_task
+from rewardmodels import Comparisons, InvalidInput, fit
+from rewardmodels import calibration as score
+
+TASKS = ("HalfCheetah", "Hopper", "Swimmer", "Walker2d")
+
+_EPOCHS = 100
+_FOLDS = 5
+
+
+def study_strategies(
+    data: Path | None = None,
+    tasks: Sequence[str] = TASKS,
+    strategies: Sequence[str] = tuple(STRATEGIES),
+    predictor: str = "LaplaceHead",
+    budget: int = 200,
+    batch: int = 20,
+    clips: int = 200,
+    length: int = 25,
+    tests: int = 1000,
+    seeds: int = 10,
+    jobs: int = 1,
+    pools: Path = Path("runs/pools"),
+    out: Path = Path("runs/study-strategies"),
+) -> dict[str, list[Row]]:
+    """Compares query strategies by the comparisons that they save over uniform ones.
+
+    Args:
+        data: Folder with people's answers, as `rewardmodels study predictors` takes it; None leaves
+            people out.
+        tasks: Any that `rewardmodels learn` takes; may be none where there is `data`.
+        strategies: Names of ours, or import paths of others; `Uniform` is always among them.
+        predictor: A name or an import path.
+        budget: Comparisons in all.
+        batch: Comparisons between two fits.
+        clips: Candidates, all pairs of which may be asked about.
+        length: Frames per clip.
+        tests: Pairs that accuracy is measured on.
+        seeds: Draws of candidates, tests, first batches and initial weights.
+        jobs: Processes side by side.
+        pools: Where the agents' episodes are kept.
+        out: Where results are kept; a second call goes on with those that are there.
+
+    Returns:
+        The cells of `pool_cell` and `people_cell`, as "pool" and "people"; `out` has them as CSV,
+        with `tables.md` and the figure.
+
+    Raises:
+        InvalidInput: A number out of range, or a folder without the files.
+        UnknownName: A task, strategy or predictor that there isn't.
+    """
+    for name, value, least in (
+        ("batch", batch, 2), ("budget", budget, 2 * batch), ("clips", clips, 4),
+        ("length", length, 1), ("tests", tests, 10), ("seeds", seeds, 1), ("jobs", jobs, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
+    if clips * (clips - 1) // 2 < budget:
+        raise InvalidInput(f"clips: expected enough for {budget} different pairs, got {clips}.")
+    maker(predictor)
+    names = list(dict.fromkeys(["Uniform", *strategies]))
+    for name in names:
+        _strategy(name)
+    for task in tasks:
+        find_task(task)
+    folder = {} if data is None else {"folder": str(data)}
+    known = [] if data is None else [people(name, str(data)).name for name in HUMAN_DATA]
+    for task in tasks:
+        make_pool(task, folder=pools)
+    common = {"predictor": predictor, "budget": budget, "batch": batch}
+    grid = {
+        "pool": [
+            {"task": task, "strategy": name, "seed": seed, **common, "clips": clips,
+             "length": length, "tests": tests, "pools": str(pools)}
+            for seed in range(seeds) for task in tasks for name in names
+        ],
+        "people": [
+            {"task": of, "strategy": name, "seed": seed, **common, **folder}
+            for seed in range(seeds) for of in known for name in names
+        ],
+    }  # fmt: skip
+    functions: dict[str, Callable[..., Result]] = {"pool": pool_cell, "people": people_cell}
+    rows: dict[str, list[Row]] = {}
+    for kind, cells in grid.items():
+        if cells:
+            results = run_study(functions[kind], cells, out / "cells", jobs=jobs)
+            rows[kind] = [{**cell, **result} for cell, result in zip(cells, results, strict=True)]
+    print(write_tables(rows, out))
+    return rows
+
+
+def pool_cell(
+    task: str,
+    strategy: str,
+    seed: int,
+    predictor: str,
+    budget: int,
+    batch: int,
+    clips: int,
+    length: int,
+    tests: int,
+    pools: str,
+) -> Result:
+    """What one strategy learns on one task, after each batch."""
+    torch.set_num_threads(1)
+    pool, draw = make_pool(task, folder=Path(pools), progress=False), _generator(seed)
+    known, fresh = (half(pool, which) for which in (0, 1))
+    candidates = known.clips(clips, length, draw)
+    test = fresh.clips(2 * tests, length, draw)
+    teacher, tested = SyntheticTeacher(), torch.arange(2 * tests).view(tests, 2)
+    pairs = all_pairs(clips)
+    every = Comparisons(candidates, pairs, teacher.answer(candidates, pairs, draw))
+    right = Comparisons(test, tested, teacher.answer(test, tested, draw))
+    return _learn(every, right, strategy, predictor, seed, budget, batch)
+
+
+def people_cell(
+    task: str, strategy: str, seed: int, predictor: str, budget: int, batch: int, folder: str
+) -> Result:
+    """What one strategy learns from one set of people's answers, after each batch."""
+    torch.set_num_threads(1)
+    known: HumanData = people(task, folder)
+    train, test = list(splits(known, _FOLDS, seed=seed))[seed % _FOLDS]
+    every, right = (
+        known.comparisons[torch.from_numpy(rows[known.decided[rows]])].compact()
+        for rows in (train, test)
+    )
+    return _learn(every, right, strategy, predictor, seed, min(budget, len(every)), batch)
+
+
+def _learn(
+    every: Comparisons,
+    tests: Comparisons,
+    strategy: str,
+    predictor: str,
+    seed: int,
+    budget: int,
+    batch: int,
+) -> Result:
+    chooser, draw = _strategy(strategy)(), _generator(seed, 1)
+    asked = torch.randperm(len(every), generator=_generator(seed, 2))[:batch]
+    left = torch.ones(len(every), dtype=torch.bool)
+    figures: Result = {"comparisons": [], "accuracy": [], "log loss": []}
+    while True:
+        left[asked] = False
+        model = fit(maker(predictor)(), every[asked].compact(), epochs=_EPOCHS, seed=seed)
+        belief = model.posterior(tests.clips).preference(tests.pairs)
+        decided = tests.preference != 0.5
+        correct = ((belief > 0.5) == (tests.preference > 0.5))[decided]
+        figures["comparisons"].append(len(asked))
+        figures["accuracy"].append(float(correct.double().mean()))
+        figures["log loss"].append(score.log_loss(belief, tests.preference))
+        n = min(batch, budget - len(asked))
+        if n <= 0:
+            return figures
+        rows = left.nonzero().squeeze(1)
+        chosen = chooser.select(model.posterior(every.clips), every.pairs[rows], n, generator=draw)
+        asked = torch.cat([asked, rows[chosen]])
+
+
+def _strategy(name: str) -> Callable[[], QueryStrategy]:
+    return found_class("strategy", name, STRATEGIES, QueryStrategy)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    (seed,) = np.random.SeedSequence(numbers).generate_state(1)
+    return torch.Generator().manual_seed(int(seed))
