@@ -222,9 +222,9 @@ def _fill(
                 if (flying and last_life(file)) or not _taken(lock):
                     waiting.append(file)
                 elif record := _read(file):  # another process was faster
+                    file.with_suffix(".lock").unlink(missing_ok=True)
                     lock.release()
                     results[file] = record["result"]
-                    bar.initial += 1  # not to count in this one's speed
                     bar.update()
                 else:
                     flying[_start(submit, function, files[file])] = file, lock
@@ -244,7 +244,8 @@ def _fill(
                 if "result" in record:
                     _write(file, record)
                     results[file] = record["result"]
-                    file.with_suffix(".error").unlink(missing_ok=True)
+                    for suffix in (".error", ".lock"):  # who locks it anew sees the result
+                        file.with_suffix(suffix).unlink(missing_ok=True)
                     bar.update()
                 elif file not in waiting:
                     failed[file] = record["error"]
