@@ -240,7 +240,9 @@ def _fill(
                     deaths[file] += 1
                     if deaths[file] < _LIVES:
                         waiting.append(file)
-                    record = {"error": f"its worker died {deaths[file]} times, last of {error!r}"}
+                    said = [type(error).__name__, *str(error).strip().splitlines()]
+                    why = f"its worker failed {deaths[file]} times, last by {': '.join(said[:2])}"
+                    record = {"error": why, "traceback": said}
                 if "result" in record:
                     _write(file, record)
                     results[file] = record["result"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -104,7 +105,10 @@ def _ray(jobs: int, address: str | None) -> Iterator[Submit]:
 
     joined = ray.is_initialized()
     if not joined:
-        where = {"address": address} if address else {"address": "local", "num_cpus": jobs}
+        # Workers here find the modules that this process finds; a cluster has paths of its own.
+        path = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
+        local = {"address": "local", "num_cpus": jobs, "runtime_env": path}
+        where = {"address": address} if address else local
         ray.init(**where, log_to_driver=False, logging_level="ERROR")
     try:
         call = ray.remote(max_retries=0)(lambda function, *arguments: function(*arguments))

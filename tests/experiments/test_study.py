@@ -309,7 +309,7 @@ def test_cells_whose_workers_die_run_again_and_the_guilty_one_alone_is_named(
         run(cells.square, grid(log, *range(8)), out, jobs=4)
     said = str(caught.value)
     assert "expected 8 results, got 7. 1 failed" in said
-    assert f"{grid(log, 6)[0]}: its worker died 3 times, last of RuntimeError('killed')" in said
+    assert f"{grid(log, 6)[0]}: its worker failed 3 times, last by RuntimeError: killed" in said
     assert sorted(row["n"] for row in read_study(out)) == [0, 1, 2, 3, 4, 5, 7]
     assert tried.count(6) == 3
     assert tried.count(1) == 3
@@ -328,7 +328,7 @@ def test_workers_that_take_nothing_more_are_an_error_and_no_endless_loop(cells, 
         yield submit
 
     monkeypatch.setattr(study, "workers", gone)
-    with pytest.raises(StudyIncomplete, match=r"last of ConnectionError\('no scheduler'\)"):
+    with pytest.raises(StudyIncomplete, match=r"last by ConnectionError: no scheduler"):
         run(cells.square, grid("log", *range(5)), out, jobs=2)
 
 
@@ -430,7 +430,7 @@ BACKENDS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cells_survive_the_death_of_their_workers(cells, log, out, backend):
     mortal = grid(log, *range(6), once=[2], always=[4])
-    with pytest.raises(StudyIncomplete, match="its worker died 3 times") as caught:
+    with pytest.raises(StudyIncomplete, match="its worker failed 3 times") as caught:
         run(cells.fragile, mortal, out, jobs=2, backend=backend)
     assert "expected 6 results, got 5. 1 failed" in str(caught.value)
     assert str(mortal[4]) in str(caught.value)
@@ -452,7 +452,8 @@ def test_a_cluster_that_is_there_is_joined_and_left_running(cells, log, out, bac
     else:
         import ray
 
-        ray.init(address="local", num_cpus=2, log_to_driver=False, logging_level="ERROR")
+        where = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+        ray.init("local", num_cpus=2, runtime_env=where, log_to_driver=False, logging_level="ERROR")
         try:
             found = run(cells.square, grid(log, 2, 3), out, jobs=2, backend="ray")
             assert ray.get(ray.put(1)) == 1
