@@ -8,41 +8,36 @@ cell that stands there is never computed again.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import sys
 import time
 import traceback
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from experiments.run import versions, write_atomically
+from experiments.run import versions
+from experiments.study_files import (
+    Cell,
+    Record,
+    Result,
+    StudyIncomplete,
+    as_read,
+    cell_file,
+    no_room,
+    read_cell,
+    remember,
+    write_record,
+)
 from experiments.workers import Submit, check_workers, workers
-from rewardmodels.errors import InvalidInput, RewardModelsError, UnreadableFile
+from rewardmodels.errors import InvalidInput
 
-Cell = Mapping[str, Any]
-"""Settings of a cell: names and plain values (numbers, text, lists of them)."""
+__all__ = ["Cell", "Result", "StudyIncomplete", "cell_file", "read_study", "run_study"]
 
-Result = dict[str, Any]
-
-Record = dict[str, Any]
-"""What a file holds: a cell with its result and what is to be known of it."""
-
-FORMAT = 1
 _LIVES = 3  # workers that a cell may lose before it is given up
-
-
-class StudyIncomplete(RewardModelsError, RuntimeError):
-    """Some cells of a study have no result; those that have one are kept."""
 
 
 def run_study(
@@ -88,8 +83,8 @@ def run_study(
         raise InvalidInput(f"jobs: expected at least 1, got {jobs}.")
     check_workers(backend, address)
     files = {cell_file(function, cell, out): cell for cell in cells}
-    _remember(function, cells, out)
-    results = {file: record["result"] for file in files if (record := _read(file))}
+    remember(function, cells, out)
+    results = {file: record["result"] for file in files if (record := read_cell(file))}
     if missing := len(files) - len(results):
         jobs = min(jobs, missing)
         with (
@@ -129,67 +124,12 @@ def read_study(out: Path, function: str | None = None) -> list[dict[str, Any]]:
     """
     if not (out / "study.json").is_file():
         raise InvalidInput(f"out: expected a study's directory, got {out}: no study.json there.")
-    found = [record for file in sorted(out.glob(f"{'?' * 20}.json")) if (record := _read(file))]
+    found = [record for file in sorted(out.glob(f"{'?' * 20}.json")) if (record := read_cell(file))]
     return [
         {**record["cell"], "seconds": record["seconds"], **record["result"]}
         for record in found
         if function in (None, record.get("function"))
     ]
-
-
-def cell_file(function: Callable[..., Result], cell: Cell, out: Path) -> Path:
-    """Where a cell's result stands: a name made of its function's and of all its settings."""
-    settings = json.dumps([function.__qualname__, dict(cell)], sort_keys=True, default=str)
-    return out / f"{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
-
-
-def _remember(function: Callable[..., Result], cells: Sequence[Cell], out: Path) -> None:
-    """Refuses a directory that holds something else, and adds these cells to what it knows."""
-    file, name, ours = out / "study.json", _module(function), versions()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / "study.lock").acquire()
-    except OSError as error:
-        raise InvalidInput(f"out: expected a directory to write to, got {out}: {error}.") from error
-    with lock:
-        new: Record = {"format": FORMAT, "study": name, "versions": ours, "functions": {}}
-        try:
-            study = json.loads(file.read_text("utf-8")) if file.exists() else new
-            axes = study["functions"].setdefault(function.__qualname__, {})
-            format_, version = study["format"], study["versions"]["rewardmodels"]
-            other = study["study"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UnreadableFile(
-                f"{file}: expected what a study remembers of itself, got a damaged file "
-                f"({error!r}). Delete it, and run the study again: no result depends on it."
-            ) from error
-        if other != name:
-            raise InvalidInput(
-                f"out: expected a directory of {name}, or a new one, got {out}, which holds "
-                f"{other}. Give another."
-            )
-        mine = ours["rewardmodels"]
-        # Until 1.0 a minor release may break.
-        if format_ != FORMAT or version.split(".")[:2] != mine.split(".")[:2]:
-            raise InvalidInput(
-                f"out: expected results of rewardmodels {mine} (format {FORMAT}), got {out}, which "
-                f"holds those of {version} (format {format_}); the two may differ. Give another "
-                "directory, or go on with that version."
-            )
-        for cell in _as_read([dict(cell) for cell in cells]):
-            for axis, value in cell.items():
-                if value not in (seen := axes.setdefault(axis, [])):
-                    seen.append(value)
-        _write(file, study)
-
-
-def _module(function: Callable[..., Result]) -> str:
-    """The module's name; of the one that Python was started with, that by which it's imported."""
-    main = sys.modules["__main__"]
-    if function.__module__ != "__main__":
-        return function.__module__
-    spec = getattr(main, "__spec__", None)
-    return spec.name if spec else Path(getattr(main, "__file__", "__main__")).stem
 
 
 def _fill(
@@ -221,7 +161,7 @@ def _fill(
                 lock = FileLock(file.with_suffix(".lock"))
                 if (flying and last_life(file)) or not _taken(lock):
                     waiting.append(file)
-                elif record := _read(file):  # another process was faster
+                elif record := read_cell(file):  # another process was faster
                     file.with_suffix(".lock").unlink(missing_ok=True)
                     lock.release()
                     results[file] = record["result"]
@@ -244,14 +184,14 @@ def _fill(
                     why = f"its worker failed {deaths[file]} times, last by {': '.join(said[:2])}"
                     record = {"error": why, "traceback": said}
                 if "result" in record:
-                    _write(file, record)
+                    write_record(file, record)
                     results[file] = record["result"]
                     for suffix in (".error", ".lock"):  # who locks it anew sees the result
                         file.with_suffix(suffix).unlink(missing_ok=True)
                     bar.update()
                 elif file not in waiting:
                     failed[file] = record["error"]
-                    _write(file.with_suffix(".error"), {"cell": dict(files[file]), **record})
+                    write_record(file.with_suffix(".error"), {"cell": dict(files[file]), **record})
                     bar.set_postfix(failed=len(failed))
                 del flying[future]
                 lock.release()
@@ -266,6 +206,8 @@ def _taken(lock: FileLock) -> bool:
         lock.acquire(blocking=False)
     except Timeout:
         return False
+    except OSError as error:
+        raise no_room(Path(lock.lock_file), error) from error
     return True
 
 
@@ -281,52 +223,9 @@ def _start(submit: Submit, function: Callable[..., Result], cell: Cell) -> Futur
 def _compute(function: Callable[..., Result], cell: Cell) -> Record:
     started = time.perf_counter()
     try:
-        result = _as_read(function(**cell))
+        result = as_read(function(**cell))
     except Exception as error:
         trace = traceback.format_exc().splitlines()
         return {"error": f"{type(error).__name__}: {error}", "traceback": trace}
     about = {"function": function.__qualname__, "cell": cell, "versions": versions()}
     return {**about, "seconds": time.perf_counter() - started, "result": result}
-
-
-def _read(file: Path) -> Record | None:
-    """A cell's record; None where there is none, or a damaged one, which is put aside."""
-    try:
-        record: Record = json.loads(file.read_text("utf-8"))
-        _ = record["cell"], record["seconds"], record["result"]
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UnreadableFile(f"{file}: expected a cell's result, got {error}.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        aside = file.with_suffix(".damaged")
-        warnings.warn(
-            f"{file}: expected a cell's result, got a damaged file ({error!r}). It is kept as "
-            f"{aside.name}; running the study computes the cell again.",
-            stacklevel=2,
-        )
-        with suppress(FileNotFoundError):  # another process was faster
-            os.replace(file, aside)
-        return None
-    return record
-
-
-def _write(file: Path, record: Record) -> None:
-    try:
-        write_atomically(file, json.dumps(record, indent=1, default=_plain))
-    except OSError as error:
-        file.with_name(f"{file.name}.part").unlink(missing_ok=True)
-        raise StudyIncomplete(
-            f"out: expected room for {file}, got {error}. All that was written before is kept: "
-            "make room, and the same call goes on."
-        ) from error
-
-
-def _as_read(value: Any) -> Any:
-    """What JSON makes of a value, so that a first run returns what a second one reads."""
-    return json.loads(json.dumps(value, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's and PyTorch's numbers as Python's, and what else JSON doesn't know as text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
