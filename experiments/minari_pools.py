@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,16 @@ def write_minari(pool: Pool, out: Path, *, name: str) -> None:
     part = out.with_name(f"{out.name}.{uuid4().hex}.part")
     part.mkdir(parents=True)
     try:
-        with make_env(find_task(pool.task)) as env:
+        task = find_task(pool.task)
+        with make_env(task) as env:
+            spec = deepcopy(env.unwrapped.spec)
+            assert spec is not None  # `find_task` knows only what is registered
+            spec.max_episode_steps = task.horizon  # which an unwrapped one doesn't tell
             storage = MinariStorage.new(
                 part / "data",
                 env.observation_space,
                 env.action_space,
-                env.unwrapped.spec,
+                spec,
                 jpeg_encoding=False,
             )
         storage.update_metadata(

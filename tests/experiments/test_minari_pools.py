@@ -91,7 +91,7 @@ def test_what_is_written_is_minaris_and_its_environment_says_the_same(pool, tmp_
     data = minari.MinariDataset(tmp_path / "set" / "data")
     assert (data.total_episodes, data.total_steps) == (6, 6 * 199)
     assert data.spec.dataset_id == "rewardmodels/Pendulum-v0"
-    assert data.env_spec.id == "Pendulum-v1"
+    assert (data.env_spec.id, data.env_spec.max_episode_steps) == ("Pendulum-v1", 200)
     about = list(data.storage.get_episode_metadata(range(6)))
     assert [one["policy_steps"] for one in about] == pool.steps[pool.skill].tolist()
     episode = data[3]
