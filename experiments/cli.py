@@ -153,6 +153,14 @@ def _benchmark_predictors(arguments: list[str]) -> None:
     _call("benchmark predictors", parser, benchmark_predictors, arguments)
 
 
+def _pool(arguments: list[str]) -> None:
+    from experiments.minari_pools import export_pool
+
+    parser = _parser("pool")
+    parser.add_function_arguments(export_pool)
+    _call("pool", parser, export_pool, arguments)
+
+
 def _study_predictors(arguments: list[str]) -> None:
     from experiments.studies.predictors import study_predictors
 
@@ -207,6 +215,7 @@ def _interruptible(how_to_go_on: Callable[[], str]) -> Iterator[None]:
 _COMMANDS = {
     "learn": ("learn a task from comparisons of behaviour", _learn),
     "demo": ("learn HalfCheetah from 100 comparisons, beside a reward of zero", _demo),
+    "pool": ("record an agent at every stage of its training, as a Minari data set", _pool),
     "study predictors": (
         "compare predictors: whether their uncertainty may be believed",
         _study_predictors,

@@ -82,8 +82,8 @@ def refused(capsys, words) -> str:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("", "command: expected one of learn, demo, study predictors, benchmark predictors, "
-         "benchmark learn; got 'none'."),
+        ("", "command: expected one of learn, demo, pool, study predictors, study strategies, "
+         "benchmark predictors, benchmark learn; got 'none'."),
         ("lern", "got 'lern'. Did you mean 'learn'?"),
         ("--nonsense", "got '--nonsense'"),
         ("benchmark", "got 'benchmark'. Did you mean 'benchmark learn'?"),
