@@ -73,10 +73,10 @@ class Epinet(SampledRewardModel):
         self,
         index_dim: int = 8,
         samples: int = 64,
-        prior_scale: float = 0.3,
+        prior_scale: float = 0.1,
         epinet_width: int = 16,
         training_indices: int = 8,
-        weight_decay: float = 5.0,
+        weight_decay: float = 2.0,
         **options: Any,
     ) -> None:
         super().__init__(weight_decay=weight_decay, **options)

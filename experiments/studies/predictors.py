@@ -65,7 +65,7 @@ SINGLE = "single network"
 PREDICTORS: dict[str, Callable[..., RewardModel]] = {
     SINGLE: lambda **options: DeepEnsemble(members=1, **options),
     "DeepEnsemble": lambda **options: DeepEnsemble(members=10, **options),
-    "RandomisedPriors": lambda **options: DeepEnsemble(members=10, prior_scale=1.0, **options),
+    "RandomisedPriors": lambda **options: DeepEnsemble(members=10, prior_scale=0.3, **options),
     "MCDropout": MCDropout,
     "LaplaceHead": LaplaceHead,
     "Epinet": Epinet,
