@@ -22,8 +22,15 @@ from experiments.studies.summary import (
 
 BASELINE = "logistic regression"
 
-_CALIBRATED = ("accuracy", "log loss", "ECE", "error AUROC", "AURC", "rank correlation")
-_AS_FITTED = ("log loss", "ECE", "joint log loss", "difference rank correlation")
+_WITH_INTERVAL = ("log loss", "ECE")
+_SIMULATED = (
+    "accuracy",
+    *(f"{metric} [as fitted]" for metric in _WITH_INTERVAL),
+    "error AUROC",
+    "AURC",
+    "rank correlation",
+    "of differences",
+)
 _PEOPLE = ("accuracy", "log loss", "ECE", "error AUROC", "AURC")
 
 
@@ -39,8 +46,7 @@ def write_tables(rows: Mapping[str, Sequence[Row]], out: Path) -> str:
         write_atomically(out / f"{kind}.csv", as_csv(plain))
     parts = []
     for test in ("in distribution", "shifted"):
-        title = f"Simulated, {test}: calibrated; in brackets as fitted"
-        parts.append(f"**{title}**\n\n{_simulated(rows['simulated'], test)}")
+        parts.append(f"**Simulated, {test}**\n\n{_simulated(rows['simulated'], test)}")
     save(trust(rows["simulated"]), out / "trust")
     if "human" in rows:
         for name, cells in by(rows["human"], "data").items():
@@ -62,16 +68,19 @@ def _simulated(rows: Sequence[Row], test: str) -> str:
             if np.isnan(values).any():
                 return "–"
             mean, low, high = pooled(values)
-            return f"{mean:.3f} ({low:.3f} to {high:.3f})"
+            text = f"{mean:.3f}"
+            return f"{text} ({low:.3f} to {high:.3f})" if metric in _WITH_INTERVAL else text
 
         table.append(
             [
                 name,
-                *(shown(metric) for metric in _CALIBRATED),
-                *(f"[{shown(f'raw {metric}')}]" for metric in _AS_FITTED),
+                shown("accuracy"),
+                *(f"{shown(metric)} [{shown(f'raw {metric}')}]" for metric in _WITH_INTERVAL),
+                *(shown(metric) for metric in ("error AUROC", "AURC", "rank correlation")),
+                shown("raw difference rank correlation"),
             ]
         )
-    return markdown(["", *_CALIBRATED, *(f"[{metric}]" for metric in _AS_FITTED)], table)
+    return markdown(["", *_SIMULATED], table)
 
 
 def _people(rows: Sequence[Row]) -> str:
