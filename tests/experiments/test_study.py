@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -330,6 +331,35 @@ def test_none_is_named_for_what_died_beside_it(cells, log, out, monkeypatch):
             run(cells.square, grid(log, *range(9), seed=seed), out, jobs=3)
         told = [json.loads(file.read_text())["cell"] for file in out.glob("*.error")]
         assert {cell["n"] for cell in told if cell["seed"] == seed} == guilty
+
+
+def test_a_cells_last_life_is_spent_with_none_beside_it(cells, log, out, monkeypatch):
+    dying, beside = [[0], [0, 1]], []
+
+    @contextmanager
+    def scripted(*_):
+        def submit(*call):
+            future = Future()
+            future.call = call
+            return future
+
+        yield submit
+
+    def wait(flying, return_when):
+        beside.append([future.call[2]["n"] for future in flying])
+        died = dying.pop(0) if dying else []
+        for future in (done := [f for f in flying if f.call[2]["n"] in died] or list(flying)):
+            function, *arguments = future.call
+            if died:
+                future.set_exception(RuntimeError("killed"))
+            else:
+                future.set_result(function(*arguments))
+        return SimpleNamespace(done=sorted(done, key=lambda future: future.call[2]["n"]))
+
+    monkeypatch.setattr(study, "workers", scripted)
+    monkeypatch.setattr(study, "wait", wait)
+    assert run(cells.square, grid(log, 0, 1), out, jobs=2) == [{"square": 0}, {"square": 1}]
+    assert beside == [[0, 1], [1, 0], [0], [1]]
 
 
 def test_workers_that_take_nothing_more_are_an_error_and_no_endless_loop(cells, out, monkeypatch):
