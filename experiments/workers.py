@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -115,7 +116,7 @@ def _ray(jobs: int, address: str | None) -> Iterator[Submit]:
         local = {"address": "local", "num_cpus": jobs, "runtime_env": path}
         where = {"address": address} if address else local
         with _reaching(address):
-            ray.init(**where, log_to_driver=False, logging_level="ERROR")
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     try:
         call = ray.remote(max_retries=0)(lambda function, *arguments: function(*arguments))
         yield lambda *arguments: call.remote(*arguments).future()
