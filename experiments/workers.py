@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -63,6 +64,9 @@ def workers(backend: str, jobs: int, address: str | None) -> Iterator[Submit]:
 
     Yields:
         A `Submit`. A call whose worker dies has a future that raises.
+
+    Raises:
+        InvalidInput: No cluster answers at the address.
     """
     start = {"loky": _here if jobs == 1 else _loky, "ray": _ray, "dask": _dask}[backend]
     with start(jobs, address) as submit:
@@ -95,7 +99,9 @@ def _dask(jobs: int, address: str | None) -> Iterator[Submit]:
     from distributed import Client
 
     local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
-    with Client(address) if address else Client(**local) as client:
+    with _reaching(address):
+        started = Client(address) if address else Client(**local)
+    with started as client:
         yield client.get_executor().submit
 
 
@@ -109,10 +115,23 @@ def _ray(jobs: int, address: str | None) -> Iterator[Submit]:
         path = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
         local = {"address": "local", "num_cpus": jobs, "runtime_env": path}
         where = {"address": address} if address else local
-        ray.init(**where, log_to_driver=False, logging_level="ERROR")
+        with _reaching(address):
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     try:
         call = ray.remote(max_retries=0)(lambda function, *arguments: function(*arguments))
         yield lambda *arguments: call.remote(*arguments).future()
     finally:
         if not joined:
             ray.shutdown()
+
+
+@contextmanager
+def _reaching(address: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # no connection, or none in time
+        if address is None:
+            raise
+        raise InvalidInput(
+            f"address: expected that of a cluster that answers, got {address!r}: {error}."
+        ) from error

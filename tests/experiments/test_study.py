@@ -4,15 +4,17 @@ import errno
 import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +39,7 @@ def _log(log, n):
         file.write(f"{n}\\n")
 
 
-def square(n, log):
+def square(n, log, seed=0):
     _log(log, n)
     return {"square": n * n}
 
@@ -276,7 +278,7 @@ def deadly(killers, together):
 
             def submit(call, function, cell):
                 def work():
-                    time.sleep(0.02)
+                    time.sleep(0.005)
                     if cell["n"] in killers:
                         killers[cell["n"]] -= 1
                         if not killers[cell["n"]]:
@@ -284,7 +286,7 @@ def deadly(killers, together):
                         for broken in beside.values():
                             broken.set()
                         raise RuntimeError("killed")
-                    time.sleep(0.05)
+                    time.sleep(0.02)
                     if beside[cell["n"]].is_set():
                         raise RuntimeError("killed by another")
                     return call(function, cell)
@@ -317,6 +319,47 @@ def test_cells_whose_workers_die_run_again_and_the_guilty_one_alone_is_named(
     monkeypatch.setattr(study, "workers", deadly({}, tried))
     assert len(run(cells.square, grid(log, *range(8)), out, jobs=4)) == 8
     assert tried.count(6) == 4
+
+
+def test_none_is_named_for_what_died_beside_it(cells, log, out, monkeypatch):
+    for seed in range(8):
+        draw = random.Random(seed)
+        guilty = set(draw.sample(range(9), 2))
+        killers = {n: draw.choice((1, 2)) for n in range(9)} | dict.fromkeys(guilty, 99)
+        monkeypatch.setattr(study, "workers", deadly(killers, []))
+        with pytest.raises(StudyIncomplete, match="2 failed"):
+            run(cells.square, grid(log, *range(9), seed=seed), out, jobs=3)
+        told = [json.loads(file.read_text())["cell"] for file in out.glob("*.error")]
+        assert {cell["n"] for cell in told if cell["seed"] == seed} == guilty
+
+
+def test_a_cells_last_life_is_spent_with_none_beside_it(cells, log, out, monkeypatch):
+    dying, beside = [[0], [0, 1]], []
+
+    @contextmanager
+    def scripted(*_):
+        def submit(*call):
+            future = Future()
+            future.call = call
+            return future
+
+        yield submit
+
+    def wait(flying, return_when):
+        beside.append([future.call[2]["n"] for future in flying])
+        died = dying.pop(0) if dying else []
+        for future in (done := [f for f in flying if f.call[2]["n"] in died] or list(flying)):
+            function, *arguments = future.call
+            if died:
+                future.set_exception(RuntimeError("killed"))
+            else:
+                future.set_result(function(*arguments))
+        return SimpleNamespace(done=sorted(done, key=lambda future: future.call[2]["n"]))
+
+    monkeypatch.setattr(study, "workers", scripted)
+    monkeypatch.setattr(study, "wait", wait)
+    assert run(cells.square, grid(log, 0, 1), out, jobs=2) == [{"square": 0}, {"square": 1}]
+    assert beside == [[0, 1], [1, 0], [0], [1]]
 
 
 def test_workers_that_take_nothing_more_are_an_error_and_no_endless_loop(cells, out, monkeypatch):
