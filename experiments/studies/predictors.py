@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,6 +89,8 @@ def study_predictors(
     tests: int = 5000,
     seeds: int = 5,
     jobs: int = 1,
+    backend: Literal["loky", "ray", "dask"] = "loky",
+    address: str | None = None,
     pools: Path = Path("runs/pools"),
     out: Path = Path("runs/study-predictors"),
 ) -> dict[str, list[Row]]:
@@ -103,8 +105,10 @@ def study_predictors(
         length: Frames per clip.
         tests: Pairs asked about afterwards.
         seeds: Draws of clips and of initial weights.
-        jobs: Processes side by side.
-        pools: Where the agents' episodes are kept.
+        jobs: Cells side by side.
+        backend: loky for this machine, or a cluster; as `experiments.study` has it.
+        address: The cluster's; None starts one here.
+        pools: Where the agents' episodes are kept; a cluster's workers read it too.
         out: Where results are kept; a second call goes on with those that are there.
 
     Returns:
@@ -135,7 +139,8 @@ def study_predictors(
         for task in tasks
         for predictor in predictors
     ]
-    rows = {"simulated": _run(simulated, grid, out, jobs)}
+    where: dict[str, Any] = {"jobs": jobs, "backend": backend, "address": address}
+    rows = {"simulated": _run(simulated, grid, out, **where)}
     if data is not None:
         names = [name for known in sets for name in (known.name, *_left_out(known))]
         folds = [
@@ -144,9 +149,9 @@ def study_predictors(
             for predictor in (BASELINE, *predictors)
             for fold in range(_FOLDS)
         ]
-        rows["human"] = _run(human, folds, out, jobs)
+        rows["human"] = _run(human, folds, out, **where)
     # By itself, so that nothing else of ours takes its time.
-    rows["speed"] = _run(speed, [{"predictor": predictor} for predictor in predictors], out, 1)
+    rows["speed"] = _run(speed, [{"predictor": predictor} for predictor in predictors], out)
     print(write_tables(rows, out))
     return rows
 
@@ -155,8 +160,10 @@ def _left_out(data: HumanData) -> list[str]:
     return [f"{data.name}/{name}" for name in data.held_out]
 
 
-def _run(function: Callable[..., Result], cells: Sequence[Cell], out: Path, jobs: int) -> list[Row]:
-    results = run_study(function, cells, out / "cells", jobs=jobs)
+def _run(
+    function: Callable[..., Result], cells: Sequence[Cell], out: Path, **where: Any
+) -> list[Row]:
+    results = run_study(function, cells, out / "cells", **where)
     return [{**cell, **result} for cell, result in zip(cells, results, strict=True)]
 
 

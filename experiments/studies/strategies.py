@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ def study_strategies(
     tests: int = 1000,
     seeds: int = 10,
     jobs: int = 1,
+    backend: Literal["loky", "ray", "dask"] = "loky",
+    address: str | None = None,
     pools: Path = Path("runs/pools"),
     out: Path = Path("runs/study-strategies"),
 ) -> dict[str, list[Row]]:
@@ -67,8 +70,10 @@ def study_strategies(
         length: Frames per clip.
         tests: Pairs that accuracy is measured on.
         seeds: Draws of candidates, tests, first batches and initial weights.
-        jobs: Processes side by side.
-        pools: Where the agents' episodes are kept.
+        jobs: Cells side by side.
+        backend: loky for this machine, or a cluster; as `experiments.study` has it.
+        address: The cluster's; None starts one here.
+        pools: Where the agents' episodes are kept; a cluster's workers read it too.
         out: Where results are kept; a second call goes on with those that are there.
 
     Returns:
@@ -113,7 +118,9 @@ def study_strategies(
     rows: dict[str, list[Row]] = {}
     for kind, cells in grid.items():
         if cells:
-            results = run_study(functions[kind], cells, out / "cells", jobs=jobs)
+            results = run_study(
+                functions[kind], cells, out / "cells", jobs=jobs, backend=backend, address=address
+            )
             rows[kind] = [{**cell, **result} for cell, result in zip(cells, results, strict=True)]
     print(write_tables(rows, out))
     return rows
