@@ -86,7 +86,7 @@ class KNN(OODDetector):
     def _nearest(self, frame: Array, order: Array) -> tuple[Array, Array]:
         """Squared distances `(k,)` to the nearest kept frames, in order, and which these are."""
         whole = len(order) // self._BLOCK * self._BLOCK
-        blocks = order[:whole].reshape(-1, self._BLOCK).min(1)
+        blocks = order[:whole].reshape(self._BLOCK, -1).min(0)
         if self.k <= len(blocks):
             # The k-th smallest minimum of blocks bounds the k-th smallest of all: few are below,
             # and to look for them takes a sixth of the time that a partition of all takes.

@@ -36,7 +36,7 @@ class OODDetector(ABC):
     a fingerprint is taken and a file written.
     """
 
-    _ARRAYS: ClassVar[tuple[str, ...]] = ()
+    _ARRAYS: tuple[str, ...] = ()
     saveable: ClassVar[bool] = True
     """Whether settings and arrays are all there is to it."""
 
