@@ -104,6 +104,8 @@ def load_monitor(path: str | os.PathLike[str]) -> Monitor:
                 "rewardmodels."
             )
         detector = _rebuilt(about["detector"], "detector.", arrays)
+        # Whether shapes fit together shows when they are used.
+        detector.score_array(np.zeros((1, detector.width)))
         name, settings = about["statistic"]
         monitor = Monitor(detector, STATISTICS[name](**settings))
         if "threshold" in about:
