@@ -88,7 +88,9 @@ class TestQuantile:
     def test_is_the_rank(self):
         for n, alpha in [(9, 0.1), (19, 0.05), (19, 0.1), (20, 0.1), (99, 0.01), (30, 0.3)]:
             values = torch.randperm(n).double()
-            rank = next(k for k in range(1, n + 2) if k * 1000 >= round((1 - alpha) * 1000) * (n + 1))
+            rank = next(
+                k for k in range(1, n + 2) if k * 1000 >= round((1 - alpha) * 1000) * (n + 1)
+            )
             assert conformal_quantile(values, alpha) == rank - 1
             assert conformal_rank(n, alpha) == rank
 
@@ -96,9 +98,9 @@ class TestQuantile:
         assert [episodes_needed(alpha) for alpha in (0.5, 0.1, 0.05, 0.03, 0.01)] == [
             1, 9, 19, 33, 99,
         ]  # fmt: skip
-        with pytest.raises(InvalidInput, match="at least 99 episodes.*got 98"):
+        with pytest.raises(InvalidInput, match=r"at least 99 episodes.*got 98"):
             conformal_quantile(torch.randn(98), 0.01)
-        with pytest.raises(InvalidInput, match="beside the 25 that only standardise, got 75 of 100"):
+        with pytest.raises(InvalidInput, match="beside the 25 that only standardise, got 75"):
             calibrate(list(torch.randn(100, 5)), Spike(), 0.01)
         with pytest.raises(InvalidInput, match="1 NaN"):
             conformal_quantile(torch.tensor([float("nan")]), 0.5)
@@ -136,7 +138,8 @@ class TestStandardising:
     def test_constant_scores_divide_by_no_zero(self):
         threshold = calibrate(list(torch.full((20, 4), 7.0)), Spike(), 0.1)
         assert threshold.value == 0.0
-        assert np.isfinite(threshold.scale).all() and (threshold.scale > 0).all()
+        assert np.isfinite(threshold.scale).all()
+        assert (threshold.scale > 0).all()
 
     def test_order_of_the_others_says_nothing(self):
         episodes = [torch.from_numpy(row) for row in ar1(np.random.default_rng(0), 40, 30)]

@@ -31,9 +31,7 @@ QUICK = {
     "MixtureDensity": lambda: MixtureDensity(components=2),
     "RandomNetworkDistillation": lambda: RandomNetworkDistillation(hidden=(16,), steps=100),
     "DynamicsEnsemble": lambda: DynamicsEnsemble(2, members=2, hidden=(8,), steps=100),
-    "by error": lambda: DynamicsEnsemble(
-        2, members=2, hidden=(8,), score_by="error", steps=100
-    ),
+    "by error": lambda: DynamicsEnsemble(2, members=2, hidden=(8,), score_by="error", steps=100),
     "SklearnDetector": lambda: SklearnDetector(IsolationForest(n_estimators=20, random_state=0)),
     "Joint": lambda: Joint([Mahalanobis(), KNN()], [None, (0, 2)]),
     "mean": lambda: Joint([Mahalanobis(), KNN()], combine="mean"),
@@ -53,7 +51,8 @@ class TestEveryDetector:
     def test_score_depends_on_its_frame_alone(self, make):
         detector, new = make().fit(frames()), frames(30, seed=1)
         score, order = detector.score(new), torch.randperm(30)
-        assert score.shape == (30,) and score.dtype == torch.double
+        assert score.shape == (30,)
+        assert score.dtype == torch.double
         torch.testing.assert_close(detector.score(new[order]), score[order], rtol=1e-5, atol=1e-5)
         alone = torch.cat([detector.score(row[None]) for row in new])
         torch.testing.assert_close(alone, score, rtol=1e-5, atol=1e-5)
