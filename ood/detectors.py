@@ -41,7 +41,10 @@ class OODDetector(ABC):
     """Whether settings and arrays are all there is to it."""
 
     width: int = 0
-    """F; 0 before the first fit."""
+    """F; 0 before the first fit, and while one is under way."""
+
+    revision: int = 0
+    """How many times it has been fitted or restored."""
 
     @abstractmethod
     def _fit(self, features: Array) -> None:
@@ -67,7 +70,7 @@ class OODDetector(ABC):
                 f"{frames.shape}."
             )
         _check_finite(frames)
-        self.width = 0  # until all has been learned
+        self.width, self.revision = 0, self.revision + 1
         self.mean = frames.mean(0)
         self.scale = np.maximum(frames.std(0), _CONSTANT * np.maximum(1, np.abs(self.mean)))
         self._fit(frames)
@@ -148,7 +151,7 @@ class OODDetector(ABC):
             raise InvalidInput(f"state: expected {sorted(expected)}, got {sorted(state)}.")
         for name, value in state.items():
             setattr(self, name, value)
-        self.width = len(self.mean)
+        self.width, self.revision = len(self.mean), self.revision + 1
         return self
 
     @property

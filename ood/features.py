@@ -133,10 +133,10 @@ def names(features: str | Features, observation_size: int, action_size: int) -> 
 
 
 def of_trajectories(trajectories: Clips, features: str | Features) -> list[Tensor]:
-    """Features of each trajectory's steps, as a guard will see them.
+    """Features of each trajectory's steps, to fit a detector to.
 
-    A trajectory's first frame, whose observation before isn't recorded, is left out: a guard sees
-    the first step's, so that calibration takes episodes recorded by `ood.record`, or these.
+    A trajectory's first frame, whose observation before isn't recorded, is left out. A threshold
+    wants whole episodes, as a guard sees them: those of `ood.record`.
 
     Args:
         trajectories: N trajectories of T frames, each an action and the observation it led to.

@@ -184,6 +184,10 @@ class VectorGuard(VectorWrapper[Any, Any, Any, Any, Any]):
             self.keeper.observe(taken, seen, np.ones(self.num_envs, bool))
             guard = self._info()
             self.keeper.begin(after, done)
+            # The scores are those of the episode that ended; who acts next is the new one's.
+            guard["acting"] = self.keeper.who
+            for i in np.flatnonzero(done & (self.keeper.acting != 0)):
+                guard["alarm"][i], guard["reason"][i] = True, self.keeper.reasons[i]
             return observations, rewards, terminated, truncated, {**info, "guard": guard}
         self.keeper.observe(taken, after, ~self.ended)
         if self.autoreset == AutoresetMode.NEXT_STEP and self.ended.any():

@@ -176,6 +176,7 @@ class Stream:
         self.statistic = copy.deepcopy(monitor.statistic)
         self.statistic.start(n)
         self.steps = np.zeros(n, np.int64)
+        self._checked = self._now()
 
     def reset(self, mask: NDArray[np.bool_]) -> None:
         """Begins an episode anew where `mask` `(n,)` is True."""
@@ -196,8 +197,13 @@ class Stream:
             features: `(n, F)`.
 
         Raises:
+            NotFitted: As `Monitor.check`, where the monitor has changed meanwhile.
+            StaleThreshold: Likewise.
             InvalidInput: Features of another shape.
         """
+        if self._now() != self._checked:
+            self.monitor.check()
+            self._checked = self._now()
         detector, threshold = self.monitor.detector, self.monitor.threshold
         assert threshold is not None
         frames = as_array(features)
@@ -215,11 +221,16 @@ class Stream:
             score = np.full(len(frames), np.inf)
             if finite.any():
                 score[finite] = detector.score_array(frames[finite])
-        statistic = self.statistic.update(threshold.standardise(score, self.steps))
+        statistic = self.statistic.update(threshold.standardise(score, self.steps)).copy()
         self.steps += 1
         # Not "statistic > threshold": NaN must raise an alarm, and compares as False.
         alarm = ~(statistic <= threshold.value) | ~np.isfinite(score)
         return Reading(score, statistic, alarm)
+
+    def _now(self) -> tuple[object, ...]:
+        # A hash of the detector at each step would take longer than the step.
+        detector = self.monitor.detector
+        return detector, detector.revision, self.monitor.threshold
 
 
 def scores_along(monitor: Monitor, episode: Tensor) -> Reading:

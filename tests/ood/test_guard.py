@@ -21,7 +21,8 @@ from ood import (
     VectorGuard,
     record,
 )
-from rewardmodels import Clips, InvalidInput
+from ood.features import hidden
+from rewardmodels import Clips, Comparisons, InvalidInput, LaplaceHead, fit
 
 HORIZON = 12
 NAN = float("nan")
@@ -209,6 +210,17 @@ class TestFailsSafe:
         watch.detector.fit(torch.randn(50, 3))
         self.check(guard, "call calibrate again")
 
+    def test_refit_in_the_middle_of_an_episode(self):
+        watch = monitor()
+        watch.calibrate(record(Drift(), act, 99, "observation", seed=5), 0.01, standardise=0)
+        guard = guarded(watch=watch)
+        guard.reset(seed=1)
+        assert guard.step(ACTION)[4]["guard"]["acting"] == "agent"
+        watch.detector.fit(torch.randn(50, 3))
+        info = guard.step(ACTION)[4]["guard"]
+        assert (info["acting"], info["alarm"]) == ("halted", True)
+        assert "call calibrate again" in info["reason"]
+
     def test_wrong_shape(self):
         watch = Monitor(Mahalanobis().fit(torch.randn(50, 4)), threshold=Threshold(9.0))
         self.check(guarded(watch=watch), "expected shape (B, 4), as learned from, got (1, 3)", 1)
@@ -349,6 +361,17 @@ def test_events_are_lines_of_json(tmp_path):
     assert EventLog(tmp_path / "none").read() == []
 
 
+def test_guards_by_a_predictors_hidden_layer():
+    clips = Clips(torch.randn(4, 9, 3), torch.randn(4, 9, 2))
+    said = Comparisons(clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))
+    see = hidden(fit(LaplaceHead(hidden=(8, 4)), said, epochs=1))
+    seen = record(Drift(), act, 40, see, seed=0)
+    watch = Monitor(Mahalanobis().fit(torch.cat(seen[:15])), Spike())
+    watch.calibrate(seen[15:], 0.1, standardise=0)
+    who = acting(run(Guard(Drift({6: 99.0}), watch, see)))
+    assert who[6:] == ["halted"] * 7
+
+
 def test_refuses_rules_that_cannot_work():
     for rules, what in (
         ({"on_alarm": "panic"}, "on_alarm"),
@@ -384,6 +407,8 @@ class TestVector:
             *_, truncated, info = vector.step(actions)
             for i in range(3):
                 for key, value in expected[i][t].items():
+                    if (key, t, mode) == ("acting", HORIZON, AutoresetMode.SAME_STEP):
+                        value = "agent"  # who acts next is of the next episode
                     came = info["guard"][key]
                     assert (came if key == "threshold" else came[i]) == value, (t, i, key)
         assert truncated.all()
@@ -403,6 +428,18 @@ class TestVector:
         for _ in range(3):
             *_, info = vector.step(actions)
         assert info["guard"]["acting"] == ["agent", "halted", "agent"]
+
+    def test_broken_start_after_a_reset_in_the_same_step(self):
+        envs = SyncVectorEnv([Drift, Drift], autoreset_mode=AutoresetMode.SAME_STEP)
+        vector = VectorGuard(envs, monitor(), "observation")
+        vector.reset(seed=0)
+        for t in range(HORIZON):
+            if t == HORIZON - 1:
+                envs.envs[1].strange = {0: NAN}
+            *_, info = vector.step(np.tile(ACTION, (2, 1)))
+        assert info["guard"]["acting"] == ["agent", "halted"]
+        assert info["guard"]["alarm"].tolist() == [False, True]
+        assert "first observation" in info["guard"]["reason"][1]
 
     def test_transparent_below_the_threshold(self):
         def make():
