@@ -7,6 +7,7 @@ it led to.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,8 @@ FEATURES: dict[str, Features] = {
 def hidden(model: RewardModel) -> Features:
     """A function to `(B, H)`: a predictor's last hidden layer, which knows what matters for reward.
 
+    It is a snapshot: a later fit of the model doesn't change what a calibrated detector is shown.
+
     Args:
         model: A fitted model with one network of features (`model.network.features`): LaplaceHead,
             MCDropout or Epinet. Members of an ensemble have one each, and none in common.
@@ -78,24 +81,21 @@ def hidden(model: RewardModel) -> Features:
         >>> see(np.zeros((7, 2)), np.zeros((7, 1)), np.zeros((7, 2))).shape
         (7, 4)
     """
-    layer = getattr(getattr(model, "network", None), "features", None)
-    if not model.fitted or layer is None:
+    if not model.fitted or not hasattr(getattr(model, "network", None), "features"):
         raise InvalidInput(
             "model: expected a fitted model with network.features, such as LaplaceHead, MCDropout "
             f"or Epinet, got {type(model).__name__}{'' if model.fitted else ', not fitted'}."
         )
 
+    snapshot = copy.deepcopy(model).eval()
+
     @torch.no_grad()
     def see(before: Array, action: Array, after: Array) -> Array:
-        training = model.training
-        model.eval()
-        try:
-            seen = torch.as_tensor(after, dtype=torch.float32, device=model.device)
-            done = torch.as_tensor(action, device=model.device)
-            done = done.float() if done.is_floating_point() else done
-            features: Array = layer(model.inputs(seen, done)).cpu().numpy()
-        finally:
-            model.train(training)
+        seen = torch.as_tensor(after, dtype=torch.float32, device=snapshot.device)
+        done = torch.as_tensor(action, device=snapshot.device)
+        done = done.float() if done.is_floating_point() else done
+        inputs = snapshot.inputs(seen, done)
+        features: Array = snapshot.network.features(inputs).cpu().numpy()  # type: ignore[operator, union-attr]
         return features
 
     return see

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ood.conformal import Threshold, calibrate
+from ood.conformal import Threshold, calibrate, calibrate_stream
 from ood.detectors import Array, OODDetector, as_array
 from ood.sequential import CUSUM, Statistic
 from rewardmodels import InvalidInput
@@ -93,6 +93,34 @@ class Monitor:
             alpha,
             standardise=standardise,
             window=window,
+            fingerprint=self.fingerprint,
+        )
+        return self.threshold
+
+    def calibrate_stream(
+        self, features: Tensor, alpha: float, *, block: int, standardise: float = 0.25
+    ) -> Threshold:
+        """Takes the threshold from one long stream that the detector wasn't fitted to.
+
+        The statistic then begins anew after every `block` steps of an episode without end; see
+        `ood.conformal.calibrate_stream` for what is promised.
+
+        Args:
+            features: `(L, F)`.
+            alpha: Chance of a false alarm in a block, at most.
+            block: Steps.
+            standardise: As `ood.conformal.calibrate_stream`.
+
+        Raises:
+            NotFitted: The detector isn't fitted.
+            InvalidInput: As `ood.conformal.calibrate_stream`, or features of another shape.
+        """
+        self.threshold = calibrate_stream(
+            self.detector.score(features),
+            self.statistic,
+            alpha,
+            block=block,
+            standardise=standardise,
             fingerprint=self.fingerprint,
         )
         return self.threshold

@@ -64,8 +64,10 @@ def test_hidden_is_the_last_layer():
     inputs = model.inputs(torch.from_numpy(after), torch.from_numpy(action))
     for layer in model.network.body.layers:
         inputs = torch.nn.functional.silu(layer(inputs))
-    found = hidden(model)(BEFORE, action, after)
-    np.testing.assert_allclose(found, inputs.detach().numpy(), rtol=1e-5)
+    see = hidden(model)
+    np.testing.assert_allclose(see(BEFORE, action, after), inputs.detach().numpy(), rtol=1e-5)
+    fit(model, said, epochs=2)
+    np.testing.assert_allclose(see(BEFORE, action, after), inputs.detach().numpy(), rtol=1e-5)
     for wrong in (LaplaceHead(), fit(DeepEnsemble(members=2), said, epochs=1)):
         with pytest.raises(InvalidInput, match=r"network\.features"):
             hidden(wrong)
@@ -115,6 +117,16 @@ class TestMonitor:
         values = [float(stream.update([[3.0]]).statistic[0]) for _ in range(9)]
         assert values[4:8] == values[:4]
         assert values[8] == values[0] < values[1]
+
+    def test_calibrates_on_a_stream(self):
+        monitor = Monitor(Mahalanobis().fit(torch.randn(500, 2)))
+        stream = torch.randn(1300, 2)
+        threshold = monitor.calibrate_stream(stream, 0.1, block=50)
+        assert (threshold.period, threshold.episodes) == (50, 20)
+        assert threshold.fingerprint == monitor.fingerprint
+        # The blocks that the threshold is a quantile of exceed it as often as their rank says.
+        reading = scores_along(monitor, stream[6 * 50 :])
+        assert reading.alarm.reshape(20, 50).any(1).sum() == 1
 
     def test_refuses_rows_for_other_environments(self):
         monitor = Monitor(Mahalanobis().fit(torch.randn(500, 3)), threshold=Threshold(99.0))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ood import (
@@ -471,6 +472,11 @@ class TestVector:
         envs.metadata = {}
         with pytest.raises(InvalidInput, match="autoreset_mode"):
             VectorGuard(envs, monitor())
+
+
+@pytest.mark.filterwarnings("ignore:.*WARN")  # of unbounded spaces, and of being a wrapper
+def test_passes_gymnasiums_own_checks():
+    check_env(guarded(), skip_render_check=True)
 
 
 def test_two_guards_of_one_monitor_keep_apart():
