@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,6 +15,9 @@ from rewardmodels import InvalidInput
 from rewardmodels.scoring import FrameScorer
 
 _SMALLEST_SCALE = 1e-12
+# What others have learned isn't ours to see. For the fingerprint, what they say of as many training
+# frames stands for it.
+_PROBES = 64
 
 
 class SklearnDetector(OODDetector):
@@ -41,7 +43,7 @@ class SklearnDetector(OODDetector):
         True
     """
 
-    _ARRAYS = ("pickled",)
+    _ARRAYS = ("said",)
     saveable = False
 
     def __init__(self, estimator: BaseEstimator) -> None:
@@ -59,8 +61,7 @@ class SklearnDetector(OODDetector):
 
     def _fit(self, features: Array) -> None:
         self.fitted_estimator: Any = clone(self.estimator).fit(self._standard(features))
-        # For the fingerprint alone.
-        self.pickled = np.frombuffer(pickle.dumps(self.fitted_estimator), np.uint8)
+        self.said = self._score(features[:_PROBES])
 
     def _score(self, features: Array) -> Array:
         score: Array = -getattr(self.fitted_estimator, self.method)(self._standard(features))
@@ -89,7 +90,6 @@ class Epistemic(OODDetector):
 
     _ARRAYS = ("said",)
     saveable = False
-    _PROBES = 64
 
     def __init__(self, scorer: FrameScorer) -> None:
         self.scorer = scorer
@@ -100,8 +100,7 @@ class Epistemic(OODDetector):
         return {}
 
     def _fit(self, features: Array) -> None:
-        # A scorer's state isn't ours to see; what it says of some frames stands for it.
-        self.said = self._score(features[: self._PROBES])
+        self.said = self._score(features[:_PROBES])
 
     def _score(self, features: Array) -> Array:
         spec = self.scorer.spec

@@ -11,11 +11,12 @@ $\lceil (1 - \alpha)(n + 1) \rceil$-th smallest of the n,
 
 $$P(M_{n+1} > q) \le \alpha$$
 
-(Vovk, Gammerman & Shafer 2005; Lei et al. 2018, arXiv:1604.04173, §2.2; episodes in place of
-frames as in Sun et al. 2023, CopulaCPT). Had the standardising episodes also been among the n,
-their maxima would be smaller than the new one's, and the promise broken. The probability is over
-the calibration as well as the new episode: given one calibration the rate is Beta-distributed about
-it (`false_alarm_quantile`), and only many episodes make that narrow.
+(Vovk, Gammerman & Shafer 2005; split conformal prediction, Lei et al. 2018, arXiv:1604.04173, §2.2;
+largest deviations of whole curves, each point divided by a scale that other curves gave:
+Diquigiovanni, Fontana & Vantini 2025, Statistica Sinica 35:853). Had the standardising episodes
+also been among the n, their maxima would be smaller than the new one's, and the promise broken. The
+probability is over the calibration as well as the new episode: given one calibration the rate is
+Beta-distributed about it (`false_alarm_quantile`), and only many episodes make that narrow.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ class RelativeMahalanobis(OODDetector):
 
     $\min_k d_k^2(x) - d_0^2(x)$, with squared Mahalanobis distances $d_k$ from the groups' means
     under their common covariance, and $d_0$ from the mean of all (Ren et al. 2021,
-    arXiv:2106.09022, eq. 3): directions that vary as much within groups as between them say
+    arXiv:2106.09022, §2): directions that vary as much within groups as between them say
     nothing about strangeness, and cancel. It is blind to what is far out in such a direction alone,
     so join it with another (`ood.Joint`). Frames have no labels, so k-means makes the groups.
 

@@ -30,7 +30,7 @@ class DynamicsEnsemble(OODDetector):
     r"""How badly K networks foretold the observation that an action led to.
 
     PEDM (Haider et al. 2023, "Out-of-distribution detection for reinforcement learning agents with
-    probabilistic dynamics models", AAMAS, §4): each member predicts the change
+    probabilistic dynamics models", AAMAS): each member predicts the change
     $\delta = s' - s$, in standard deviations $\sigma$ of that change, as a normal distribution
     $N(\mu_k(s, a), \sigma_k^2(s, a))$; each is trained on its own bootstrap sample of the
     transitions (Chua et al. 2018, arXiv:1805.12114). Scores are, per number of an observation,

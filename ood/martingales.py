@@ -108,7 +108,7 @@ class ConformalMartingale(RankBet):
     r"""Product of all bets: false with probability at most alpha, ever.
 
     $M_n = \frac1J \sum_j \prod_{i \le n} \epsilon_j p_i^{\epsilon_j - 1}$, a mixture of power
-    martingales (Vovk et al. 2003, §4). By Ville's inequality $P(\sup_n M_n \ge 1/\alpha) \le
+    martingales (Vovk et al. 2003). By Ville's inequality $P(\sup_n M_n \ge 1/\alpha) \le
     \alpha$ over an unending sequence. While nothing changes it loses, so a change that comes late
     takes long to see; `ShiryaevRoberts` doesn't tire.
 
@@ -129,8 +129,9 @@ class ShiryaevRoberts(RankBet):
 
     $R_n = (R_{n-1} + 1)\, b(p_n)$, from 0, for each bet, and the mean over bets. As $R_n - n$ is a
     martingale, the mean number of episodes until $R \ge 1/\alpha$ is at least $1/\alpha$ while
-    nothing changes (Shiryaev 1963; Roberts 1966; Vovk 2021, "Testing randomness online", §5; Shin,
-    Ramdas & Rinaldo 2024, arXiv:2203.03532). Sees a change whenever it comes.
+    nothing changes (Shiryaev 1963; Roberts 1966; of conformal martingales Vovk 2021,
+    "Testing randomness online", arXiv:1906.09256; of e-values Shin, Ramdas & Rinaldo 2024,
+    arXiv:2203.03532). Sees a change whenever it comes.
 
     Example:
         >>> detector = ShiryaevRoberts(alpha=0.01, history=range(20))

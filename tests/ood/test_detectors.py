@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist, mahalanobis
 from scipy.stats import chi2, kstest
+from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.covariance import EllipticEnvelope
 from sklearn.ensemble import IsolationForest
 from sklearn.mixture import GaussianMixture
@@ -269,6 +270,18 @@ class TestAdapters:
             score = SklearnDetector(estimator).fit(x).score(new)
             reference = getattr(estimator.fit(standard(x)), method)(standard(new))
             np.testing.assert_allclose(score, -reference)
+
+    def test_scikit_learns_sign_without_score_samples(self):
+        class Norm(OutlierMixin, BaseEstimator):
+            def fit(self, x):
+                return self
+
+            def decision_function(self, x):
+                return -np.linalg.norm(x, axis=1)
+
+        x = frames()
+        expected = ((x - x.mean(0)) / x.std(0, correction=0)).norm(dim=1)
+        torch.testing.assert_close(SklearnDetector(Norm()).fit(x).score(x), expected)
 
     @pytest.mark.parametrize("estimator", [LocalOutlierFactor(), object()])
     def test_refuses_estimators_that_score_nothing(self, estimator):
