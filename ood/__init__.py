@@ -3,9 +3,9 @@
 Episodes of the policy at work come first (`record`), in two lots. From one a detector
 (`Mahalanobis`, `KNN`, `DynamicsEnsemble` and others) learns what is familiar. From the other a
 `Monitor` takes the threshold that a statistic of the scores (`Spike`, `EWMA`, `CUSUM`) exceeds in
-no more than a promised share of new episodes. A `Guard` runs the monitor beside the agent, and halts
-it, asks, or lets another policy take over. For drift so slow that no episode is strange, whole
-episodes' scores go to a `ConformalMartingale` or to `ShiryaevRoberts`.
+no more than a promised share of new episodes. A `Guard` runs the monitor beside the agent, and
+halts it, asks, or lets another policy take over. For drift so slow that no episode is strange,
+whole episodes' scores go to a `ConformalMartingale` or to `ShiryaevRoberts`.
 
 Example:
     >>> import gymnasium, numpy, torch

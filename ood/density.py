@@ -19,11 +19,11 @@ class KNN(OODDetector):
     Euclidean, of features in standard deviations. Makes no assumption about the distribution, so it
     also sees what is strange between familiar frames.
 
-    Of more training frames than `frames` it keeps that many, drawn at random: 4 F + 4 bytes each,
-    3 MB of a million frames of 23 numbers. Distances grow with the D-th root of the share that is
-    left out, where the data has D dimensions. All kept frames are compared with, since a tree
-    is no quicker for a frame that is far from all: one frame among 32,768 takes 0.1 ms, among
-    100,000 0.6 ms.
+    Of n training frames it keeps no more than `frames`, drawn at random: 4 F + 4 bytes each, 1 MB
+    of a million frames of 23 numbers. Distances grow by a factor of $(n / \text{frames})^{1/D}$,
+    where the data has D dimensions. All kept frames are compared with: among 8,192 it takes
+    0.06 ms, among 100,000 0.6 ms, and of 32,768 transitions of a HalfCheetah SciPy's tree takes 2.5
+    times as long for a familiar frame, and 7 times for a strange one.
 
     Args:
         k: Which neighbour.
@@ -44,7 +44,7 @@ class KNN(OODDetector):
     _BLOCK = 64  # distances of which the smallest is looked at first
     _AT_ONCE = 1 << 22  # distances held at once (16 MiB)
 
-    def __init__(self, k: int = 5, frames: int = 32_768, seed: int = 0) -> None:
+    def __init__(self, k: int = 5, frames: int = 8192, seed: int = 0) -> None:
         for name, value in (("k", k), ("frames", frames)):
             if value < 1:
                 raise InvalidInput(f"{name}: expected at least 1, got {value}.")

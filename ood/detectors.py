@@ -94,7 +94,13 @@ class OODDetector(ABC):
 
     def score_array(self, features: Array) -> NDArray[np.float64]:
         """As `score`, from array to array, for those who ask one frame at a time."""
-        frames = self._checked(features)
+        return self.score_checked(self._checked(features))
+
+    def score_checked(self, frames: Array) -> NDArray[np.float64]:
+        """As `score_array`, of what is known to have `width` columns of finite numbers.
+
+        To look at a frame twice takes as long as to score it.
+        """
         # What overflows is infinitely strange: no warning has to come first.
         with np.errstate(over="ignore", invalid="ignore"):
             scores = np.asarray(self._score(frames), dtype=np.float64)

@@ -242,13 +242,13 @@ class Stream:
             )
         if threshold.period:
             self.statistic.reset(self.steps % threshold.period == 0)
-        finite = np.isfinite(frames).all(1)
-        if finite.all():
-            score = detector.score_array(frames)
+        finite = np.isfinite(frames)
+        if frames.shape[1] == detector.width and finite.all():
+            score = detector.score_checked(frames.astype(np.float64, copy=False))
         else:
+            rows = finite.all(1)
             score = np.full(len(frames), np.inf)
-            if finite.any():
-                score[finite] = detector.score_array(frames[finite])
+            score[rows] = detector.score_array(frames[rows])
         statistic = self.statistic.update(threshold.standardise(score, self.steps)).copy()
         self.steps += 1
         # Not "statistic > threshold": NaN must raise an alarm, and compares as False.
