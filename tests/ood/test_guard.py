@@ -430,6 +430,17 @@ class TestVector:
             *_, info = vector.step(actions)
         assert info["guard"]["acting"] == ["agent", "halted", "agent"]
 
+    def test_step_that_only_resets_is_nobodys(self):
+        events = []
+        envs = SyncVectorEnv([lambda: Drift({HORIZON: 99.0})])
+        # What changed: by as much at the episode's end as from there to the next one's start.
+        changes = lambda before, action, after: after - before  # noqa: E731
+        vector = VectorGuard(envs, monitor(Threshold(30.0)), changes, Rules(on_alarm=events.append))
+        vector.reset(seed=0)
+        for _ in range(HORIZON + 3):
+            vector.step(ACTION[None])
+        assert [(event.episode, event.step) for event in events] == [(0, HORIZON)]
+
     def test_broken_start_after_a_reset_in_the_same_step(self):
         envs = SyncVectorEnv([Drift, Drift], autoreset_mode=AutoresetMode.SAME_STEP)
         vector = VectorGuard(envs, monitor(), "observation")

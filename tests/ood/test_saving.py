@@ -137,6 +137,10 @@ def test_refuses_files_that_are_not_what_was_saved(tmp_path):
         edited(path, change)
         with pytest.raises(UnreadableFile, match="expected"):
             load_monitor(path)
+    save_monitor(Monitor(Mahalanobis().fit(torch.randn(9, 2))), path)
+    edited(path, tensor)
+    with pytest.raises(UnreadableFile, match="changed since"):
+        load_monitor(path)
     path.write_bytes(b"\x80\x04N.")
     with pytest.raises(UnreadableFile):
         load_monitor(path)
