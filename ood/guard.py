@@ -23,9 +23,9 @@ class Guard(gym.Wrapper[Any, Any, Any, Any]):
 
     Each step's `info["guard"]` holds `score`, `statistic`, `threshold`, `alarm` (of this step),
     `acting` (who acts next: "agent", "halted", "waiting" or "fallback") and `reason`: in words,
-    which detector and which numbers of the observation were strangest, or what failed; empty while
-    the agent acts. Where no alarm is raised, observations, rewards and ends are the environment's
-    own, step for step.
+    which detector and which numbers of the observation were strangest, or what failed; empty from
+    the step after which the agent acts again. Where no alarm is raised, observations, rewards and
+    ends are the environment's own, step for step.
 
     It fails safe. NaN or infinity in an observation, observations of another shape, a detector
     that isn't fitted, a threshold that isn't calibrated or belongs to another fit, a function of

@@ -129,6 +129,9 @@ class Keeper:
             after: `(n, *obs)`.
             live: Where the step belongs to an episode.
         """
+        if any(self.reasons):
+            for i in np.flatnonzero((self.acting == _AGENT) & ~self.asked):
+                self.reasons[i] = ""
         try:
             assert self.stream is not None, "it never started"
             reading = self.stream.update(self.see(self.before, actions, after))
@@ -226,13 +229,12 @@ class Keeper:
         self.calm_steps = np.where(calm & live, self.calm_steps + 1, 0)
         ready = (self.acting == _FALLBACK) & (self.calm_steps >= self.rules.hand_back_steps)
         for i in map(int, np.flatnonzero(ready)):
-            self.acting[i], self.reasons[i] = _AGENT, ""
+            self.acting[i] = _AGENT
             self._log(i, "hand back", f"calm for {self.calm_steps[i]} steps")
 
     def _begin_anew(self, i: int) -> None:
         mask = np.zeros(self.n, bool)
         mask[i] = True
-        self.reasons[i] = ""
         if self.stream is not None:
             self.stream.forget(mask)
 

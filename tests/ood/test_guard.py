@@ -287,6 +287,7 @@ class TestAsk:
         infos = run(guarded({5: 99.0}, rules=rules, watch=watch))
         assert infos[5]["alarm"]
         assert infos[6]["statistic"] < 5
+        assert [i for i, info in enumerate(infos) if info["reason"]] == [5]
 
     def test_no_halts(self):
         infos = run(guarded({5: 99.0}, rules=Rules(on_alarm="ask", ask=lambda clip: False)))
@@ -338,7 +339,9 @@ class TestFallback:
 def test_callback_gets_the_event_and_may_halt():
     events = []
     on = Rules(on_alarm=events.append)
-    assert acting(run(guarded({3: 99.0, 6: 99.0}, rules=on))) == ["agent"] * 13
+    infos = run(guarded({3: 99.0, 6: 99.0}, rules=on))
+    assert acting(infos) == ["agent"] * 13
+    assert [i for i, info in enumerate(infos) if info["reason"]] == [3, 6]
     assert [event.step for event in events] == [3, 6]
     assert "observation[" in events[0].reason
     assert (
