@@ -1,0 +1,321 @@
+r"""Thresholds with a promised rate of false alarms, for any detector and any statistic.
+
+The promise, for whole episodes. Let the calibration episodes and one new one be exchangeable: the
+same policy in the same environment, none of them seen when the detector was fitted. Some of the
+calibration episodes, picked before any is looked at, are set apart to learn each step's usual mean
+and standard deviation of the score. Given these, "standardise by time, run the statistic, take its
+largest value" is one fixed function of a whole episode, so the maxima $M_1, \dots, M_n$ of the
+others and $M_{n+1}$ of the new one are exchangeable, however the scores within an episode depend on
+each other. The rank of $M_{n+1}$ among all n + 1 is then at most uniform, so with q the
+$\lceil (1 - \alpha)(n + 1) \rceil$-th smallest of the n,
+
+$$P(M_{n+1} > q) \le \alpha$$
+
+(Vovk, Gammerman & Shafer 2005; split conformal prediction, Lei et al. 2018, arXiv:1604.04173, §2.2;
+largest deviations of whole curves, each point divided by a scale that other curves gave:
+Diquigiovanni, Fontana & Vantini 2025, Statistica Sinica 35:853). Had the standardising episodes
+also been among the n, their maxima would be smaller than the new one's, and the promise broken. The
+probability is over the calibration as well as the new episode: given one calibration the rate is
+Beta-distributed about it (`false_alarm_quantile`), and only many episodes make that narrow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.stats
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ood.detectors import as_array
+from ood.sequential import Statistic
+from rewardmodels import InvalidInput
+
+Array = NDArray[np.float64]
+
+_SMALLEST_SCALE = 1e-3  # of the scores' overall spread, where a step's own is smaller
+
+
+@dataclass(frozen=True, eq=False)
+class Threshold:
+    """What a statistic has to exceed for an alarm, and what that is worth.
+
+    Args:
+        value: The threshold.
+        alpha: Chance of a false alarm in an episode (or block), at most.
+        mean: `(T,)`, the score's usual value at each step; later steps are taken for the last.
+        scale: `(T,)`, its usual standard deviation.
+        episodes: n, how many calibration maxima it is a quantile of.
+        fingerprint: Of the detector that it holds for; empty for any.
+        period: Steps after which the statistic begins anew in an unending stream; 0 for episodes.
+    """
+
+    value: float
+    alpha: float = 0.0
+    mean: Array = field(default_factory=lambda: np.zeros(1))
+    scale: Array = field(default_factory=lambda: np.ones(1))
+    episodes: int = 0
+    fingerprint: str = ""
+    period: int = 0
+
+    @classmethod
+    def never(cls) -> Threshold:
+        """One that no finite score exceeds, of any detector."""
+        return cls(math.inf)
+
+    def standardise(self, scores: Array, steps: NDArray[np.int64]) -> Array:
+        """Scores `(n,)` less what is usual at each one's step `(n,)`, in standard deviations."""
+        at = np.minimum(steps % self.period if self.period else steps, len(self.mean) - 1)
+        standard: Array = (scores - self.mean[at]) / self.scale[at]
+        return standard
+
+    @property
+    def run_length(self) -> float:
+        r"""Steps before a false alarm in an unending stream, on average and at least.
+
+        $b (1/\alpha - 1)$ for blocks of b steps: given the calibration, independent blocks have one
+        chance p of an alarm, and alarm after 1/p blocks on average; $E[1/p] \\ge 1/E[p] \\ge
+        1/\alpha$ by Jensen's inequality; an alarm may come at once in its block.
+
+        Raises:
+            InvalidInput: It was calibrated on episodes.
+        """
+        if not self.period:
+            raise InvalidInput(
+                "run_length: expected a threshold of calibrate_stream, got one of episodes."
+            )
+        return self.period * (1 / self.alpha - 1)
+
+    def false_alarm_quantile(self, probability: float = 0.95) -> float:
+        r"""Rate of false alarms that this very calibration stays below, with that probability.
+
+        Given the calibration, the rate is at most $\text{Beta}(n + 1 - k, k)$ for the k-th smallest
+        of n (Vovk 2012, "Conditional validity of inductive conformal predictors").
+
+        Example:
+            >>> round(Threshold(1.0, alpha=0.1, episodes=99).false_alarm_quantile(0.95), 3)
+            0.153
+        """
+        rank = conformal_rank(self.episodes, self.alpha)
+        return float(scipy.stats.beta(self.episodes + 1 - rank, rank).ppf(probability))
+
+
+def episodes_needed(alpha: float) -> int:
+    r"""$\lceil 1/\alpha \rceil - 1$: the fewest calibration maxima that can promise alpha.
+
+    Raises:
+        InvalidInput: An alpha that isn't in (0, 1).
+
+    Example:
+        >>> episodes_needed(0.05)
+        19
+    """
+    if not 0 < alpha < 1:
+        raise InvalidInput(f"alpha: expected a probability above 0 and below 1, got {alpha}.")
+    return math.ceil(1 / alpha - 1e-9) - 1
+
+
+def conformal_rank(n: int, alpha: float) -> int:
+    r"""$\lceil (1 - \alpha)(n + 1) \rceil$: which of n maxima, from the smallest, is the threshold.
+
+    Raises:
+        InvalidInput: Too few for this alpha, or an alpha that isn't in (0, 1).
+    """
+    needed = episodes_needed(alpha)
+    if n < needed:
+        raise InvalidInput(
+            f"scores: expected at least {needed} episodes to take the threshold from, since none "
+            f"of fewer can promise alpha = {alpha}; got {n}. Record more, or allow more alarms."
+        )
+    # 0.95 times 20 may come out a rounding error above 19.
+    return max(1, math.ceil((1 - alpha) * (n + 1) - 1e-9))
+
+
+def conformal_quantile(values: Tensor, alpha: float) -> float:
+    r"""The smallest number that a new exchangeable value exceeds with probability at most alpha.
+
+    The $\lceil (1 - \alpha)(n + 1) \rceil$-th smallest of n (Lei et al. 2018, §2.2).
+
+    Args:
+        values: `(n,)`; infinity is allowed.
+        alpha: In (0, 1).
+
+    Raises:
+        InvalidInput: Too few values for this alpha (the message says how many it takes), NaN, or an
+            alpha that isn't in (0, 1).
+
+    Example:
+        >>> conformal_quantile(torch.arange(1.0, 20.0), alpha=0.1)
+        18.0
+    """
+    if values.ndim != 1 or bool(values.isnan().any()):
+        raise InvalidInput(
+            f"values: expected shape (n,) without NaN, got {tuple(values.shape)} with "
+            f"{int(values.isnan().sum())} NaN."
+        )
+    return float(values.double().sort().values[conformal_rank(len(values), alpha) - 1])
+
+
+def calibrate(
+    scores: Sequence[Tensor],
+    statistic: Statistic,
+    alpha: float,
+    *,
+    standardise: float = 0.25,
+    window: int = 25,
+    fingerprint: str = "",
+) -> Threshold:
+    """The threshold that a new episode's statistic exceeds with probability at most alpha.
+
+    Episodes may have different lengths; one that outlasts those of calibration is measured by the
+    last step they knew. The module says why the promise holds.
+
+    Args:
+        scores: N whole held-out episodes, each `(T_i,)` scores of its steps; in any order that
+            wasn't made by looking at them.
+        statistic: What will run over new episodes.
+        alpha: Chance of a false alarm in an episode, at most.
+        standardise: Share of episodes, the first, from which each step's usual score is learned;
+            the threshold comes from the others. At 0 scores are taken as they are.
+        window: Steps, centred, that are pooled for a step's mean and standard deviation.
+        fingerprint: That of the detector that made the scores; a guard refuses any other.
+
+    Raises:
+        InvalidInput: Too few episodes for this alpha (the message says how many it takes), NaN,
+            infinity, an empty episode, or a number out of range.
+
+    Example:
+        >>> from ood.sequential import CUSUM
+        >>> scores = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
+        >>> threshold = calibrate(list(scores), CUSUM(), alpha=0.1)
+        >>> threshold.episodes, round(threshold.value, 1)
+        (30, 4.2)
+        >>> calibrate(list(scores), CUSUM(), alpha=0.01)
+        Traceback (most recent call last):
+            ...
+        rewardmodels.errors.InvalidInput: scores: expected at least 99 episodes to take ...
+    """
+    if not 0 <= standardise < 1:
+        raise InvalidInput(f"standardise: expected a share in [0, 1), got {standardise}.")
+    if window < 1:
+        raise InvalidInput(f"window: expected at least one step, got {window}.")
+    episodes = [_checked(i, episode) for i, episode in enumerate(scores)]
+    apart = max(2, round(standardise * len(episodes))) if standardise else 0
+    others = episodes[apart:]
+    rank_exists = len(others) >= episodes_needed(alpha)
+    if not rank_exists and len(episodes) >= episodes_needed(alpha):
+        raise InvalidInput(
+            f"scores: expected at least {episodes_needed(alpha)} episodes for alpha = {alpha} "
+            f"beside the {apart} that only standardise, got {len(others)} of {len(episodes)}. "
+            "Record more, or set fewer apart."
+        )
+    conformal_rank(len(others), alpha)
+    mean, scale = _usual(episodes[:apart], window) if apart else (np.zeros(1), np.ones(1))
+    plain = Threshold(math.inf, alpha, mean, scale, len(others), fingerprint)
+    maxima = torch.from_numpy(episode_maxima(others, statistic, plain))
+    value = conformal_quantile(maxima, alpha)
+    return Threshold(value, alpha, mean, scale, len(others), fingerprint)
+
+
+def calibrate_stream(
+    scores: Tensor,
+    statistic: Statistic,
+    alpha: float,
+    *,
+    block: int,
+    standardise: float = 0.25,
+    fingerprint: str = "",
+) -> Threshold:
+    """The same for a stream without end, cut into blocks at whose start the statistic begins anew.
+
+    Blocks take the place of episodes: each has a false alarm with probability at most alpha, and
+    on average at least `Threshold.run_length` steps pass before the first. Blocks of one stream
+    are exchangeable only as far as it is stationary and forgets within a block, so let a block be
+    many times as long as scores stay correlated.
+
+    Args:
+        scores: `(L,)`, held out; what is left after the last whole block goes unused.
+        statistic: What will run over new blocks.
+        alpha: Chance of a false alarm in a block, at most.
+        block: Steps.
+        standardise: Share of blocks, the first, from which the usual score is learned.
+        fingerprint: That of the detector that made the scores.
+
+    Raises:
+        InvalidInput: As `calibrate`, of blocks.
+
+    Example:
+        >>> from ood.sequential import Spike
+        >>> scores = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+        >>> calibrate_stream(scores, Spike(), alpha=0.1, block=100).run_length
+        900.0
+    """
+    if block < 1:
+        raise InvalidInput(f"block: expected at least one step, got {block}.")
+    flat = _checked(0, scores)
+    blocks = torch.from_numpy(flat[: len(flat) // block * block]).reshape(-1, block)
+    # Every step of a block is like every other: all are pooled.
+    found = calibrate(
+        list(blocks),
+        statistic,
+        alpha,
+        standardise=standardise,
+        window=2 * block,
+        fingerprint=fingerprint,
+    )
+    return Threshold(
+        found.value, alpha, found.mean, found.scale, found.episodes, fingerprint, period=block
+    )
+
+
+def episode_maxima(
+    scores: Sequence[Array], statistic: Statistic, threshold: Threshold
+) -> NDArray[np.float64]:
+    """`(N,)`: the largest value of the statistic in each of N episodes `(T_i,)`."""
+    lengths = np.array([len(episode) for episode in scores])
+    steps = np.arange(lengths.max())
+    padded = np.zeros((len(scores), len(steps)))
+    for i, episode in enumerate(scores):
+        padded[i, : lengths[i]] = threshold.standardise(np.asarray(episode), steps[: lengths[i]])
+    values = statistic.along(padded)
+    maxima: Array = np.where(steps < lengths[:, None], values, -np.inf).max(1)
+    return maxima
+
+
+def _usual(episodes: list[Array], window: int) -> tuple[Array, Array]:
+    """Mean and standard deviation `(T,)` of what the episodes have about each step."""
+    longest = max(len(episode) for episode in episodes)
+    centre = float(np.concatenate(episodes).mean())
+    count, total, squares = np.zeros((3, longest))
+    for episode in episodes:
+        # About their mean, so that squares keep the digits in which scores differ.
+        apart = episode - centre
+        count[: len(episode)] += 1
+        total[: len(episode)] += apart
+        squares[: len(episode)] += apart**2
+    reach = window // 2
+    first = np.maximum(np.arange(longest) - reach, 0)
+    last = np.minimum(np.arange(longest) + reach + 1, longest)
+    pooled = []
+    for column in (count, total, squares):
+        running = np.append(0.0, column.cumsum())
+        pooled.append(running[last] - running[first])
+    n, mean = pooled[0], pooled[1] / pooled[0]
+    variance = np.maximum(pooled[2] / n - mean**2, 0) * n / np.maximum(n - 1, 1)
+    overall = float(np.sqrt(squares.sum() / count.sum())) or 1.0
+    return centre + mean, np.maximum(np.sqrt(variance), _SMALLEST_SCALE * overall)
+
+
+def _checked(i: int, episode: Tensor) -> Array:
+    values = as_array(episode).astype(np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise InvalidInput(
+            f"scores: expected finite numbers of shape (T,) with T of at least 1 for each episode, "
+            f"got {'NaN or infinity in' if values.size else 'nothing in'} episode {i}, of shape "
+            f"{values.shape}."
+        )
+    return values

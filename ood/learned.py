@@ -1,0 +1,280 @@
+"""Detectors that train a network: what a step leads to, and how a random function continues."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ood.detectors import _CONSTANT, Array, OODDetector
+from rewardmodels import InvalidInput
+from rewardmodels.fitting import isolated_randomness
+from rewardmodels.networks import PRIOR_GAIN
+from rewardmodels.scoring import Layer, as_array, pass_hidden
+
+_BATCH = 256
+_LEARNING_RATE = 2e-3
+_FRAMES_AT_ONCE = 1024
+# Of log standard deviations, where a change's own is 1: a simulator without noise would otherwise
+# drive them to minus infinity, and what is hardly strange would be infinitely so.
+_LOG_STD = (-5.0, 1.0)
+
+
+class DynamicsEnsemble(OODDetector):
+    r"""How badly K networks foretold the observation that an action led to.
+
+    PEDM (Haider et al. 2023, "Out-of-distribution detection for reinforcement learning agents with
+    probabilistic dynamics models", AAMAS): each member predicts the change
+    $\delta = s' - s$, in standard deviations $\sigma$ of that change, as a normal distribution
+    $N(\mu_k(s, a), \sigma_k^2(s, a))$; each is trained on its own bootstrap sample of the
+    transitions (Chua et al. 2018, arXiv:1805.12114). Scores are, per number of an observation,
+
+    - "likelihood": $-\frac1O \log \frac1K \sum_k N(\delta; \mu_k, \sigma_k^2)$, in nats;
+    - "error": $\min_k \frac1O \sum_d |\delta_d - \mu_{kd}|$, in standard deviations of the change.
+      The authors' code takes the smallest mean error of 1,000 samples of the ensemble; this one,
+      of the members' means, doesn't change from call to call.
+
+    Args:
+        observation_size: O, so that features `(B, O + act + O)` of `ood.features.transition` come
+            apart.
+        members: K.
+        hidden: Widths of the hidden layers.
+        score_by: Which of the scores.
+        steps: Training steps, of 256 transitions for each member.
+        seed: Of the networks, the bootstrap and the batches.
+
+    Raises:
+        InvalidInput: A number below one, an unknown score, or features too narrow for two
+            observations.
+
+    Example:
+        >>> before, action = torch.randn(2, 500, 1, generator=torch.Generator().manual_seed(0))
+        >>> steps = torch.cat([before, action, before + action], 1)
+        >>> detector = DynamicsEnsemble(1, members=2, hidden=(16,), steps=200).fit(steps)
+        >>> strange = torch.tensor([[0.0, 1.0, -1.0]])
+        >>> bool(detector.score(strange) > detector.score(steps).max())
+        True
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        members: int = 5,
+        hidden: Sequence[int] = (64, 64),
+        score_by: Literal["likelihood", "error"] = "likelihood",
+        steps: int = 3000,
+        seed: int = 0,
+    ) -> None:
+        hidden = tuple(hidden)
+        numbers = {"observation_size": observation_size, "members": members, "steps": steps}
+        for name, value in numbers.items():
+            if value < 1:
+                raise InvalidInput(f"{name}: expected at least 1, got {value}.")
+        _check_hidden(hidden)
+        if score_by not in (known := get_args(Literal["likelihood", "error"])):
+            raise InvalidInput(f"score_by: expected one of {', '.join(known)}; got {score_by!r}.")
+        self.observation_size, self.members, self.hidden = observation_size, members, hidden
+        self.score_by: Literal["likelihood", "error"] = score_by
+        self.steps, self.seed = steps, seed
+        self._ARRAYS = ("change_mean", "change_scale", *_names("member", len(hidden) + 1))
+
+    def _fit(self, features: Array) -> None:
+        size = self.observation_size
+        if features.shape[1] < 2 * size:
+            raise InvalidInput(
+                f"features: expected at least {2 * size} numbers, those of an observation before "
+                f"and after the action, got {features.shape[1]}."
+            )
+        change = features[:, -size:] - features[:, :size]
+        self.change_mean = change.mean(0)
+        floor = _CONSTANT * np.maximum(1, np.abs(features[:, -size:]).max(0))
+        self.change_scale = np.maximum(change.std(0), floor)
+        inputs = torch.from_numpy(self._inputs(features))
+        targets = torch.from_numpy((change - self.change_mean) / self.change_scale).float()
+        with isolated_randomness(self.seed):
+            network = _Members(self.members, (inputs.shape[1], *self.hidden, 2 * size))
+            bootstrap = torch.randint(len(inputs), (self.members, len(inputs)))
+
+            def loss() -> Tensor:
+                rows = bootstrap[:, torch.randint(len(inputs), (_BATCH,))]
+                mean, raw = network(inputs[rows]).chunk(2, -1)
+                log_std = _bounded(raw)
+                apart = (targets[rows] - mean) * (-log_std).exp()
+                # Summed over members, who share nothing.
+                return (apart.square() / 2 + log_std).mean((1, 2)).sum()
+
+            _train(network, loss, self.steps)
+        _keep(self, "member", network)
+
+    def _score(self, features: Array) -> Array:
+        return np.concatenate(
+            [
+                self._score_some(features[i : i + _FRAMES_AT_ONCE])
+                for i in range(0, max(1, len(features)), _FRAMES_AT_ONCE)
+            ]
+        )
+
+    def _score_some(self, features: Array) -> Array:
+        apart, log_std = self._predict(features)
+        if self.score_by == "error":
+            error: Array = np.abs(apart).mean(2).min(0)
+            return error
+        white = apart * np.exp(-log_std)
+        log_p = np.vecdot(white, white) / -2 - log_std.sum(2)  # (K, B)
+        most = log_p.max(0)
+        each = np.log(np.exp(log_p - most).sum(0) / self.members) + most
+        score: Array = math.log(2 * math.pi) / 2 - each / self.observation_size
+        return score
+
+    def _explain(self, frames: Array) -> Array:
+        """Error of each number of the observation after, in predicted standard deviations."""
+        apart, log_std = self._predict(frames)
+        # Law of total variance: what members expect, and how far apart they are.
+        variance = np.exp(2 * log_std).mean(0) + apart.var(0)
+        explained = np.zeros_like(frames)
+        explained[:, -self.observation_size :] = np.abs(apart.mean(0)) / np.sqrt(variance)
+        return explained
+
+    def _predict(self, features: Array) -> tuple[Array, Array]:
+        """Errors and log standard deviations `(K, B, O)`, in standard deviations of the change."""
+        size = self.observation_size
+        change = (features[:, -size:] - features[:, :size] - self.change_mean) / self.change_scale
+        *hidden, (weight, bias) = _layers(self, "member", len(self.hidden) + 1)
+        outputs = (pass_hidden(self._inputs(features), hidden) @ weight + bias).astype(np.float64)
+        low, high = _LOG_STD
+        log_std = high - np.logaddexp(0, high - outputs[..., size:])
+        return change - outputs[..., :size], low + np.logaddexp(0, log_std - low)
+
+    def _inputs(self, features: Array) -> Array:
+        """What came before, `(B, O + act)`."""
+        return self._standard(features)[:, : -self.observation_size].astype(np.float32)
+
+
+class RandomNetworkDistillation(OODDetector):
+    r"""$\frac1H \lVert f(x) - g(x) \rVert^2$: where a learned copy g of a random network f errs.
+
+    Burda et al. 2019 (arXiv:1810.12894, §2.2): g is trained on familiar frames alone, and has no
+    reason to be right elsewhere.
+
+    Args:
+        hidden: Widths of the hidden layers of both.
+        outputs: H.
+        steps: Training steps, of 256 frames.
+        seed: Of both networks and the batches.
+
+    Raises:
+        InvalidInput: A number below one.
+
+    Example:
+        >>> x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+        >>> detector = RandomNetworkDistillation(steps=200).fit(x)
+        >>> bool(detector.score(torch.full((1, 3), 9.0)) > detector.score(x).max())
+        True
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (64, 64),
+        outputs: int = 32,
+        steps: int = 3000,
+        seed: int = 0,
+    ) -> None:
+        hidden = tuple(hidden)
+        _check_hidden(hidden)
+        for name, value in (("outputs", outputs), ("steps", steps)):
+            if value < 1:
+                raise InvalidInput(f"{name}: expected at least 1, got {value}.")
+        self.hidden, self.outputs, self.steps, self.seed = hidden, outputs, steps, seed
+        layers = len(hidden) + 1
+        self._ARRAYS = (*_names("target", layers), *_names("copy", layers))
+
+    def _fit(self, features: Array) -> None:
+        frames = torch.from_numpy(self._standard(features)).float()
+        widths = (frames.shape[1], *self.hidden, self.outputs)
+        with isolated_randomness(self.seed):
+            target, copy = _Members(1, widths, gain=PRIOR_GAIN), _Members(1, widths)
+            target.requires_grad_(False)
+
+            def loss() -> Tensor:
+                rows = frames[torch.randint(len(frames), (_BATCH,))][None]
+                return F.mse_loss(copy(rows), target(rows))
+
+            _train(copy, loss, self.steps)
+        _keep(self, "target", target)
+        _keep(self, "copy", copy)
+
+    def _score(self, features: Array) -> Array:
+        frames = self._standard(features).astype(np.float32)
+        said = []
+        for name in ("target", "copy"):
+            *hidden, (weight, bias) = _layers(self, name, len(self.hidden) + 1)
+            said.append((pass_hidden(frames, hidden) @ weight + bias)[0].astype(np.float64))
+        apart = said[0] - said[1]
+        score: Array = np.vecdot(apart, apart) / self.outputs
+        return score
+
+
+class _Members(nn.Module):
+    """K multilayer perceptrons of one shape, from `(K, B, D)` to `(K, B, H)`."""
+
+    def __init__(self, members: int, widths: Sequence[int], gain: float = 1.0) -> None:
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for before, width in pairwise(widths):
+            bound = 1 / math.sqrt(before)
+            weight = torch.empty(members, before, width).uniform_(-gain * bound, gain * bound)
+            self.weights.append(nn.Parameter(weight))
+            bias = torch.empty(members, 1, width).uniform_(-bound, bound)
+            self.biases.append(nn.Parameter(bias))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        *hidden, (last, last_bias) = zip(self.weights, self.biases, strict=True)
+        for weight, bias in hidden:
+            frames = F.silu(torch.baddbmm(bias, frames, weight))
+        return torch.baddbmm(last_bias, frames, last)
+
+
+def _bounded(raw: Tensor) -> Tensor:
+    """Log standard deviations that stay, smoothly, within `_LOG_STD` (Chua et al. 2018, A.1)."""
+    low, high = _LOG_STD
+    return low + F.softplus(high - F.softplus(high - raw) - low)
+
+
+def _train(network: nn.Module, loss: Callable[[], Tensor], steps: int) -> None:
+    optimiser = torch.optim.Adam(network.parameters(), lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 100.0)
+        optimiser.step()
+        schedule.step()
+
+
+def _names(prefix: str, layers: int) -> list[str]:
+    return [f"{prefix}_{kind}{i}" for i in range(layers) for kind in ("weight", "bias")]
+
+
+def _keep(detector: OODDetector, prefix: str, network: _Members) -> None:
+    for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
+        setattr(detector, f"{prefix}_weight{i}", as_array(weight))
+        setattr(detector, f"{prefix}_bias{i}", as_array(bias))
+
+
+def _layers(detector: OODDetector, prefix: str, layers: int) -> list[Layer]:
+    return [
+        (getattr(detector, f"{prefix}_weight{i}"), getattr(detector, f"{prefix}_bias{i}"))
+        for i in range(layers)
+    ]
+
+
+def _check_hidden(hidden: tuple[int, ...]) -> None:
+    if any(width < 1 for width in hidden):
+        raise InvalidInput(f"hidden: expected widths of at least 1, got {hidden}.")

@@ -1,0 +1,152 @@
+"""Statistics over a stream of scores: each O(1) a step, over any number of environments at once.
+
+What they are given are scores in standard deviations, as usual at that time in an episode (see
+`ood.conformal`), so that their parameters mean the same for every detector.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rewardmodels import InvalidInput
+
+Array = NDArray[np.float64]
+
+
+class Statistic(ABC):
+    """What has been seen so far, as one number for each of n environments: higher is stranger.
+
+    Example:
+        >>> cusum = CUSUM(drift=0.5)
+        >>> cusum.start(2)
+        >>> [cusum.update(z).tolist() for z in ([1.0, 0.0], [2.0, -1.0])]
+        [[0.5, 0.0], [2.0, 0.0]]
+        >>> cusum.reset(np.array([True, False]))
+        >>> cusum.update([1.0, 0.5]).tolist()
+        [0.5, 0.0]
+    """
+
+    value: Array
+
+    def start(self, n: int) -> None:
+        """Begins anew, for n environments.
+
+        Raises:
+            InvalidInput: Less than one.
+        """
+        if n < 1:
+            raise InvalidInput(f"n: expected at least one environment, got {n}.")
+        self.value = np.zeros(n)
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        """Begins anew where `mask` `(n,)` is True."""
+        self.value[mask] = 0.0
+
+    def update(self, scores: ArrayLike) -> Array:
+        """Takes in one score of each environment.
+
+        Args:
+            scores: `(n,)`.
+
+        Returns:
+            `(n,)`, the statistic; infinite once a score was, until it is reset.
+        """
+        self.value = self._next(self.value, np.asarray(scores, np.float64))
+        return self.value
+
+    def along(self, scores: ArrayLike) -> Array:
+        """The statistic at each step of N whole streams, and leaves no trace.
+
+        Args:
+            scores: `(N, T)`.
+
+        Returns:
+            `(N, T)`.
+        """
+        scores = np.asarray(scores, np.float64)
+        values, value = np.empty_like(scores), np.zeros(len(scores))
+        for step in range(scores.shape[1]):
+            values[:, step] = value = self._next(value, scores[:, step])
+        return values
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was constructed with."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    @abstractmethod
+    def _next(self, value: Array, scores: Array) -> Array:
+        """What follows `value` `(n,)`, which was 0 at the start, on `scores` `(n,)`."""
+
+
+class Spike(Statistic):
+    """The score itself, which forgets at once: for what is strange in a single frame.
+
+    Example:
+        >>> Spike().along([[1.0, 3.0, -1.0]]).tolist()
+        [[1.0, 3.0, -1.0]]
+    """
+
+    def _next(self, value: Array, scores: Array) -> Array:
+        return scores
+
+
+class EWMA(Statistic):
+    r"""$s_t = (1 - \lambda) s_{t-1} + \lambda z_t$, which remembers about $1/\lambda$ steps.
+
+    The exponentially weighted moving average (Roberts 1959, Technometrics 1:239).
+
+    Args:
+        weight: $\lambda$, of the newest score.
+
+    Raises:
+        InvalidInput: A weight that isn't in (0, 1].
+
+    Example:
+        >>> EWMA(weight=0.5).along([[2.0, 2.0, 0.0]]).tolist()
+        [[1.0, 1.5, 0.75]]
+    """
+
+    def __init__(self, weight: float = 0.1) -> None:
+        if not 0 < weight <= 1:
+            raise InvalidInput(f"weight: expected a number in (0, 1], got {weight}.")
+        self.weight = weight
+
+    def _next(self, value: Array, scores: Array) -> Array:
+        # The form with one product of the difference would make infinity less infinity of two.
+        return (1 - self.weight) * value + self.weight * scores
+
+
+class CUSUM(Statistic):
+    r"""$c_t = \max(0, c_{t-1} + z_t - k)$, which adds up what is strange, however little.
+
+    Page 1954 (Biometrika 41:100). It is quickest to see a lasting shift by 2k standard deviations
+    (Lorden 1971; Moustakides 1986).
+
+    Args:
+        drift: k, what a score must exceed to count, in standard deviations.
+
+    Raises:
+        InvalidInput: A drift that isn't a finite number of at least 0.
+
+    Example:
+        >>> CUSUM(drift=0.5).along([[1.0, 1.0, -3.0]]).tolist()
+        [[0.5, 1.0, 0.0]]
+    """
+
+    def __init__(self, drift: float = 0.5) -> None:
+        if not 0 <= drift < np.inf:
+            raise InvalidInput(f"drift: expected a finite number of at least 0, got {drift}.")
+        self.drift = drift
+
+    def _next(self, value: Array, scores: Array) -> Array:
+        return np.maximum(0.0, value + scores - self.drift)
+
+
+STATISTICS: dict[str, type[Statistic]] = {cls.__name__: cls for cls in (Spike, EWMA, CUSUM)}
+"""Those that a file's name is looked up in."""
