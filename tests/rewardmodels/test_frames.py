@@ -162,7 +162,7 @@ def test_a_linear_network_is_logistic_regression():
     model = fit(LaplaceHead(hidden=(), learning_rate=0.03), taught(vectors(200)), epochs=60)
     weights = model.weights[:-1].detach()
     # Inputs are normalised, and the reward is one of the first and minus the last.
-    assert float(weights[[1, 2, 3]].abs().max()) < 0.2 * float(weights[[0, 4]].abs().min())
+    assert float(weights[[1, 2, 3]].abs().max()) < 0.35 * float(weights[[0, 4]].abs().min())
 
 
 def test_a_reward_of_transitions():
