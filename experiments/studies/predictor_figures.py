@@ -18,6 +18,15 @@ from experiments.studies.summary import Row, by, mean_and_error, numbers
 # Okabe & Ito's, apart for every kind of colour vision; and markers, apart without colour.
 _COLOURS = ("#767676", "#0072b2", "#56b4e9", "#009e73", "#b34b00", "#cc79a7", "#b58900", "#222222")
 _MARKERS = "osD^vP*X"
+_KNOWN = (
+    "single network",
+    "DeepEnsemble",
+    "RandomisedPriors",
+    "MCDropout",
+    "LaplaceHead",
+    "Epinet",
+    "GPHead",
+)  # so that one looks the same in every figure
 
 
 def trust(rows: Sequence[Row]) -> Figure:
@@ -39,9 +48,9 @@ def trust(rows: Sequence[Row]) -> Figure:
             strict=True,
         ):
             axes.plot([0.5, 1], [0.5, 1], color=GREY, linestyle=":", linewidth=1)
-            for i, (name, some) in enumerate(by(rows, "predictor").items()):
+            for name, some in by(rows, "predictor").items():
                 said, came = _reliability([row[key] for row in some])
-                axes.plot(said, came, color=_COLOURS[i], marker=_MARKERS[i], label=name)
+                axes.plot(said, came, label=name, **_look(name))
             axes.set_xlabel("probability that was said")
             axes.set_title(title, fontsize=11)
         panels[0, 0].set_ylabel("how often it came true")
@@ -53,10 +62,10 @@ def trust(rows: Sequence[Row]) -> Figure:
             panels[1],
             strict=True,
         ):
-            for i, (name, some) in enumerate(by(rows, "predictor").items()):
+            for name, some in by(rows, "predictor").items():
                 risk = np.mean([row[key] for row in some], 0)
                 share = np.arange(1, len(risk) + 1) / len(risk)
-                axes.plot(share, risk, color=_COLOURS[i], label=name)
+                axes.plot(share, risk, color=_look(name)["color"], label=name)
             axes.set_xlabel("answers used, the surest first")
             axes.set_title(title, fontsize=11)
             axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -98,9 +107,7 @@ def people(rows: Sequence[Row], baseline: str) -> Figure:
                     gap = _by_fold(cells, metric) - reference
                     mean, error = mean_and_error(gap)
                     at = place + (i - (len(of) - 1) / 2) * 0.11
-                    axes.errorbar(
-                        mean, at, xerr=error, color=_COLOURS[i], marker=_MARKERS[i], label=name
-                    )
+                    axes.errorbar(mean, at, xerr=error, label=name, **_look(name))
             axes.set_title(f"{title}\nthan {baseline}", fontsize=11)
         panels[0].set_yticks(range(len(sets)), list(sets))
         panels[0].invert_yaxis()
@@ -112,6 +119,11 @@ def people(rows: Sequence[Row], baseline: str) -> Figure:
         for patch in (figure.patch, *(axes.patch for axes in panels)):
             patch.set_alpha(0)
         return figure
+
+
+def _look(name: str) -> dict[str, str]:
+    place = _KNOWN.index(name) if name in _KNOWN else len(_KNOWN)
+    return {"color": _COLOURS[place], "marker": _MARKERS[place]}
 
 
 def _reliability(curves: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
