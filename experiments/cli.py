@@ -153,6 +153,17 @@ def _benchmark_predictors(arguments: list[str]) -> None:
     _call("benchmark predictors", parser, benchmark_predictors, arguments)
 
 
+def _benchmark_queries(arguments: list[str]) -> None:
+    from experiments.benchmarks.queries import benchmark_queries
+
+    parser = _parser("benchmark queries")
+    parser.add_argument(
+        "--quick", action="store_true", help="in about a minute, for trends: one task, two seeds"
+    )
+    parser.add_function_arguments(benchmark_queries, skip={"quick"})
+    _call("benchmark queries", parser, benchmark_queries, arguments)
+
+
 def _pool(arguments: list[str]) -> None:
     from experiments.minari_pools import export_pool
 
@@ -227,6 +238,10 @@ _COMMANDS = {
     "benchmark predictors": (
         "measure calibration, uncertainty and cost of every predictor",
         _benchmark_predictors,
+    ),
+    "benchmark queries": (
+        "measure what queries save over random ones, and how long choosing takes",
+        _benchmark_queries,
     ),
     "benchmark learn": ("measure returns, throughput and the scoring of pairs", _benchmark_learn),
 }

@@ -137,10 +137,11 @@ def pool_cell(
     length: int,
     tests: int,
     pools: str,
+    **made: int,
 ) -> Result:
-    """What one strategy learns on one task, after each batch."""
+    """What one strategy learns on one task, after each batch; `made` goes to `make_pool`."""
     torch.set_num_threads(1)
-    pool, draw = make_pool(task, folder=Path(pools), progress=False), _generator(seed)
+    pool, draw = make_pool(task, folder=Path(pools), progress=False, **made), _generator(seed)
     known, fresh = (half(pool, which) for which in (0, 1))
     candidates = known.clips(clips, length, draw)
     test = fresh.clips(2 * tests, length, draw)

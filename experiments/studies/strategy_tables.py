@@ -97,6 +97,16 @@ def labels_ratio(
     return ratio(np.arange(seeds)), float(low), float(high)
 
 
+def ratios(rows: Sequence[Row], strategy: str, at: float) -> dict[str, tuple[float, float, float]]:
+    """A strategy's `labels_ratio` on each task."""
+    found = {}
+    for task, cells in by(rows, "task").items():
+        of = by(cells, "strategy")
+        x, uniform = _curves(of[REFERENCE])
+        found[task] = labels_ratio(_curves(of[strategy])[1], uniform, x, at)
+    return found
+
+
 def curves(rows: Sequence[Row]) -> Figure:
     """Accuracy against comparisons, a panel a task, a line a strategy."""
     with mpl.rc_context(STYLE):

@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+from active import GreedyInformation, KCenter
+from experiments.benchmarks import queries as benchmark
 from experiments.cli import main
 from experiments.human_data import HumanData
 from experiments.studies import strategies as study
-from experiments.studies.strategy_tables import labels_needed, labels_ratio, write_tables
+from experiments.studies.strategy_tables import (
+    labels_needed,
+    labels_ratio,
+    ratios,
+    write_tables,
+)
 from rewardmodels import Clips, Comparisons, UnknownName
 
 BATCHES = np.array([20.0, 40.0, 60.0, 80.0, 100.0])
@@ -121,3 +128,15 @@ def test_a_small_study_runs_from_the_command_line(tmp_path, capsys):
         --tests 50 --seeds 2 --jobs 2 --pools {tmp_path}/pools --out {tmp_path}/out""".split()
     assert main(words) == 0
     assert "| BALD |" in capsys.readouterr().out
+
+
+def test_queries_are_chosen_in_time():
+    """Of all pairs of 1,000 clips, 100 samples; a lenient bound, as other tests run beside it."""
+    assert benchmark.seconds_to_select(GreedyInformation(samples=100), clips=1000) < 15
+    assert benchmark.seconds_to_select(KCenter(samples=100), clips=1000, pairs=1000) < 5
+
+
+def test_the_benchmarks_ratio_is_the_tables(tmp_path):
+    found = ratios(rows(), "BALD", 80)
+    assert found["A"][0] == pytest.approx(0.5)
+    assert list(found) == ["A", "B", "C"]

@@ -1,0 +1,116 @@
+"""Whether queries teach more than random ones, and how long choosing them takes."""
+
+from __future__ import annotations
+
+import json as json_
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from active import BALD, GreedyInformation, KCenter, QueryStrategy, all_pairs
+from experiments.pools import make_pool
+from experiments.run import versions, write_atomically
+from experiments.studies.strategies import TASKS, pool_cell
+from experiments.studies.strategy_tables import ratios
+from experiments.study import run_study
+from rewardmodels import InvalidInput, SampledPosterior
+
+DEFAULT, REFERENCE = BALD.__name__, "Uniform"
+
+_QUICK_POOL = {"steps": 20_480, "episodes": 4}
+_AT = 160
+
+
+def benchmark_queries(
+    quick: bool = False,
+    json: Path | None = None,
+    seeds: int = 10,
+    jobs: int = 1,
+    pools: Path = Path("runs/pools"),
+    out: Path = Path("runs/study-strategies"),
+) -> dict[str, Any]:
+    """Measures the comparisons that the default strategy saves, and the seconds that it takes.
+
+    Args:
+        quick: In about a minute, for trends: one task and its own small pool, two seeds.
+        json: File for the figures; they are printed too.
+        seeds: Draws of candidates, tests, first batches and initial weights, on each task.
+        jobs: Processes side by side.
+        pools: Where the agents' episodes are kept.
+        out: Where cells are kept, the same as of `rewardmodels study strategies`; a second call
+            goes on with those that are there.
+
+    Returns:
+        Flat keys: `labels_ratio.<Task>` and its interval, `greedy_seconds` and
+        `kcenter_seconds` for 100 queries, and `study_minutes`, what computing the cells took in
+        this call.
+    """
+    for name, value in (("seeds", seeds), ("jobs", jobs)):
+        if value < 1:
+            raise InvalidInput(f"{name}: expected a number of at least 1, got {value}.")
+    if json is not None and not Path(json).absolute().parent.is_dir():
+        raise InvalidInput(f"json: expected a file in a directory that exists, got {json}.")
+    figures: dict[str, Any] = {
+        "greedy_seconds": seconds_to_select(GreedyInformation(samples=100), clips=1000),
+        "kcenter_seconds": seconds_to_select(KCenter(samples=100), clips=1000, pairs=1000),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        if quick:
+            pools = out = Path(folder)
+        tasks = ("Hopper",) if quick else TASKS
+        made: dict[str, Any] = _QUICK_POOL if quick else {}
+        for task in tasks:
+            make_pool(task, folder=pools, **made)
+        cells = [
+            {"task": task, "strategy": strategy, "seed": seed, "predictor": "LaplaceHead",
+             "budget": 200, "batch": 20, "clips": 200, "length": 25, "tests": 1000,
+             "pools": str(pools), **made}
+            for seed in range(2 if quick else seeds)
+            for task in tasks
+            for strategy in (REFERENCE, DEFAULT)
+        ]  # fmt: skip
+        started = time.perf_counter()
+        results = run_study(pool_cell, cells, out / "cells", jobs=jobs)
+        figures["study_minutes"] = (time.perf_counter() - started) / 60
+    rows = [{**cell, **result} for cell, result in zip(cells, results, strict=True)]
+    for task, (ratio, low, high) in ratios(rows, DEFAULT, _AT).items():
+        figures[f"labels_ratio.{task}"] = ratio
+        figures[f"labels_ratio_interval.{task}"] = [low, high]
+    figures["versions"] = versions()
+    text = json_.dumps(figures, indent=2)
+    print(text)
+    if json is not None:
+        write_atomically(Path(json), text + "\n")
+    return figures
+
+
+def seconds_to_select(
+    strategy: QueryStrategy, *, clips: int, pairs: int | None = None, n: int = 100
+) -> float:
+    """Median seconds for n queries, on one thread.
+
+    Args:
+        strategy: That chooses.
+        clips: Whose returns are believed to be one of 100 equally likely rows.
+        pairs: How many of their pairs, drawn at random, may be asked about; None for all.
+        n: Queries.
+    """
+    torch.set_num_threads(1)
+    draw = torch.Generator().manual_seed(0)
+    belief = SampledPosterior(torch.randn(100, clips, generator=draw))
+    candidates = all_pairs(clips)
+    if pairs is not None:
+        candidates = candidates[torch.randperm(len(candidates), generator=draw)[:pairs]]
+    taken = []
+    with threadpool_limits(1):
+        for _ in range(3):
+            started = time.perf_counter()
+            chosen = strategy.select(belief, candidates, n, generator=draw)
+            taken.append(time.perf_counter() - started)
+            assert len(chosen.unique()) == n
+    return statistics.median(taken)
