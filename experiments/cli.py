@@ -85,7 +85,8 @@ def _run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
 
 
 def _learn(arguments: list[str]) -> None:
-    from experiments.learn import LearnConfig, learn
+    from experiments.config import LearnConfig
+    from experiments.learn import learn
     from rewardmodels.errors import InvalidInput
 
     parser = _parser("learn")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.learn import LearnConfig, learn
+from experiments.config import LearnConfig
+from experiments.learn import learn
 from experiments.report import write_report
 from experiments.results import RunFiles
 from experiments.sentences import headline

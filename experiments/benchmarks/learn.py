@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from active import all_pairs, mutual_information
 from experiments.agents import PPO_ROLLOUT
-from experiments.learn import LearnConfig, Learner, learn
+from experiments.config import LearnConfig
+from experiments.learn import Learner, learn
 from experiments.rewarding import LearnedReward
 from experiments.run import Run, versions, write_atomically
 from experiments.statistics import bootstrap_interval, interquartile_mean

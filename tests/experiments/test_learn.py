@@ -19,7 +19,8 @@ import torch
 
 from active import Constant, FeedbackStore, QueryStrategy, WhenUnsure
 from experiments.cli import main
-from experiments.learn import LearnConfig, Learner, learn
+from experiments.config import LearnConfig
+from experiments.learn import Learner, learn
 from experiments.run import Run
 from rewardmodels import DeepEnsemble, InvalidInput, UnknownName, load
 

@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from active import BALD, Hyperbolic, ScoredStrategy, SyntheticTeacher, preference_variance
 from active.rules import Power
+from experiments.config import LearnConfig
 from experiments.describing import describe, describe_settings
-from experiments.learn import LearnConfig
 from experiments.run import Run
 from rewardmodels import DeepEnsemble, InvalidInput, UnreadableFile
 from rewardmodels.networks import MLP
