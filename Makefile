@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+CLUSTERS := .venv/.clusters
 # Two processes halve the time on two cores; more than four mostly import PyTorch.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
@@ -21,7 +22,7 @@ demo: $(INSTALLED) ## learn a reward from comparisons, from start to end
 test: $(INSTALLED) ## the fast tests and every docstring's example (under three minutes)
 	$(PYTEST)
 
-slow: $(INSTALLED) ## statistics and training
+slow: $(CLUSTERS) ## statistics, training, and studies on clusters
 	$(PYTEST) tests -m "slow and not gpu"
 
 gpu: $(INSTALLED) ## what needs a CUDA device
@@ -48,6 +49,11 @@ ci: test slow lint types imports ## all that a change must pass
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+# What only slow tests need. Without it they are skipped, and say so.
+$(CLUSTERS): $(INSTALLED)
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt -e ".[ray,dask,minari]" && touch $@ || \
+	  echo "Could not install Ray, Dask or Minari: their tests will be skipped." >&2
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
