@@ -144,7 +144,7 @@ class Push(Change):
     """A force on the root body along the x axis, either way, for 5 of every 25 steps.
 
     Each push is what gives the whole mass, were it free, the speed `amount`, in m/s. Held by a
-    joint it gains less: Reacher's arm hardly feels it.
+    joint it gains less: Reacher's arm hardly feels it. MuJoCo forgets forces at a reset.
     """
 
     def __init__(self, env: gym.Env[Any, Any], amount: float, std: Array) -> None:
@@ -158,9 +158,6 @@ class Push(Change):
             self._push(self.force * self.draw.choice([-1.0, 1.0]))
         elif step % PUSH_PERIOD == PUSH_STEPS:
             self._push(0.0)
-
-    def undo(self) -> None:
-        self._push(0.0)
 
     def _push(self, force: float) -> None:
         self.simulator.data.xfrc_applied[_ROOT, 0] = force

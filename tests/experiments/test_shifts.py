@@ -178,21 +178,23 @@ def test_a_bias_is_the_same_throughout_an_episode_and_has_either_sign():
     assert (errors[0] != errors[1]).any()
 
 
+@pytest.mark.parametrize("onset", [0, ONSET])
 @pytest.mark.parametrize(("severity", "count"), [("mild", 2), ("middle", 5), ("severe", 9)])
-def test_a_frozen_sensor_keeps_what_it_last_said(severity, count):
-    bare, env = pair("frozen_sensor", severity)
+def test_a_frozen_sensor_keeps_what_it_last_said(severity, count, onset):
+    bare, env = pair("frozen_sensor", severity, onset=onset)
     usual, seen, *_ = side_by_side(bare, env, 30)
-    stuck = (seen[ONSET + 1 :] == usual[ONSET]).all(0)
+    stuck = (seen[onset + 1 :] == usual[onset]).all(0)
     assert stuck.sum() == count
     np.testing.assert_array_equal(seen[:, ~stuck], usual[:, ~stuck])
 
 
+@pytest.mark.parametrize("onset", [0, ONSET])
 @pytest.mark.parametrize(("severity", "late"), [("mild", 1), ("middle", 3), ("severe", 6)])
-def test_delayed_observations_are_those_of_some_steps_ago(severity, late):
-    bare, env = pair("delay", severity)
+def test_delayed_observations_are_those_of_some_steps_ago(severity, late, onset):
+    bare, env = pair("delay", severity, onset=onset)
     usual, seen, *_ = side_by_side(bare, env, 30)
-    for step in range(ONSET + 1, 31):
-        np.testing.assert_array_equal(seen[step], usual[max(ONSET, step - late)])
+    for step in range(onset + 1, 31):
+        np.testing.assert_array_equal(seen[step], usual[max(onset, step - late)])
 
 
 def test_a_push_gives_the_whole_mass_its_speed_and_comes_again():
