@@ -189,6 +189,14 @@ def _study_strategies(arguments: list[str]) -> None:
     _call("study strategies", parser, study_strategies, arguments)
 
 
+def _study_guard(arguments: list[str]) -> None:
+    from experiments.studies.guard import study_guard
+
+    parser = _parser("study guard")
+    parser.add_function_arguments(study_guard)
+    _call("study guard", parser, study_guard, arguments)
+
+
 def _call(
     words: str, parser: ArgumentParser, function: Callable[..., object], arguments: list[str]
 ) -> None:
@@ -235,6 +243,10 @@ _COMMANDS = {
     "study strategies": (
         "compare query strategies: the comparisons that they save over uniform ones",
         _study_strategies,
+    ),
+    "study guard": (
+        "compare detectors and statistics: which changes of the world they find, and how soon",
+        _study_guard,
     ),
     "benchmark predictors": (
         "measure calibration, uncertainty and cost of every predictor",

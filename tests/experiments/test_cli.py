@@ -83,7 +83,7 @@ def refused(capsys, words) -> str:
     ("words", "line"),
     [
         ("", "command: expected one of learn, demo, pool, study predictors, study strategies, "
-         "benchmark predictors, benchmark queries, benchmark learn; got 'none'."),
+         "study guard, benchmark predictors, benchmark queries, benchmark learn; got 'none'."),
         ("lern", "got 'lern'. Did you mean 'learn'?"),
         ("--nonsense", "got '--nonsense'"),
         ("benchmark", "got 'benchmark'. Did you mean 'benchmark learn'?"),

@@ -1,0 +1,323 @@
+"""When does a guard notice that the world has changed, and is what it misses worth missing?
+
+One agent is trained with PPO on the task's own reward. Of its episodes in the usual world some
+teach each detector what is familiar, others give each statistic the threshold that keeps a promised
+rate of false alarms (`ood.conformal`), and others test. Each test is played again, from the same
+first state, in a world that changes at a known step (`experiments.shifts`). The monitor only
+watches, so that what the shift costs is measured on the same episodes. The agent is the same for
+every seed, which decides the episodes, what is drawn for a shift, and the detector's own chance.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import Tensor
+
+from experiments.agents import PPO_ENVS, make_agent
+from experiments.run import write_atomically
+from experiments.shifts import SHIFTS, Severity, shifted
+from experiments.studies.guard_tables import tables
+from experiments.studies.lookup import found_class
+from experiments.studies.summary import Row, as_csv
+from experiments.study import Result, run_study
+from experiments.tasks import Task, find_task, make_env
+from experiments.vecenvs import make_vec_env
+from ood import Monitor, OODDetector
+from ood.saving import DETECTORS
+from ood.sequential import STATISTICS, Statistic
+from rewardmodels import InvalidInput
+from rewardmodels.fitting import isolated_randomness
+
+Array = NDArray[Any]
+Policy = Callable[[Array], Array]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+
+
+class Episodes(NamedTuple):
+    """N whole episodes of T steps.
+
+    Attributes:
+        features: N, each `(T, F)`, of transitions.
+        rewards: `(N, T)`, the task's own.
+    """
+
+    features: list[Tensor]
+    rewards: NDArray[np.float64]
+
+
+def study_guard(
+    task: str = "HalfCheetah",
+    detectors: Sequence[str] = ("Mahalanobis", "KNN", "DynamicsEnsemble"),
+    statistics: Sequence[str] = tuple(STATISTICS),
+    shifts: Sequence[str] | None = None,
+    severities: Sequence[Severity] = SEVERITIES,
+    alpha: float = 0.1,
+    steps: int = 300_000,
+    horizon: int = 400,
+    onset: int = 200,
+    familiar: int = 10,
+    calibration: int = 40,
+    tests: int = 10,
+    seeds: int = 5,
+    jobs: int = 1,
+    backend: Literal["loky", "ray", "dask"] = "loky",
+    address: str | None = None,
+    out: Path = Path("runs/study-guard"),
+) -> list[Row]:
+    """Measures which shifts which detectors and statistics find, how soon, and what they cost.
+
+    Args:
+        task: A MuJoCo task that `rewardmodels learn` takes.
+        detectors: Names of ours, or import paths of others.
+        statistics: Names of ours, or import paths of others.
+        shifts: Names; None for all those that the task can feel.
+        severities: Of each shift.
+        alpha: Promised chance of a false alarm in an episode.
+        steps: For which the agent is trained.
+        horizon: Steps per episode.
+        onset: Steps before the world changes.
+        familiar: Episodes that detectors learn from.
+        calibration: Episodes that thresholds are taken from.
+        tests: Episodes in the usual world, and in each other.
+        seeds: Draws of all these episodes.
+        jobs: Cells side by side.
+        backend: loky for this machine, or a cluster; as `experiments.study` has it.
+        address: The cluster's; None starts one here.
+        out: Where results and the agent are kept; a second call goes on with those there.
+
+    Returns:
+        A row for each detector, statistic, shift, severity and seed; `out` has them as CSV, with
+        `tables.md`.
+
+    Raises:
+        InvalidInput: A number out of range, or a shift that the task can't feel.
+        UnknownName: A task, detector, statistic or shift that there isn't.
+    """
+    for name, value, least in (
+        ("onset", onset, 1), ("horizon", horizon, onset + 1), ("steps", steps, 0),
+        ("familiar", familiar, 1), ("calibration", calibration, 2), ("tests", tests, 1),
+        ("seeds", seeds, 1), ("jobs", jobs, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
+    for name in detectors:
+        found_class("detector", name, DETECTORS, OODDetector)
+    for name in statistics:
+        _statistic(name)
+    chosen = _worlds(find_task(task), shifts, severities)
+    agent = out / f"{task.replace('/', '_')}-{steps}-steps.safetensors"
+    if not agent.exists():
+        train(find_task(task), steps, agent)
+    cells = [
+        {"task": task, "detector": name, "seed": seed, "statistics": list(statistics),
+         "shifts": chosen, "severities": list(severities), "alpha": alpha, "horizon": horizon,
+         "onset": onset, "familiar": familiar, "calibration": calibration, "tests": tests,
+         "agent": str(agent)}
+        for seed in range(seeds) for name in detectors
+    ]  # fmt: skip
+    found = run_study(guard_cell, cells, out / "cells", jobs=jobs, backend=backend, address=address)
+    rows: list[Row] = [
+        {"task": task, "detector": cell["detector"], "seed": cell["seed"], **row}
+        for cell, result in zip(cells, found, strict=True)
+        for row in result["rows"]
+    ]
+    write_atomically(out / "rows.csv", as_csv(rows))
+    write_atomically(out / "tables.md", tables(rows, alpha) + "\n")
+    return rows
+
+
+def guard_cell(
+    task: str,
+    detector: str,
+    seed: int,
+    statistics: Sequence[str],
+    shifts: Sequence[str],
+    severities: Sequence[Severity],
+    alpha: float,
+    horizon: int,
+    onset: int,
+    familiar: int,
+    calibration: int,
+    tests: int,
+    agent: str,
+) -> Result:
+    """What one detector finds, with each statistic, in each shifted world."""
+    torch.set_num_threads(1)
+    found = replace(find_task(task), horizon=horizon)
+    policy, env = load_policy(found, Path(agent)), make_env(found)
+    usual = play(env, policy, familiar + calibration + tests, seed)
+    learned_from, held_out, test = _parts(usual, familiar, calibration)
+    frames = torch.cat(learned_from.features)
+    size = env.observation_space.shape[0]  # type: ignore[index]
+    std = frames[:, -size:].double().numpy().std(0)
+    with isolated_randomness(seed):
+        fitted = _detector(detector, size, seed).fit(frames)
+    scores = _scores(fitted, test)
+    monitors = {name: Monitor(fitted, _statistic(name)()) for name in statistics}
+    usual_values = {}
+    for name, monitor in monitors.items():
+        monitor.calibrate(held_out.features, alpha)
+        usual_values[name] = along(monitor, scores)
+    rows = []
+    for shift in shifts:
+        for severity in severities:
+            world = shifted(make_env(found), shift, severity, onset, seed, observation_std=std)
+            # The same first states: what is lost is lost to the shift.
+            other = play(world, policy, tests, seed, first=familiar + calibration)
+            values = _scores(fitted, other)
+            for name, monitor in monitors.items():
+                assert monitor.threshold is not None
+                rows.append({
+                    "statistic": name, "shift": shift, "severity": severity,
+                    **figures(usual_values[name], along(monitor, values),
+                              monitor.threshold.value, onset),
+                    "return": float(test.rewards[:, onset:].sum(1).mean()),
+                    "shifted return": float(other.rewards[:, onset:].sum(1).mean()),
+                })  # fmt: skip
+    return {"rows": rows}
+
+
+def figures(usual: Array, other: Array, threshold: float, onset: int) -> dict[str, float | None]:
+    """What a statistic finds of a shift.
+
+    Args:
+        usual: `(N, T)`, the statistic along episodes of the usual world.
+        other: `(M, T)`, along those that change after `onset` steps.
+        threshold: What it has to exceed.
+        onset: In steps.
+
+    Returns:
+        found: Share of the M episodes whose first alarm comes after the onset.
+        delay: Median steps of these from the onset to the alarm, 1 for the first; None if none.
+        auroc: Chance that the largest value after the onset is larger with the shift than without.
+        false alarms: Share of the N episodes with any alarm.
+
+    Example:
+        >>> usual, other = np.array([[0.0, 1, 0, 0], [0, 0, 3, 0]]), np.array([[0.0, 0, 1, 4]])
+        >>> figures(usual, other, threshold=2, onset=2)
+        {'found': 1.0, 'delay': 2.0, 'auroc': 1.0, 'false alarms': 0.5}
+    """
+    alarms = other > threshold
+    found = alarms.any(1) & ~alarms[:, :onset].any(1)
+    delays = alarms[found].argmax(1) - onset + 1
+    largest = np.concatenate([usual[:, onset:].max(1), other[:, onset:].max(1)])
+    is_other = np.arange(len(largest)) >= len(usual)
+    return {
+        "found": float(found.mean()),
+        "delay": float(np.median(delays)) if len(delays) else None,
+        "auroc": float(roc_auc_score(is_other, largest)),
+        "false alarms": float((usual > threshold).any(1).mean()),
+    }
+
+
+def along(monitor: Monitor, scores: Array) -> Array:
+    """A calibrated monitor's statistic `(N, T)` along episodes' scores `(N, T)`."""
+    assert monitor.threshold is not None
+    steps = np.arange(scores.shape[1])
+    return monitor.statistic.along([monitor.threshold.standardise(row, steps) for row in scores])
+
+
+def play(
+    env: gym.Env[Any, Any], policy: Policy, episodes: int, seed: int, *, first: int = 0
+) -> Episodes:
+    """Plays whole episodes, of which number i starts from the i-th of the seed's states."""
+    features, rewards = [], []
+    for number in range(first, first + episodes):
+        (own,) = np.random.SeedSequence([seed, number]).generate_state(1)
+        before, _ = env.reset(seed=int(own))
+        steps, gains, ended = [], [], False
+        while not ended:
+            action = policy(before)
+            after, reward, terminated, truncated, _ = env.step(action)
+            steps.append(np.concatenate([before, action, after]))
+            gains.append(float(reward))
+            before, ended = after, terminated or truncated
+        features.append(torch.from_numpy(np.stack(steps)))
+        rewards.append(gains)
+    return Episodes(features, np.array(rewards))
+
+
+def train(task: Task, steps: int, file: Path) -> None:
+    """Trains PPO on the task's own reward, and writes its policy and how it sees."""
+    torch.set_num_threads(1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        isolated_randomness(0),
+        closing(VecNormalize(make_vec_env(task, PPO_ENVS, 0))) as normalised,
+    ):
+        agent = make_agent("PPO", normalised, task, 0)
+        if steps:
+            agent.learn(steps)
+        seen: Any = normalised.obs_rms
+        tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
+        tensors |= {"mean": torch.from_numpy(seen.mean), "var": torch.from_numpy(seen.var)}
+        beside = file.with_suffix(".part")
+        save_file(tensors, beside)
+        beside.replace(file)
+
+
+def load_policy(task: Task, file: Path) -> Policy:
+    """What `train` wrote, as a function from one observation to the mean of its actions."""
+    tensors = load_file(file)
+    with isolated_randomness(0), closing(VecNormalize(make_vec_env(task, 1, 0))) as normalised:
+        agent = make_agent("PPO", normalised, task, 0)
+    seen: Any = normalised.obs_rms
+    seen.mean, seen.var = (tensors.pop(name).numpy() for name in ("mean", "var"))
+    agent.policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items()})
+
+    def policy(observation: Array) -> Array:
+        inputs: Any = normalised.normalize_obs(observation[None].astype(np.float32))
+        return agent.predict(inputs, deterministic=True)[0][0]
+
+    return policy
+
+
+def _worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Severity]) -> list[str]:
+    """The shifts to study; all that the task can feel, where none are named."""
+    env, felt = make_env(task), []
+    std = np.ones(env.observation_space.shape or ())
+    for name in SHIFTS if shifts is None else shifts:
+        try:
+            for severity in severities:
+                shifted(env, name, severity, 0, 0, observation_std=std)
+        except InvalidInput:
+            if shifts is not None:
+                raise
+        else:
+            felt.append(name)
+    return felt
+
+
+def _parts(every: Episodes, *sizes: int) -> list[Episodes]:
+    ends = [0, *np.cumsum(sizes).tolist(), len(every.features)]
+    return [Episodes(every.features[a:b], every.rewards[a:b]) for a, b in pairwise(ends)]
+
+
+def _scores(detector: OODDetector, episodes: Episodes) -> Array:
+    return np.stack([detector.score(episode).numpy() for episode in episodes.features])
+
+
+def _detector(name: str, observation_size: int, seed: int) -> OODDetector:
+    cls = found_class("detector", name, DETECTORS, OODDetector)
+    given = {"observation_size": observation_size, "seed": seed}
+    wanted = inspect.signature(cls).parameters
+    made: OODDetector = cls(**{k: v for k, v in given.items() if k in wanted})
+    return made
+
+
+def _statistic(name: str) -> Callable[[], Statistic]:
+    return found_class("statistic", name, STATISTICS, Statistic)
