@@ -261,7 +261,11 @@ _COMMANDS = {
 
 # Classes by name: LearnConfig's own defaults are objects, which no help text can show.
 _DEFAULTS = {
-    "model": {"class_path": "rewardmodels.DeepEnsemble"},
+    "model": {
+        "class_path": "rewardmodels.DeepEnsemble",
+        # As in experiments.config, which takes seconds to import.
+        "init_args": {"activation": "leaky_relu", "weight_decay": 0.01},
+    },
     "strategy": {"class_path": "active.BALD"},
     "teacher": {"class_path": "active.SyntheticTeacher"},
 }

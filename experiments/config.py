@@ -15,6 +15,15 @@ from rewardmodels import DeepEnsemble, InvalidInput, RewardModel
 _MAX_SEED = 2**31 - 10_001  # EnvPool's are 32 bits, and each copy of an environment has its own
 
 
+def default_model() -> DeepEnsemble:
+    """An ensemble of leaky units that hardly decay.
+
+    Smooth ones that do are right more often (`rewardmodels study predictors`), but policies get
+    further on these: see "Settings that work" in README.
+    """
+    return DeepEnsemble(activation="leaky_relu", weight_decay=0.01)
+
+
 @dataclass
 class LearnConfig:
     """Settings of one run.
@@ -57,7 +66,7 @@ class LearnConfig:
     comparisons: int = 400
     steps: int = 300_000
     reward: Literal["learned", "task", "zero"] = "learned"
-    model: RewardModel = field(default_factory=DeepEnsemble)
+    model: RewardModel = field(default_factory=default_model)
     strategy: QueryStrategy = field(default_factory=BALD)
     schedule: Schedule | None = None
     teacher: Teacher = field(default_factory=SyntheticTeacher)

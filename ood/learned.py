@@ -145,7 +145,7 @@ class DynamicsEnsemble(OODDetector):
         """Errors and log standard deviations `(K, B, O)`, in standard deviations of the change."""
         size = self.observation_size
         change = (features[:, -size:] - features[:, :size] - self.change_mean) / self.change_scale
-        *hidden, (weight, bias) = _layers(self, "member", len(self.hidden) + 1)
+        *hidden, (weight, bias, _) = _layers(self, "member", len(self.hidden) + 1)
         outputs = (pass_hidden(self._inputs(features), hidden) @ weight + bias).astype(np.float64)
         low, high = _LOG_STD
         log_std = high - np.logaddexp(0, high - outputs[..., size:])
@@ -213,7 +213,7 @@ class RandomNetworkDistillation(OODDetector):
         frames = self._standard(features).astype(np.float32)
         said = []
         for name in ("target", "copy"):
-            *hidden, (weight, bias) = _layers(self, name, len(self.hidden) + 1)
+            *hidden, (weight, bias, _) = _layers(self, name, len(self.hidden) + 1)
             said.append((pass_hidden(frames, hidden) @ weight + bias)[0].astype(np.float64))
         apart = said[0] - said[1]
         score: Array = np.vecdot(apart, apart) / self.outputs
@@ -270,7 +270,7 @@ def _keep(detector: OODDetector, prefix: str, network: _Members) -> None:
 
 def _layers(detector: OODDetector, prefix: str, layers: int) -> list[Layer]:
     return [
-        (getattr(detector, f"{prefix}_weight{i}"), getattr(detector, f"{prefix}_bias{i}"))
+        (getattr(detector, f"{prefix}_weight{i}"), getattr(detector, f"{prefix}_bias{i}"), "silu")
         for i in range(layers)
     ]
 

@@ -71,7 +71,7 @@ class DeepEnsemble(SampledRewardModel):
     def _networks(self, inputs: int, gain: float) -> MemberMLP | Members:
         assert self.spec is not None
         if self.make_network is None and not self.spec.image:
-            return MemberMLP(self.members, inputs, self.hidden, gain)
+            return MemberMLP(self.members, inputs, self.hidden, gain, self.activation)
         return Members(self.frame_network(inputs) for _ in range(self.members))
 
     def rewards(self, observations: Tensor, actions: Tensor) -> Tensor:

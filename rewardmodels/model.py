@@ -16,7 +16,7 @@ from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, NotFitted
 from rewardmodels.frames import FrameInputs, FrameSpec
 from rewardmodels.likelihood import check_mistake_rate
-from rewardmodels.networks import CNN, MLP, FrameNetwork, MakeNetwork, network_maker
+from rewardmodels.networks import CNN, MLP, Activation, FrameNetwork, MakeNetwork, network_maker
 from rewardmodels.posterior import ReturnPosterior, SampledPosterior
 from rewardmodels.scoring import Fold, FrameScorer
 
@@ -103,6 +103,9 @@ class RewardModel(L.LightningModule, ABC):
             a function from D to one; a last layer, linear in the features, follows. Inputs are
             normalised, the observation's numbers first (an image's row by row, channel by
             channel), then the action's. A module is copied, never changed.
+        activation: Of hidden units: "silu", which is right more often about what it has not seen;
+            or "leaky_relu", as Christiano et al. (2017) have, on whose rewards the policies of
+            `rewardmodels learn` get further.
         reward_of: Whether a reward is one of the observation and the action, or of the observation
             alone.
         discrete_actions: How many there are to choose from, where actions are whole numbers; 0 for
@@ -130,6 +133,7 @@ class RewardModel(L.LightningModule, ABC):
         *,
         hidden: Sequence[int] = (64, 64),
         network: nn.Module | MakeNetwork | None = None,
+        activation: Activation = "silu",
         reward_of: RewardOf = "observation_action",
         discrete_actions: int = 0,
         learning_rate: float = 1e-3,
@@ -143,6 +147,11 @@ class RewardModel(L.LightningModule, ABC):
         hidden = tuple(hidden)
         if any(width < 1 for width in hidden):
             raise InvalidInput(f"hidden: expected widths of at least 1, got {hidden}.")
+        if activation not in get_args(Activation):
+            raise InvalidInput(
+                f"activation: expected one of {', '.join(get_args(Activation))}; got "
+                f"{activation!r}."
+            )
         if reward_of not in get_args(RewardOf):
             raise InvalidInput(
                 f"reward_of: expected one of {', '.join(get_args(RewardOf))}; got {reward_of!r}."
@@ -157,6 +166,7 @@ class RewardModel(L.LightningModule, ABC):
         self.hidden = self.hparams["hidden"] = hidden
         # A function, since a module in an attribute would be trained and saved.
         self.make_network = None if network is None else network_maker(network)
+        self.activation: Activation = activation
         self.reward_of, self.discrete_actions = reward_of, discrete_actions
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.mistake_rate = mistake_rate
@@ -245,7 +255,7 @@ class RewardModel(L.LightningModule, ABC):
             return self.make_network(inputs)
         if self.spec.image:
             return CNN(self.spec.image, inputs, self.hidden)
-        return MLP(inputs, self.hidden)
+        return MLP(inputs, self.hidden, self.activation)
 
     def frame_network(self, inputs: int) -> FrameNetwork:
         """Makes features with a linear layer behind them."""

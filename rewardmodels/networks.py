@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,17 @@ _SMALLEST_SIDE = 4  # pixels; smaller than that an image isn't halved any more
 PRIOR_GAIN = 2.5
 """Of initial weights, so that outputs of SiLU layers are about one for inputs of about one."""
 
+Activation = Literal["silu", "leaky_relu"]
+
 MakeNetwork = Callable[[int], nn.Module]
 """From the number of inputs to a module from `(B, D)` inputs to `(B, H)` features."""
+
+
+def activate(hidden: Tensor, activation: Activation) -> Tensor:
+    """Returns hidden units, written over what goes into them."""
+    if activation == "silu":
+        return F.silu(hidden, inplace=True)
+    return F.leaky_relu(hidden, inplace=True)
 
 
 class MLP(nn.Module):
@@ -40,15 +50,23 @@ class MLP(nn.Module):
     Args:
         inputs: D, numbers per frame.
         hidden: Widths of the hidden layers.
+        activation: "silu", or "leaky_relu", whose weights start as Glorot & Bengio (2010) have it.
 
     Example:
         >>> MLP(inputs=3, hidden=(8, 4))(torch.zeros(10, 3)).shape
         torch.Size([10, 4])
     """
 
-    def __init__(self, inputs: int, hidden: Sequence[int]) -> None:
+    def __init__(self, inputs: int, hidden: Sequence[int], activation: Activation = "silu") -> None:
         super().__init__()
+        self.activation = activation
         self.layers = nn.ModuleList(nn.Linear(*widths) for widths in pairwise([inputs, *hidden]))
+        if activation == "leaky_relu":
+            for parameter in self.parameters():
+                if parameter.ndim == 2:
+                    nn.init.xavier_uniform_(parameter)
+                else:
+                    nn.init.zeros_(parameter)
 
     def forward(self, frames: Tensor, scales: Sequence[Tensor] | None = None) -> Tensor:
         """Returns `(..., H)`, the last hidden layer for frames `(..., D)`.
@@ -59,7 +77,7 @@ class MLP(nn.Module):
         """
         hidden = frames
         for i, layer in enumerate(self.layers):
-            hidden = F.silu(layer(hidden), inplace=True)
+            hidden = activate(layer(hidden), self.activation)
             if scales is not None:
                 hidden = hidden * scales[i]
         return hidden
@@ -197,14 +215,23 @@ class MemberMLP(nn.Module):
         inputs: D, numbers per frame.
         hidden: Widths of the hidden layers.
         gain: What initial weights are multiplied by, from those of `torch.nn.Linear`.
+        activation: As `MLP` has it; with "leaky_relu" the gain doesn't count.
 
     Example:
         >>> MemberMLP(members=5, inputs=3, hidden=(8,))(torch.zeros(10, 3)).shape
         torch.Size([5, 10])
     """
 
-    def __init__(self, members: int, inputs: int, hidden: Sequence[int], gain: float = 1.0) -> None:
+    def __init__(
+        self,
+        members: int,
+        inputs: int,
+        hidden: Sequence[int],
+        gain: float = 1.0,
+        activation: Activation = "silu",
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for before, width in pairwise([inputs, *hidden, 1]):
             bound = 1 / math.sqrt(max(1, before))
@@ -212,6 +239,11 @@ class MemberMLP(nn.Module):
             self.weights.append(nn.Parameter(weight))
             bias = torch.empty(members, width, 1).uniform_(-bound, bound)
             self.biases.append(nn.Parameter(bias))
+        if activation == "leaky_relu":
+            for weight, bias in zip(self.weights, self.biases, strict=True):
+                nn.init.zeros_(bias)
+                for member in weight.data:
+                    nn.init.xavier_uniform_(member)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Returns `(K, B)` outputs for frames `(B, D)`."""
@@ -229,14 +261,14 @@ class MemberMLP(nn.Module):
         # Frames run along the last axis: along the rows, a training step takes a third longer.
         hidden = frames.T.expand(len(last_weight), -1, -1)
         for weight, bias in layers:
-            hidden = F.silu(torch.baddbmm(bias, weight, hidden), inplace=True)
+            hidden = activate(torch.baddbmm(bias, weight, hidden), self.activation)
         return torch.baddbmm(last_bias, last_weight, hidden).squeeze(1)
 
     def _alone(self, frames: Tensor, layers: Sequence[tuple[Tensor, ...]]) -> Tensor:
         *some, (last_weight, last_bias) = layers
         hidden = frames
         for weight, bias in some:
-            hidden = F.silu(torch.addmm(bias.T, hidden, weight.T), inplace=True)
+            hidden = activate(torch.addmm(bias.T, hidden, weight.T), self.activation)
         return torch.addmm(last_bias.T, hidden, last_weight.T).T
 
 

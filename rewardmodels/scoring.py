@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rewardmodels.model import RewardModel
 
 Array = NDArray[np.float32]
-Layer = tuple[Array, Array]
-"""Weights `(..., before, after)`, and biases that broadcast over frames."""
+Layer = tuple[Array, Array, str]
+"""Weights `(..., before, after)`, biases that broadcast over frames, and the activation."""
 Fold = Callable[[Array], tuple[Array, Array]]
 """From normalised inputs `(B, D)` to means and standard deviations `(B,)`, in reward units."""
 
@@ -194,7 +194,7 @@ def fold_mlp(body: nn.Module) -> list[Layer] | None:
         return None
     parameters = list(body.parameters())
     each = zip(parameters[::2], parameters[1::2], strict=True)
-    return [(as_array(weight.T), as_array(bias)) for weight, bias in each]
+    return [(as_array(weight.T), as_array(bias), body.activation) for weight, bias in each]
 
 
 def fold_members(
@@ -211,21 +211,22 @@ def fold_members(
     weight, bias = scale * weight, scale * bias
     if gauge is not None:
         bias = bias - gauge[:, None, None]
-    return [(as_array(w.mT), as_array(b.mT)) for w, b in [*hidden, (weight, bias)]]
+    layers = [*hidden, (weight, bias)]
+    return [(as_array(w.mT), as_array(b.mT), network.activation) for w, b in layers]
 
 
 def pass_hidden(inputs: Array, layers: Iterable[Layer]) -> Array:
     """Returns the last of some hidden layers, for inputs `(..., B, D)`."""
-    for weight, bias in layers:
+    for weight, bias, activation in layers:
         hidden = inputs @ weight
         hidden += bias
-        inputs = silu(hidden)
+        inputs = silu(hidden) if activation == "silu" else leaky_relu(hidden)
     return inputs
 
 
 def pass_members(inputs: Array, layers: Sequence[Layer]) -> Array:
     """Returns `(K, B)` outputs of `fold_members`, for inputs `(B, D)`."""
-    *hidden, (weight, bias) = layers
+    *hidden, (weight, bias, _) = layers
     outputs: Array = (pass_hidden(inputs, hidden) @ weight + bias)[..., 0]
     return outputs
 

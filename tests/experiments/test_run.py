@@ -193,6 +193,7 @@ def test_objects_are_told_by_class_path_and_arguments():
             "prior_scale": 0.0,
             "hidden": [3, 4],
             "network": None,
+            "activation": "silu",
             "reward_of": "observation_action",
             "discrete_actions": 0,
             "learning_rate": 1e-3,
