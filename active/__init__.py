@@ -15,7 +15,15 @@ from active.feedback import Counts, FeedbackStore, Query
 from active.pairs import all_pairs
 from active.query_strategy import QueryStrategy
 from active.rules import BatchRule, Candidates, Power, TopK
-from active.schedule import Constant, Hyperbolic, Schedule, Timetable, WhenUnsure, mean_information
+from active.schedule import (
+    SCHEDULES,
+    Constant,
+    Hyperbolic,
+    Schedule,
+    Timetable,
+    WhenUnsure,
+    mean_information,
+)
 from active.strategies import (
     BALD,
     EUBO,
@@ -28,7 +36,7 @@ from active.strategies import (
     ScoredStrategy,
     Uniform,
 )
-from active.teachers import SyntheticTeacher, Teacher, published_threshold
+from active.teachers import TEACHERS, SyntheticTeacher, Teacher, published_threshold
 from active.thompson import BestVsWorst, Thompson
 from active.variety import EachClipOnce, FarthestFirst, GreedyLogDet
 
@@ -36,7 +44,9 @@ __all__ = [
     "ACQUISITIONS",
     "BALD",
     "EUBO",
+    "SCHEDULES",
     "STRATEGIES",
+    "TEACHERS",
     "Acquisition",
     "BatchRule",
     "BestVsWorst",

@@ -209,6 +209,11 @@ class WhenUnsure(Schedule):
         return min(budget, answered + max(1, _part(budget, self.share)))
 
 
+SCHEDULES: Final[dict[str, Callable[..., Schedule]]] = {
+    cls.__name__: cls for cls in (Constant, Hyperbolic, WhenUnsure)
+}
+
+
 def mean_information(posterior: ReturnPosterior) -> float:
     """How much an answer about two of these clips would teach, on average over all pairs.
 

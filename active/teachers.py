@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final, final
 
 import torch
@@ -164,6 +165,16 @@ class SyntheticTeacher(Teacher):
             preference = (luck[:, 0] < torch.sigmoid(self.rationality * difference)).double()
         mistaken = luck[:, 1] < self.mistake_rate
         return torch.where(mistaken, 1 - preference, preference)
+
+
+# B-Pref's, as far as they are the same on every task (Lee et al. 2021, §5): those who skip, or
+# say "the same", need thresholds in the task's own reward units.
+TEACHERS: Final[dict[str, Callable[[], Teacher]]] = {
+    "oracle": SyntheticTeacher,
+    "stochastic": partial(SyntheticTeacher, rationality=1.0),
+    "mistaken": partial(SyntheticTeacher, mistake_rate=0.1),
+    "myopic": partial(SyntheticTeacher, myopia=0.9),
+}
 
 
 def published_threshold(

@@ -189,6 +189,14 @@ def _study_strategies(arguments: list[str]) -> None:
     _call("study strategies", parser, study_strategies, arguments)
 
 
+def _study_feedback(arguments: list[str]) -> None:
+    from experiments.studies.feedback import study_feedback
+
+    parser = _parser("study feedback")
+    parser.add_function_arguments(study_feedback)
+    _call("study feedback", parser, study_feedback, arguments)
+
+
 def _study_guard(arguments: list[str]) -> None:
     from experiments.studies.guard import study_guard
 
@@ -243,6 +251,10 @@ _COMMANDS = {
     "study strategies": (
         "compare query strategies: the comparisons that they save over uniform ones",
         _study_strategies,
+    ),
+    "study feedback": (
+        "measure how many comparisons are needed, by schedule and by teacher",
+        _study_feedback,
     ),
     "study guard": (
         "compare detectors and statistics: which changes of the world they find, and how soon",

@@ -12,6 +12,8 @@ from experiments.settings import known_good
 from experiments.tasks import find_task
 from rewardmodels import DeepEnsemble, InvalidInput, RewardModel
 
+RewardName = Literal["learned", "task", "zero", "constant", "random"]
+
 _MAX_SEED = 2**31 - 10_001  # EnvPool's are 32 bits, and each copy of an environment has its own
 
 
@@ -33,7 +35,9 @@ class LearnConfig:
             any Gymnasium id with a time limit.
         comparisons: Answers to learn from, in all.
         steps: Environment steps to train the policy for.
-        reward: `learned` from comparisons, or one to compare with: the `task`'s own, or `zero`.
+        reward: `learned` from comparisons, or one to compare with: the `task`'s own, or a trivial
+            one (`zero`, `constant`, `random`), on which many a task is done well already (Shin et
+            al. 2023, arXiv 2301.01392).
         model: The reward predictor.
         strategy: Which pairs of clips are asked about.
         schedule: When they are asked about; None takes what is known to be good for the task.
@@ -65,7 +69,7 @@ class LearnConfig:
     task: str = "HalfCheetah"
     comparisons: int = 400
     steps: int = 300_000
-    reward: Literal["learned", "task", "zero"] = "learned"
+    reward: RewardName = "learned"
     model: RewardModel = field(default_factory=default_model)
     strategy: QueryStrategy = field(default_factory=BALD)
     schedule: Schedule | None = None

@@ -30,13 +30,14 @@ from active import (
     FeedbackStore,
     Uniform,
     all_pairs,
+    mean_information,
 )
 from experiments.agents import PPO_ENVS, make_agent
 from experiments.config import LearnConfig
 from experiments.evaluation import play, show, write_frames
 from experiments.history import History
 from experiments.report import write_report
-from experiments.rewarding import LearnedReward, RewardWrapper, relabel, zero_reward
+from experiments.rewarding import LearnedReward, RewardWrapper, relabel, unlearned_reward
 from experiments.run import Run, versions, write_atomically
 from experiments.tasks import find_task
 from experiments.vecenvs import make_vec_env
@@ -124,9 +125,8 @@ class Learner:
         # start together, and a Hopper that fell is a poor sample of one that stood.
         self.latest = max(config.steps // (config.rounds * copies), self.task.horizon)
         self.history = History(self.latest, copies)
-        # Nothing is paid until there is something to pay for.
-        reward = None if config.reward == "task" else zero_reward
         venv = make_vec_env(self.task, copies, config.seed)
+        reward = unlearned_reward(config.reward, config.seed)
         self.env = RewardWrapper(venv, self.history, reward)
         if isinstance(self.env.action_space, spaces.Discrete):
             choices = int(self.env.action_space.n)
@@ -305,8 +305,10 @@ class Learner:
             row["held_out_log_loss"] = report.held_out_log_loss
             row["train_log_loss"] = report.train_log_loss
             latest = self._latest_clips(200)
-            seen = torch.stack([self.model.posterior(latest).mean, latest.returns])
+            belief = self.model.posterior(latest)
+            seen = torch.stack([belief.mean, latest.returns])
             row["reward_correlation"] = float(torch.corrcoef(seen)[0, 1])
+            row["mean_information"] = mean_information(belief)
         return {name: value for name, value in row.items() if np.isfinite(value)}
 
     def _write(self, folder: Path) -> None:

@@ -37,6 +37,8 @@ ARMS = {
     "learned": Arm("learned reward", BLUE, "-", "o"),
     "task": Arm("the task's own reward", ORANGE, "--", "s"),
     "zero": Arm("zero reward", GREY, ":", "^"),
+    "constant": Arm("constant reward", GREY, "-.", "v"),
+    "random": Arm("random reward", GREY, "--", "x"),
 }
 OTHER = Arm("unknown reward", INK, "-.", "D")
 

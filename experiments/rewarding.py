@@ -26,6 +26,42 @@ def zero_reward(observations: Array, actions: Array) -> Array:
     return np.zeros(len(observations), np.float32)
 
 
+def constant_reward(observations: Array, actions: Array) -> Array:
+    """The arm that is paid the same for everything: where episodes have one length, for nothing."""
+    return np.ones(len(observations), np.float32)
+
+
+class RandomReward:
+    """The arm that is paid by chance: standard normal, whatever it does.
+
+    Args:
+        seed: Of the draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, observations: Array, actions: Array) -> Array:
+        return self._rng.standard_normal(len(observations), np.float32)
+
+
+def unlearned_reward(name: str, seed: int) -> RewardFunction | None:
+    """What an agent is paid that learns no reward, or that hasn't learned one yet.
+
+    Args:
+        name: Of `experiments.config.RewardName`.
+        seed: Of a random one.
+
+    Returns:
+        None for the task's own; nothing is paid while there is none to pay for.
+    """
+    if name == "task":
+        return None
+    if name == "random":
+        return RandomReward(seed)
+    return constant_reward if name == "constant" else zero_reward
+
+
 class LearnedReward:
     r"""$a (\mu - \kappa \sigma) + b$: a model's reward, less what it doesn't know.
 

@@ -32,6 +32,7 @@ METRICS = (
     "held_out_log_loss",
     "train_log_loss",
     "reward_correlation",
+    "mean_information",
     "seconds",
 )
 

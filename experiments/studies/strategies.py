@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from active import STRATEGIES, QueryStrategy, SyntheticTeacher, all_pairs
+from active import STRATEGIES, TEACHERS, QueryStrategy, SyntheticTeacher, Teacher, all_pairs
 from experiments.human_data import HUMAN_DATA, HumanData, splits
 from experiments.pools import make_pool
 from experiments.studies.lookup import found_class
@@ -137,18 +137,28 @@ def pool_cell(
     length: int,
     tests: int,
     pools: str,
+    teacher: str = "oracle",
     **made: int,
 ) -> Result:
-    """What one strategy learns on one task, after each batch; `made` goes to `make_pool`."""
+    """What one strategy learns on one task, after each batch; `made` goes to `make_pool`.
+
+    Raises:
+        InvalidInput: A teacher who skips, of whom a pool's answers can't be had beforehand.
+    """
     torch.set_num_threads(1)
     pool, draw = make_pool(task, folder=Path(pools), progress=False, **made), _generator(seed)
     known, fresh = (half(pool, which) for which in (0, 1))
     candidates = known.clips(clips, length, draw)
     test = fresh.clips(2 * tests, length, draw)
-    teacher, tested = SyntheticTeacher(), torch.arange(2 * tests).view(tests, 2)
-    pairs = all_pairs(clips)
-    every = Comparisons(candidates, pairs, teacher.answer(candidates, pairs, draw))
-    right = Comparisons(test, tested, teacher.answer(test, tested, draw))
+    pairs, tested = all_pairs(clips), torch.arange(2 * tests).view(tests, 2)
+    said = found_class("teacher", teacher, TEACHERS, Teacher)().answer(candidates, pairs, draw)
+    if said.isnan().any():
+        raise InvalidInput(
+            f"teacher: expected one who answers every question, got {teacher}, who skips "
+            f"{int(said.isnan().sum())} of {len(said)}."
+        )
+    every = Comparisons(candidates, pairs, said)
+    right = Comparisons(test, tested, SyntheticTeacher().answer(test, tested, draw))
     return _learn(every, right, strategy, predictor, seed, budget, batch)
 
 

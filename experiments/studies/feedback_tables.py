@@ -1,0 +1,320 @@
+"""What the study of feedback leaves behind: comparisons needed, and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.figures import STYLE, save
+from experiments.results import ARMS, GREY
+from experiments.run import write_atomically
+from experiments.sentences import number
+from experiments.statistics import Values, bootstrap_interval, interquartile_mean
+from experiments.studies.strategy_tables import labels_needed
+from experiments.studies.summary import Row, as_csv, by, markdown, numbers
+
+SHARE = 0.9  # of what the task's own reward gives
+_RESAMPLES = 2000
+_COLOURS = ("#0072b2", "#b34b00", "#009e73", "#cc79a7", "#56b4e9", "#b58900")
+
+
+class Needed(NamedTuple):
+    """Comparisons with which a level is reached; infinite where the largest budget doesn't."""
+
+    comparisons: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if self.low == np.inf:
+            return "never reached"
+        low, high = (_count(end) for end in (self.low, self.high))
+        return f"{_count(self.comparisons)} ({low} to {high})"
+
+
+def needed(rows: Sequence[Row], label: str, share: float = SHARE) -> Needed:
+    """Comparisons that give a share of the return on the task's own reward, and a 95% interval.
+
+    Through interquartile means over seeds at each budget, and the zero reward's at no comparison,
+    goes a line from point to point; counted is where it first reaches the level. Seeds are
+    resampled within each budget and arm (the stratified bootstrap of Agarwal et al. 2021).
+
+    Args:
+        rows: Of `online_cell` on one task, with the arms "task" and "zero".
+        label: Of `labelled`, which schedule and teacher.
+        share: From 0 to 1; of a negative return, that much of its size is lost.
+    """
+    own, budgets = _arm(rows, "task"), _budgets(rows, label)
+
+    def once(rng: np.random.Generator | None) -> float:
+        target = _mean(own, rng)
+        x, y = _curve(rows, budgets, rng)
+        found = labels_needed(y, x, target - (1 - share) * abs(target))
+        return np.inf if np.isnan(found) else found
+
+    rng = np.random.default_rng(0)
+    drawn = [once(rng) for _ in range(_RESAMPLES)]
+    low, high = np.quantile(drawn, [0.025, 0.975], method="nearest")
+    return Needed(once(None), float(low), float(high))
+
+
+def unsure_ratio(
+    rows: Sequence[Row], label: str = "WhenUnsure, oracle", constant: str = "Constant, oracle"
+) -> tuple[float, float, float]:
+    """Comparisons that asking when unsure takes, over the constant schedule's for its return.
+
+    The constant schedule's are read off its line, as in `needed`; where its largest budget doesn't
+    reach that return, the budget counts, so that the ratio is then too high rather than too low.
+
+    Args:
+        rows: Of `online_cell` on one task.
+        label: Whose largest budget is looked at.
+        constant: What it is compared with.
+
+    Returns:
+        Ratio, and its 95% interval from resampling seeds.
+    """
+    asked = max(_budgets(rows, label).items())[1]
+    budgets = _budgets(rows, constant)
+
+    def once(rng: np.random.Generator | None) -> float:
+        some = _drawn(asked, rng)
+        x, y = _curve(rows, budgets, rng)
+        reached = labels_needed(y, x, float(interquartile_mean(numbers(some, "return"))))
+        return float(
+            numbers(some, "comparisons").mean() / max(1.0, x[-1] if np.isnan(reached) else reached)
+        )
+
+    rng = np.random.default_rng(0)
+    low, high = np.quantile([once(rng) for _ in range(_RESAMPLES)], [0.025, 0.975])
+    return once(None), float(low), float(high)
+
+
+def labelled(row: Row) -> str:
+    """Which line of the figure a cell belongs to: schedule and teacher, or the teacher alone."""
+    schedule = row.get("schedule", "")
+    return f"{schedule}, {row['teacher']}" if schedule else str(row["teacher"])
+
+
+def write_tables(rows: Sequence[Row], mode: str, out: Path) -> str:
+    """Writes a CSV, tables and figures of one mode's cells; returns the tables.
+
+    Args:
+        rows: Of `online_cell` or of `pool_cell`.
+        mode: "online" or "pool".
+        out: The study's directory.
+    """
+    if mode == "pool":
+        lines = [
+            {**{k: row[k] for k in ("task", "teacher", "seed")}, "comparisons": n, "accuracy": a}
+            for row in rows
+            for n, a in zip(row["comparisons"], row["accuracy"], strict=True)
+        ]
+        text = _pool_table(rows)
+        save(accuracies(rows), out / "pool")
+    else:
+        lines = [{k: v for k, v in row.items() if not k.startswith("by ")} for row in rows]
+        text = "\n\n".join([*sentences(rows), _online_table(rows)])
+        save(returns(rows), out / "returns")
+        save(asked(rows), out / "asked")
+    write_atomically(out / f"{mode}.csv", as_csv(lines))
+    write_atomically(out / f"{mode}.md", text + "\n")
+    return text
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """What the figures show, and how sure that is."""
+    said = []
+    for task, cells in by(rows, "task").items():
+        seeds = len(by(cells, "seed"))
+        arms = {name: _arm(cells, name) for name in ARMS if name != "learned"}
+        means = {name: _mean(some) for name, some in arms.items() if some}
+        parts = []
+        for label in _labels(cells):
+            if not {"task", "zero"} <= set(means):
+                continue
+            found = needed(cells, label)
+            parts.append(
+                f"{label}: {found} comparisons"
+                if found.comparisons < np.inf
+                else f"{label}: not reached with {max(_budgets(cells, label))}"
+            )
+        if parts:
+            said.append(
+                f"**{task}.** Comparisons for {SHARE:.0%} of the return on its own reward "
+                f"({number(means['task'])}; {seeds} seeds; 95% interval): {'; '.join(parts)}."
+            )
+        trivial = {n: m for n, m in means.items() if n != "task"}
+        if trivial:
+            said[-1:] = [
+                f"{said[-1] if said else f'**{task}.**'} Without any reward to learn from: "
+                + ", ".join(f"{ARMS[n].name} {number(m)}" for n, m in trivial.items())
+                + "."
+            ]
+        labels = _labels(cells)
+        if "zero" in means and {"WhenUnsure, oracle", "Constant, oracle"} <= set(labels):
+            ratio, low, high = unsure_ratio(cells)
+            verdict = "it saves" if high < 1 else "it costs more" if low > 1 else "can't be told"
+            said.append(
+                f"{task}: asking when unsure takes {ratio:.2f} of the comparisons that a constant "
+                f"schedule takes for the same return ({low:.2f} to {high:.2f}): {verdict}."
+            )
+    return said
+
+
+def returns(rows: Sequence[Row]) -> Figure:
+    """Final true return against answers, a panel a task, a line for each schedule and teacher."""
+    figure, panels = _panels(rows, "true return of the final policy")
+    for axes, cells in panels:
+        for name, some in ((n, _arm(cells, n)) for n in ARMS if n != "learned"):
+            if some:
+                values = numbers(some, "return")
+                axes.axhline(
+                    float(interquartile_mean(values)), color=ARMS[name].colour,
+                    linestyle=ARMS[name].line, linewidth=1.2, label=ARMS[name].name,
+                )  # fmt: skip
+                if name == "task":
+                    axes.axhspan(*bootstrap_interval(interquartile_mean, values),
+                                 color=ARMS[name].colour, alpha=0.1, linewidth=0)  # fmt: skip
+        for colour, label in zip(_COLOURS, _labels(cells), strict=False):
+            points = []
+            for some in _budgets(cells, label).values():
+                values = numbers(some, "return")
+                low, high = bootstrap_interval(interquartile_mean, values)
+                middle = float(interquartile_mean(values))
+                points.append((numbers(some, "comparisons").mean(), middle, low, high))
+            x, y, low, high = np.array(points).T
+            axes.errorbar(x, y, yerr=[y - low, high - y], color=colour, marker="o", capsize=2,
+                          label=label)  # fmt: skip
+        axes.set_xlim(left=0)
+        axes.set_xlabel("comparisons answered")
+    return _finished(figure)
+
+
+def asked(rows: Sequence[Row]) -> Figure:
+    """Answers against steps of training, mean over seeds, at each schedule's largest budget."""
+    figure, panels = _panels(rows, "comparisons answered")
+    for axes, cells in panels:
+        for colour, label in zip(_COLOURS, _labels(cells), strict=False):
+            some = max(_budgets(cells, label).items())[1]
+            rounds = min(len(row["by step"]) for row in some)
+            x, y = (
+                np.mean([row[name][:rounds] for row in some], 0)
+                for name in ("by step", "by answers")
+            )
+            axes.step(x, y, color=colour, where="post", label=label)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("steps of the policy's training")
+    return _finished(figure)
+
+
+def accuracies(rows: Sequence[Row]) -> Figure:
+    """Accuracy against comparisons, a panel a task, a line a teacher."""
+    figure, panels = _panels(rows, "held-out answers predicted")
+    for axes, cells in panels:
+        for colour, (teacher, some) in zip(_COLOURS, by(cells, "teacher").items(), strict=False):
+            y = interquartile_mean(np.array([row["accuracy"] for row in some]), axis=0)
+            axes.plot(some[0]["comparisons"], y, color=colour, label=teacher)
+        axes.set_xlabel("comparisons")
+    return _finished(figure)
+
+
+def _online_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for task, cells in by(rows, "task").items():
+        for name in ARMS:
+            if some := _arm(cells, name):
+                lines.append([task, ARMS[name].name, "0", _interval(some, "return"), ""])
+        for label in _labels(cells):
+            for some in _budgets(cells, label).values():
+                answers = f"{numbers(some, 'comparisons').mean():.0f}"
+                skipped = numbers(some, "skipped").mean()
+                answers += f" ({skipped:.0f} skipped)" if skipped else ""
+                found = _interval(some, "return"), f"{numbers(some, 'correlation').mean():.2f}"
+                lines.append([task, label, answers, *found])
+    header = ["task", "reward", "comparisons", "true return", "correlation of rewards"]
+    return markdown(header, lines)
+
+
+def _pool_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for task, cells in by(rows, "task").items():
+        for teacher, some in by(cells, "teacher").items():
+            x = some[0]["comparisons"]
+            places = [int(np.argmin(np.abs(np.array(x) - x[-1] * part))) for part in (0.25, 0.5, 1)]
+            lines.append([
+                task, teacher,
+                *(f"{x[i]}: {interquartile_mean(np.array([r['accuracy'][i] for r in some])):.3f}"
+                  for i in places),
+            ])  # fmt: skip
+    return markdown(["task", "teacher", *["comparisons: accuracy"] * 3], lines)
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(labelled(row) for row in rows if row["reward"] == "learned"))
+
+
+def _arm(rows: Sequence[Row], name: str) -> list[Row]:
+    return [row for row in rows if row["reward"] == name != "learned"]
+
+
+def _budgets(rows: Sequence[Row], label: str) -> dict[int, list[Row]]:
+    own = [row for row in rows if row["reward"] == "learned" and labelled(row) == label]
+    return dict(sorted(by(own, "budget").items()))
+
+
+def _drawn(rows: Sequence[Row], rng: np.random.Generator | None) -> Sequence[Row]:
+    return rows if rng is None else [rows[i] for i in rng.integers(len(rows), size=len(rows))]
+
+
+def _mean(rows: Sequence[Row], rng: np.random.Generator | None = None) -> float:
+    return float(interquartile_mean(numbers(_drawn(rows, rng), "return")))
+
+
+def _curve(
+    rows: Sequence[Row], budgets: Mapping[int, Sequence[Row]], rng: np.random.Generator | None
+) -> tuple[Values, Values]:
+    """Answers and returns, from none and the zero reward's to the largest budget's."""
+    points = [(0.0, _mean(_arm(rows, "zero"), rng))]
+    for some in budgets.values():
+        own = _drawn(some, rng)
+        points.append((float(numbers(own, "comparisons").mean()), _mean(own)))
+    x, y = np.array(points).T
+    return x, y
+
+
+def _interval(rows: Sequence[Row], metric: str) -> str:
+    values = numbers(rows, metric)
+    low, high = bootstrap_interval(interquartile_mean, values)
+    return f"{number(float(interquartile_mean(values)))} ({number(low)} to {number(high)})"
+
+
+def _count(value: float) -> str:
+    return "more than the budget" if value == np.inf else f"{value:.0f}"
+
+
+def _panels(rows: Sequence[Row], y: str) -> tuple[Figure, list[tuple[Axes, Sequence[Row]]]]:
+    with mpl.rc_context(STYLE):
+        tasks = by(rows, "task")
+        figure = Figure(figsize=(3.6 * len(tasks) + 0.8, 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        (panels,) = figure.subplots(1, len(tasks), squeeze=False)
+        panels[0].set_ylabel(y)
+        for axes, task in zip(panels, tasks, strict=True):
+            axes.set_title(task, fontsize=11, color=GREY)
+        return figure, list(zip(panels, tasks.values(), strict=True))
+
+
+def _finished(figure: Figure) -> Figure:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_alpha(0)
+    return figure
