@@ -40,6 +40,7 @@ from ood import Monitor, OODDetector
 from ood.saving import DETECTORS
 from ood.sequential import STATISTICS, Statistic
 from rewardmodels import InvalidInput
+from rewardmodels.files import whole
 from rewardmodels.fitting import isolated_randomness
 
 Array = NDArray[Any]
@@ -265,9 +266,8 @@ def train(task: Task, steps: int, file: Path) -> None:
         seen: Any = normalised.obs_rms
         tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
         tensors |= {"mean": torch.from_numpy(seen.mean), "var": torch.from_numpy(seen.var)}
-        beside = file.with_suffix(".part")
-        save_file(tensors, beside)
-        beside.replace(file)
+        with whole(file) as beside:
+            save_file(tensors, beside)
 
 
 def load_policy(task: Task, file: Path) -> Policy:

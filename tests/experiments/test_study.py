@@ -5,6 +5,8 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from experiments import workers
 from experiments.run import versions
 from experiments.study import StudyIncomplete, cell_file, read_study, run_study
-from rewardmodels import InvalidInput, UnknownName, UnreadableFile
+from rewardmodels import InvalidInput, UnknownName, UnreadableFile, files
 
 from .studying import computed, grid, names, run
 
@@ -155,15 +157,17 @@ def test_damaged_results_are_put_aside_and_computed_again(cells, log, out):
     assert len(warned) == 4
     assert computed(log) == 2 * [0, 1, 2, 3]
     assert files[1].with_suffix(".damaged").read_bytes() == b'{"cell": {"n"'
-    files[0].with_suffix(".json.part").write_text("{")  # of a process that was killed
+    killed = files[0].with_name(f"{files[0].name}.{uuid4().hex}.part")
+    killed.write_text("{")  # of a process that was killed
     assert run(cells.square, grid(log, *range(4)), out) == whole
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
-def test_a_full_disk_loses_nothing_and_the_same_call_goes_on(cells, log, out):
+def test_a_full_disk_loses_nothing_and_the_same_call_goes_on(cells, log, out, monkeypatch):
     run(cells.square, grid(log, 0), out)
     full = cell_file(cells.square, grid(log, 2)[0], out)
-    full.with_name(f"{full.name}.part").symlink_to("/dev/full")
+    monkeypatch.setattr(files, "uuid4", lambda: SimpleNamespace(hex="beside"))
+    full.with_name(f"{full.name}.beside.part").symlink_to("/dev/full")
     with pytest.raises(StudyIncomplete, match=r"No space left on device.*make room") as caught:
         run(cells.square, grid(log, *range(4)), out)
     assert caught.value.__cause__.errno == errno.ENOSPC
