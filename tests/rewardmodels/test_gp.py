@@ -104,9 +104,11 @@ def dense_laplace(
     return cross @ (said - p), variance
 
 
-def test_with_every_frame_inducing_it_is_a_dense_laplace_process():
+@pytest.mark.filterwarnings("ignore:inducing")
+@pytest.mark.parametrize("inducing", [120, 150])  # of 120 frames
+def test_with_every_frame_inducing_it_is_a_dense_laplace_process(inducing):
     comparisons, new = some(20), some(30, seed=1)
-    model = fitted(comparisons, hidden=(), inducing=120, random_features=256)
+    model = fitted(comparisons, hidden=(), inducing=inducing, random_features=256)
     # A prior under which answers are noisy (a difference's sd is about 0.7): there posteriors are
     # all but normal, and Laplace's mode and curvature all but the variational mean and variance.
     model.rbf.outputscale, model.linear.variance = 0.05, 0.02

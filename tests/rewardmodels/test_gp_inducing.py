@@ -7,7 +7,6 @@ from rewardmodels import (
     Clips,
     Comparisons,
     GPHead,
-    InvalidInput,
     fit,
 )
 
@@ -40,19 +39,24 @@ def test_clips_of_few_distinct_frames_are_learned_from():
     assert fit(GPHead(inducing=40), equal, epochs=2).posterior(same).mean.isfinite().all()
 
 
-def test_too_many_inducing_frames_are_refused_before_anything_is_built():
-    model = GPHead(inducing=61)
-    with pytest.raises(InvalidInput, match=r"inducing: expected no more than the 60 frames .*61"):
-        fit(model, some(10))
-    assert model.spec is None
-    ragged = some(10, ragged=True)
-    real = int(ragged.clips.mask.sum())
-    with pytest.raises(InvalidInput, match=rf"the {real} frames"):
-        fit(GPHead(inducing=60), ragged)
-    unused = Comparisons(some(10).clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))
-    with pytest.raises(InvalidInput, match="the 12 frames"):
-        fit(GPHead(inducing=13), unused)
-    assert fit(GPHead(inducing=12), unused, epochs=1).fitted
+@pytest.mark.parametrize(
+    ("inducing", "frames", "comparisons"),
+    [
+        (61, 60, some(10)),
+        (60, int(some(10, ragged=True).clips.mask.sum()), some(10, ragged=True)),
+        (13, 12, Comparisons(some(10).clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))),
+    ],
+)
+def test_of_too_few_frames_all_are_inducing_and_it_says_so(inducing, frames, comparisons):
+    message = f"inducing: expected no more than the {frames} frames .* got {inducing}"
+    with pytest.warns(UserWarning, match=message):
+        model = fit(GPHead(inducing=inducing), comparisons, epochs=1)
+    assert len(model.inducing_observations) == inducing
+    assert len(model.inducing_observations.unique(dim=0)) == frames
+    # A later fit to more takes more.
+    fit(model, Comparisons.cat([comparisons, some(40, seed=1)]), epochs=1)
+    assert len(model.inducing_observations.unique(dim=0)) == inducing
+    assert fit(GPHead(inducing=frames), comparisons, epochs=1).fitted
 
 
 def test_inducing_frames_are_real_distinct_frames_of_what_was_compared():
