@@ -150,7 +150,7 @@ class GPHead(RewardModel):
                 f"inducing: expected no more than the {n} frames there are to choose from, got "
                 f"{self.inducing}. All are taken, some of them again, which costs time alone; "
                 "take fewer, or compare more or longer clips.",
-                stacklevel=2,
+                stacklevel=3,  # past no_grad
             )
             chosen = chosen[torch.arange(self.inducing) % distinct]
         self.inducing_observations = observations[chosen]
