@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from experiments.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
 from experiments.evaluation import play
+from experiments.limits import check_least
 from experiments.run import versions
 from experiments.tasks import Task, find_task
 from experiments.vecenvs import make_vec_env
@@ -204,9 +205,7 @@ def make_pool(
 
 
 def _check(seed: int, steps: int, levels: int, episodes: int) -> None:
-    for name, value, least in (("levels", levels, 2), ("episodes", episodes, 1)):
-        if value < least:
-            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
+    check_least(("levels", levels, 2), ("episodes", episodes, 1))
     if not 0 <= seed <= _MAX_SEED:
         raise InvalidInput(f"seed: expected 0 to {_MAX_SEED:,}, got {seed}.")
     if steps < (least := (levels - 1) * PPO_ROLLOUT):

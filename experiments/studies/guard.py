@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from experiments.agents import PPO_ENVS, make_agent
+from experiments.limits import check_least
 from experiments.run import write_atomically
 from experiments.shifts import SHIFTS, Severity, shifted
 from experiments.studies.guard_tables import tables
@@ -108,13 +109,11 @@ def study_guard(
         InvalidInput: A number out of range, or a shift that the task can't feel.
         UnknownName: A task, detector, statistic or shift that there isn't.
     """
-    for name, value, least in (
+    check_least(
         ("onset", onset, 1), ("horizon", horizon, onset + 1), ("steps", steps, 0),
         ("familiar", familiar, 1), ("calibration", calibration, 2), ("tests", tests, 1),
         ("seeds", seeds, 1), ("jobs", jobs, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
+    )  # fmt: skip
     for name in detectors:
         found_class("detector", name, DETECTORS, OODDetector)
     for name in statistics:
