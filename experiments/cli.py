@@ -8,10 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
+
+Command = Callable[[str, list[str]], None]
+"""Given the words that name it and those that follow."""
 
 # A sub-command's module is imported only once it was asked for: Lightning alone takes seconds.
 
@@ -35,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a user's own class can be named by its path
     try:
-        command, rest = _chosen(arguments)
-        return _run(command, rest)
+        return _run(*_chosen(arguments))
     except _Refused as error:
         print(f"rewardmodels: error: {error}", file=sys.stderr)
         return 2
@@ -48,12 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _chosen(arguments: list[str]) -> tuple[Callable[[list[str]], None], list[str]]:
-    """The sub-command that the first words name, and the words after them."""
-    for words, (_, command) in _COMMANDS.items():
+def _chosen(arguments: list[str]) -> tuple[str, list[str]]:
+    """The words that name a sub-command, and those after them."""
+    for words in _COMMANDS:
         name = words.split()
         if arguments[: len(name)] == name:
-            return command, arguments[len(name) :]
+            return words, arguments[len(name) :]
     parser = argparse.ArgumentParser(
         prog="rewardmodels",
         description="Learn rewards from comparisons, and know how sure of them.",
@@ -74,22 +77,23 @@ def _chosen(arguments: list[str]) -> tuple[Callable[[list[str]], None], list[str
     )
 
 
-def _run(command: Callable[[list[str]], None], arguments: list[str]) -> int:
+def _run(words: str, arguments: list[str]) -> int:
     from rewardmodels.errors import RewardModelsError
 
+    _, command = _COMMANDS[words]
     try:
-        command(arguments)
+        command(words, arguments)
     except RewardModelsError as error:
         raise _Refused(str(error)) from error
     return 0
 
 
-def _learn(arguments: list[str]) -> None:
+def _learn(words: str, arguments: list[str]) -> None:
     from experiments.config import LearnConfig
     from experiments.learn import learn
     from rewardmodels.errors import InvalidInput
 
-    parser = _parser("learn")
+    parser = _parser(words)
     parser.add_argument("--config", action="config", help="YAML with any of these settings")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run that stands in --out"
@@ -124,94 +128,25 @@ def _learn(arguments: list[str]) -> None:
     )
 
 
-def _demo(arguments: list[str]) -> None:
-    from experiments.demo import demo
+def _from(path: str, *, quick: str = "") -> Command:
+    """A command that calls the function at `module:name`, of which each argument is a flag.
 
-    parser = _parser("demo")
-    parser.add_function_arguments(demo)
-    _call("demo", parser, demo, arguments)
+    `quick` is the help of its `--quick`, if it has one.
+    """
 
+    def command(words: str, arguments: list[str]) -> None:
+        module, name = path.split(":")
+        function = getattr(import_module(module), name)
+        parser = _parser(words)
+        if quick:
+            parser.add_argument("--quick", action="store_true", help=quick)
+        parser.add_function_arguments(function, skip={"quick"} if quick else None)
+        settings = _parse(parser, arguments)
+        again = shlex.join(["rewardmodels", *words.split(), *arguments])
+        with _interruptible(lambda: f"The same command goes on: {again}"):
+            function(**settings)
 
-def _benchmark_learn(arguments: list[str]) -> None:
-    from experiments.benchmarks.learn import benchmark_learn
-
-    parser = _parser("benchmark learn")
-    parser.add_argument(
-        "--quick", action="store_true", help="in under 50 seconds, for trends: one task, one seed"
-    )
-    parser.add_function_arguments(benchmark_learn, skip={"quick"})
-    _call("benchmark learn", parser, benchmark_learn, arguments)
-
-
-def _benchmark_predictors(arguments: list[str]) -> None:
-    from experiments.benchmarks.predictors import benchmark_predictors
-
-    parser = _parser("benchmark predictors")
-    parser.add_argument(
-        "--quick", action="store_true", help="in about two minutes, for trends: one task, one seed"
-    )
-    parser.add_function_arguments(benchmark_predictors, skip={"quick"})
-    _call("benchmark predictors", parser, benchmark_predictors, arguments)
-
-
-def _benchmark_queries(arguments: list[str]) -> None:
-    from experiments.benchmarks.queries import benchmark_queries
-
-    parser = _parser("benchmark queries")
-    parser.add_argument(
-        "--quick", action="store_true", help="in about a minute, for trends: one task, two seeds"
-    )
-    parser.add_function_arguments(benchmark_queries, skip={"quick"})
-    _call("benchmark queries", parser, benchmark_queries, arguments)
-
-
-def _pool(arguments: list[str]) -> None:
-    from experiments.minari_pools import export_pool
-
-    parser = _parser("pool")
-    parser.add_function_arguments(export_pool)
-    _call("pool", parser, export_pool, arguments)
-
-
-def _study_predictors(arguments: list[str]) -> None:
-    from experiments.studies.predictors import study_predictors
-
-    parser = _parser("study predictors")
-    parser.add_function_arguments(study_predictors)
-    _call("study predictors", parser, study_predictors, arguments)
-
-
-def _study_strategies(arguments: list[str]) -> None:
-    from experiments.studies.strategies import study_strategies
-
-    parser = _parser("study strategies")
-    parser.add_function_arguments(study_strategies)
-    _call("study strategies", parser, study_strategies, arguments)
-
-
-def _study_feedback(arguments: list[str]) -> None:
-    from experiments.studies.feedback import study_feedback
-
-    parser = _parser("study feedback")
-    parser.add_function_arguments(study_feedback)
-    _call("study feedback", parser, study_feedback, arguments)
-
-
-def _study_guard(arguments: list[str]) -> None:
-    from experiments.studies.guard import study_guard
-
-    parser = _parser("study guard")
-    parser.add_function_arguments(study_guard)
-    _call("study guard", parser, study_guard, arguments)
-
-
-def _call(
-    words: str, parser: ArgumentParser, function: Callable[..., object], arguments: list[str]
-) -> None:
-    settings = _parse(parser, arguments)
-    again = shlex.join(["rewardmodels", *words.split(), *arguments])
-    with _interruptible(lambda: f"The same command goes on: {again}"):
-        function(**settings)
+    return command
 
 
 def _parser(words: str) -> ArgumentParser:
@@ -240,35 +175,54 @@ def _interruptible(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         raise _Interrupted(how_to_go_on()) from None
 
 
-_COMMANDS = {
+# A command is added here, in one entry: its words, its help, and where its function stands.
+_COMMANDS: dict[str, tuple[str, Command]] = {
     "learn": ("learn a task from comparisons of behaviour", _learn),
-    "demo": ("learn HalfCheetah from 100 comparisons, beside a reward of zero", _demo),
-    "pool": ("record an agent at every stage of its training, as a Minari data set", _pool),
+    "demo": (
+        "learn HalfCheetah from 100 comparisons, beside a reward of zero",
+        _from("experiments.demo:demo"),
+    ),
+    "pool": (
+        "record an agent at every stage of its training, as a Minari data set",
+        _from("experiments.minari_pools:export_pool"),
+    ),
     "study predictors": (
         "compare predictors: whether their uncertainty may be believed",
-        _study_predictors,
+        _from("experiments.studies.predictors:study_predictors"),
     ),
     "study strategies": (
         "compare query strategies: the comparisons that they save over uniform ones",
-        _study_strategies,
+        _from("experiments.studies.strategies:study_strategies"),
     ),
     "study feedback": (
         "measure how many comparisons are needed, by schedule and by teacher",
-        _study_feedback,
+        _from("experiments.studies.feedback:study_feedback"),
     ),
     "study guard": (
         "compare detectors and statistics: which changes of the world they find, and how soon",
-        _study_guard,
+        _from("experiments.studies.guard:study_guard"),
     ),
     "benchmark predictors": (
         "measure calibration, uncertainty and cost of every predictor",
-        _benchmark_predictors,
+        _from(
+            "experiments.benchmarks.predictors:benchmark_predictors",
+            quick="in about two minutes, for trends: one task, one seed",
+        ),
     ),
     "benchmark queries": (
         "measure what queries save over random ones, and how long choosing takes",
-        _benchmark_queries,
+        _from(
+            "experiments.benchmarks.queries:benchmark_queries",
+            quick="in about a minute, for trends: one task, two seeds",
+        ),
     ),
-    "benchmark learn": ("measure returns, throughput and the scoring of pairs", _benchmark_learn),
+    "benchmark learn": (
+        "measure returns, throughput and the scoring of pairs",
+        _from(
+            "experiments.benchmarks.learn:benchmark_learn",
+            quick="in under 50 seconds, for trends: one task, one seed",
+        ),
+    ),
 }
 
 # Classes by name: LearnConfig's own defaults are objects, which no help text can show.

@@ -15,7 +15,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -27,11 +26,13 @@ from tqdm import tqdm
 
 from experiments.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
 from experiments.evaluation import play
+from experiments.limits import check_least
 from experiments.run import versions
 from experiments.tasks import Task, find_task
 from experiments.vecenvs import make_vec_env
 from rewardmodels import Clips, InvalidInput, UnreadableFile
 from rewardmodels.clips import cut
+from rewardmodels.files import whole
 from rewardmodels.fitting import isolated_randomness
 
 FORMAT = 1
@@ -204,9 +205,7 @@ def make_pool(
 
 
 def _check(seed: int, steps: int, levels: int, episodes: int) -> None:
-    for name, value, least in (("levels", levels, 2), ("episodes", episodes, 1)):
-        if value < least:
-            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
+    check_least(("levels", levels, 2), ("episodes", episodes, 1))
     if not 0 <= seed <= _MAX_SEED:
         raise InvalidInput(f"seed: expected 0 to {_MAX_SEED:,}, got {seed}.")
     if steps < (least := (levels - 1) * PPO_ROLLOUT):
@@ -278,13 +277,8 @@ def _write(pool: Pool, path: Path) -> None:
     tensors = {name: getattr(clips, name) for name in _COLUMNS}
     tensors |= {"skill": pool.skill, "steps": pool.steps}
     present = {name: value.contiguous() for name, value in tensors.items() if value is not None}
-    # A process number wouldn't do: machines that share a folder may share that too.
-    beside = path.with_name(f"{path.name}.{uuid4().hex}.part")
-    try:
+    with whole(path) as beside:
         save_file(present, beside, {"versions": json.dumps(versions())})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _read(path: Path, task: str, seed: int) -> Pool:

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from experiments.describing import describe_settings
 from rewardmodels import InvalidInput, UnreadableFile
+from rewardmodels.files import whole
 
 METRICS = (
     "step",
@@ -176,12 +177,10 @@ def versions() -> dict[str, str]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a crash, sees the old one or the new one."""
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "w") as file:
+    with whole(path) as beside, open(beside, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -141,7 +141,6 @@ def write_record(file: Path, record: Record) -> None:
     try:
         write_atomically(file, json.dumps(record, indent=1, default=_plain))
     except OSError as error:
-        file.with_name(f"{file.name}.part").unlink(missing_ok=True)
         raise no_room(file, error) from error
 
 

@@ -55,6 +55,12 @@ def refusal(message: str, parser: ArgumentParser) -> RewardModelsError:
         return _unknown_class(argument, found[1])
     if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\S+)", text):
         return _unknown_class(argument, found[1])
+    # What may be a function, too.
+    if found := re.search(r"or a callable class: (.*?)\.? - .* Given value: (.*)", text):
+        return InvalidInput(
+            f"{argument}: expected the import path of a torch Module, or of a function annotated "
+            f"to return one, got {found[2]!r}: {found[1]}. Name one that can be imported from here."
+        )
     if found := re.search(r"class_path '([^']+)': (?!Parser key)(.*)", text):
         reason = found[2].rstrip(".")
         return InvalidInput(f"{argument}: expected a class, got {found[1]!r}: {reason}.")

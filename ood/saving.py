@@ -21,6 +21,7 @@ from ood.monitor import Monitor, StaleThreshold
 from ood.sequential import STATISTICS
 from rewardmodels import InvalidInput
 from rewardmodels.errors import UnreadableFile
+from rewardmodels.files import whole
 
 FORMAT = 1
 DETECTORS: dict[str, type[OODDetector]] = {
@@ -68,14 +69,9 @@ def save_monitor(monitor: Monitor, path: str | os.PathLike[str]) -> None:
         arrays |= {f"threshold.{name}": fields.pop(name) for name in ("mean", "scale")}
         # JSON has no infinity.
         about["threshold"] = {**fields, "value": repr(monitor.threshold.value)}
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    with whole(path) as beside:
         save_file(contiguous, beside, {"ood": json.dumps(about)})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load_monitor(path: str | os.PathLike[str]) -> Monitor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -72,7 +73,8 @@ class GPHead(RewardModel):
     `psd_safe_cholesky` adds more and warns.
 
     Args:
-        inducing: M. No more than there are frames to choose from.
+        inducing: M. Where there are fewer frames to choose from, all are inducing, some of them
+            more than once, which adds nothing to what they say; a later fit to more takes more.
         random_features: F, half of them cosines and half sines of random frequencies, which are
             drawn once and saved with the model.
         options: As `RewardModel` has them. `hidden` are the widths of $\phi$'s residual blocks,
@@ -128,24 +130,12 @@ class GPHead(RewardModel):
         self.register_buffer("weights", torch.zeros(size))
         self.register_buffer("root", torch.zeros(size, size + self.inducing))
 
-    def initialise(self, clips: Clips) -> None:
-        """Takes shapes and the reference batch, once there are frames enough.
-
-        Raises:
-            InvalidInput: Fewer frames than are to be inducing, or frames of other shapes than
-                the first data's.
-        """
-        self._check_enough(clips)
-        super().initialise(clips)
-
     @torch.no_grad()
     def observe(self, clips: Clips) -> None:
         """Takes these clips into account, and chooses inducing frames among theirs.
 
-        Raises:
-            InvalidInput: Fewer frames than are to be inducing.
+        Where there are fewer than are to be inducing, all are, and it says so in a warning.
         """
-        self._check_enough(clips)
         super().observe(clips)
         observations, actions = clips.observations[clips.mask], clips.actions[clips.mask]
         n = min(len(observations), max(_CANDIDATES, self.inducing))
@@ -153,7 +143,16 @@ class GPHead(RewardModel):
         observations, actions = observations[some], actions[some]
         frames = self.inputs(observations, actions).cpu().numpy()
         seed = int(torch.randint(2**31, ()))
-        chosen = torch.from_numpy(kmeans_plusplus(frames, self.inducing, random_state=seed)[1])
+        distinct = min(self.inducing, n)
+        chosen = torch.from_numpy(kmeans_plusplus(frames, distinct, random_state=seed)[1])
+        if distinct < self.inducing:
+            warnings.warn(
+                f"inducing: expected no more than the {n} frames there are to choose from, got "
+                f"{self.inducing}. All are taken, some of them again, which costs time alone; "
+                "take fewer, or compare more or longer clips.",
+                stacklevel=3,  # past no_grad
+            )
+            chosen = chosen[torch.arange(self.inducing) % distinct]
         self.inducing_observations = observations[chosen]
         self.inducing_actions = actions[chosen]
         if self.fitted:
@@ -322,14 +321,6 @@ class GPHead(RewardModel):
             ],
             lr=self.learning_rate,
         )
-
-    def _check_enough(self, clips: Clips) -> None:
-        frames = int(clips.mask.sum())
-        if frames < self.inducing:
-            raise InvalidInput(
-                f"inducing: expected no more than the {frames} frames there are to choose from, "
-                f"got {self.inducing}; take fewer, or compare more or longer clips."
-            )
 
     def _start(self, clips: Clips) -> None:
         """Takes the lengthscale and both variances from the first data."""

@@ -17,6 +17,7 @@ from rewardmodels.dropout import MCDropout
 from rewardmodels.ensemble import DeepEnsemble
 from rewardmodels.epinet import Epinet
 from rewardmodels.errors import InvalidInput, NotFitted, UnreadableFile
+from rewardmodels.files import whole
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.frames import FrameSpec
 from rewardmodels.gp import GPHead
@@ -70,13 +71,8 @@ def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> None:
     }
     tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     tensors |= {_CALIBRATION + name: value.contiguous() for name, value in calibration.items()}
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with whole(path) as beside:
         save_file(tensors, beside, {"rewardmodels": json.dumps(about)})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def load(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 import math
 import resource
 import statistics
@@ -19,12 +18,13 @@ from tqdm import tqdm
 
 from active import all_pairs, mutual_information
 from experiments.agents import PPO_ROLLOUT
+from experiments.benchmarks.figures import check_settings, publish
 from experiments.config import LearnConfig
 from experiments.learn import Learner, learn
 from experiments.rewarding import LearnedReward
-from experiments.run import Run, versions, write_atomically
+from experiments.run import Run
 from experiments.statistics import bootstrap_interval, interquartile_mean
-from rewardmodels import Clips, Comparisons, DeepEnsemble, InvalidInput, fit
+from rewardmodels import Clips, Comparisons, DeepEnsemble, fit
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
 Reward = Literal["learned", "task", "zero"]
@@ -59,11 +59,7 @@ def benchmark_learn(
         Flat keys: `return_ratio.<Task>`, `throughput_ratio`, `pairs_seconds`, `pairs_peak_mib` and
         what they rest on.
     """
-    for name, value in (("seeds", seeds), ("steps", steps), ("jobs", jobs)):
-        if value < 1:
-            raise InvalidInput(f"{name}: expected a number of at least 1, got {value}.")
-    if json is not None and not Path(json).absolute().parent.is_dir():
-        raise InvalidInput(f"json: expected a file in a directory that exists, got {json}.")
+    check_settings(json, seeds=seeds, steps=steps, jobs=jobs)
     figures: dict[str, Any] = {}
     figures |= score_pairs()
     figures |= measure_throughput(rollouts=4 if quick else 24)
@@ -74,12 +70,7 @@ def benchmark_learn(
             )
     else:
         figures |= compare_arms(Path(out), TASKS, seeds, steps, jobs, ARMS, video=False)
-    figures["versions"] = versions()
-    text = json_.dumps(figures, indent=2)
-    print(text)
-    if json is not None:
-        write_atomically(Path(json), text + "\n")
-    return figures
+    return publish(figures, json)
 
 
 def compare_arms(

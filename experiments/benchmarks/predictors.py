@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.benchmarks.figures import check_settings, publish
 from experiments.pools import make_pool
-from experiments.run import versions, write_atomically
 from experiments.studies.predictor_scores import COVERAGE
 from experiments.studies.predictors import PREDICTORS, TASKS, simulated, speed
 from experiments.studies.summary import Row, by, numbers, pooled
 from experiments.study import run_study
-from rewardmodels import Clips, Comparisons, InvalidInput, LaplaceHead, fit
+from rewardmodels import Clips, Comparisons, LaplaceHead, fit
 
 _QUICK_POOL = {"steps": 20_480, "episodes": 4}
 
@@ -61,11 +60,7 @@ def benchmark_predictors(
         calibrated, where nothing else is said; `error_auroc` under the shift. Interquartile means
         over tasks and seeds.
     """
-    for name, value in (("seeds", seeds), ("jobs", jobs)):
-        if value < 1:
-            raise InvalidInput(f"{name}: expected a number of at least 1, got {value}.")
-    if json is not None and not Path(json).absolute().parent.is_dir():
-        raise InvalidInput(f"json: expected a file in a directory that exists, got {json}.")
+    check_settings(json, seeds=seeds, jobs=jobs)
     with tempfile.TemporaryDirectory() as folder:
         if quick:
             pools = out = Path(folder)
@@ -88,12 +83,7 @@ def benchmark_predictors(
         figures[f"frame_us.{_key(name)}"] = taken["frame us"]
         figures[f"batch_frame_us.{_key(name)}"] = taken["frame us at 4096"]
     figures["bayesian_rex_seconds"] = many_samples()
-    figures["versions"] = versions()
-    text = json_.dumps(figures, indent=2)
-    print(text)
-    if json is not None:
-        write_atomically(Path(json), text + "\n")
-    return figures
+    return publish(figures, json)
 
 
 def _figures(rows: Sequence[Row]) -> dict[str, Any]:

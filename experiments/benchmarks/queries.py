@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 import statistics
 import tempfile
 import time
@@ -13,12 +12,12 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from active import BALD, GreedyInformation, KCenter, QueryStrategy, all_pairs
+from experiments.benchmarks.figures import check_settings, publish
 from experiments.pools import make_pool
-from experiments.run import versions, write_atomically
 from experiments.studies.strategies import TASKS, pool_cell
 from experiments.studies.strategy_tables import ratios
 from experiments.study import run_study
-from rewardmodels import InvalidInput, SampledPosterior
+from rewardmodels import SampledPosterior
 
 DEFAULT, REFERENCE = BALD.__name__, "Uniform"
 
@@ -50,11 +49,7 @@ def benchmark_queries(
         `kcenter_seconds` for 100 queries, and `study_minutes`, what computing the cells took in
         this call.
     """
-    for name, value in (("seeds", seeds), ("jobs", jobs)):
-        if value < 1:
-            raise InvalidInput(f"{name}: expected a number of at least 1, got {value}.")
-    if json is not None and not Path(json).absolute().parent.is_dir():
-        raise InvalidInput(f"json: expected a file in a directory that exists, got {json}.")
+    check_settings(json, seeds=seeds, jobs=jobs)
     figures: dict[str, Any] = {
         "greedy_seconds": seconds_to_select(GreedyInformation(samples=100), clips=1000),
         "kcenter_seconds": seconds_to_select(KCenter(samples=100), clips=1000, pairs=1000),
@@ -81,12 +76,7 @@ def benchmark_queries(
     for task, (ratio, low, high) in ratios(rows, DEFAULT, _AT).items():
         figures[f"labels_ratio.{task}"] = ratio
         figures[f"labels_ratio_interval.{task}"] = [low, high]
-    figures["versions"] = versions()
-    text = json_.dumps(figures, indent=2)
-    print(text)
-    if json is not None:
-        write_atomically(Path(json), text + "\n")
-    return figures
+    return publish(figures, json)
 
 
 def seconds_to_select(

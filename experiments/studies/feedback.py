@@ -24,6 +24,7 @@ import numpy as np
 from active import SCHEDULES, STRATEGIES, TEACHERS, QueryStrategy, Schedule, Teacher
 from experiments.config import LearnConfig, RewardName, default_model
 from experiments.learn import learn
+from experiments.limits import check_least
 from experiments.pools import make_pool
 from experiments.results import RunFiles
 from experiments.settings import known_good
@@ -213,11 +214,9 @@ def _check(
     ):  # fmt: skip
         if not several:
             raise InvalidInput(f"{name}: expected at least one, got none.")
-    for name, value, least in (
-        ("budgets", min(budgets), 8), ("steps", steps, 1), ("seeds", seeds, 1), ("jobs", jobs, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
+    check_least(
+        ("budgets", min(budgets), 8), ("steps", steps, 1), ("seeds", seeds, 1), ("jobs", jobs, 1)
+    )
     for task in tasks:
         find_task(task)
         for schedule in schedules:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import matplotlib as mpl
 import numpy as np
@@ -51,18 +52,12 @@ def needed(rows: Sequence[Row], label: str, share: float = SHARE) -> Needed:
         label: Of `labelled`, which schedule and teacher.
         share: From 0 to 1; of a negative return, that much of its size is lost.
     """
-    own, budgets = _arm(rows, "task"), _budgets(rows, label)
-
-    def once(rng: np.random.Generator | None) -> float:
-        target = _mean(own, rng)
-        x, y = _curve(rows, budgets, rng)
-        found = labels_needed(y, x, target - (1 - share) * abs(target))
-        return np.inf if np.isnan(found) else found
-
-    rng = np.random.default_rng(0)
-    drawn = [once(rng) for _ in range(_RESAMPLES)]
-    low, high = np.quantile(drawn, [0.025, 0.975], method="nearest")
-    return Needed(once(None), float(low), float(high))
+    own = _resampled(_arm(rows, "task"))
+    x, y = _lines(rows, label)
+    target = own - (1 - share) * np.abs(own)
+    found = [_crossing(*line) for line in zip(x, y, target, strict=True)]
+    low, high = np.quantile(found[1:], [0.025, 0.975], method="nearest")
+    return Needed(found[0], float(low), float(high))
 
 
 def unsure_ratio(
@@ -82,19 +77,12 @@ def unsure_ratio(
         Ratio, and its 95% interval from resampling seeds.
     """
     asked = max(_budgets(rows, label).items())[1]
-    budgets = _budgets(rows, constant)
-
-    def once(rng: np.random.Generator | None) -> float:
-        some = _drawn(asked, rng)
-        x, y = _curve(rows, budgets, rng)
-        reached = labels_needed(y, x, float(interquartile_mean(numbers(some, "return"))))
-        return float(
-            numbers(some, "comparisons").mean() / max(1.0, x[-1] if np.isnan(reached) else reached)
-        )
-
-    rng = np.random.default_rng(0)
-    low, high = np.quantile([once(rng) for _ in range(_RESAMPLES)], [0.025, 0.975])
-    return once(None), float(low), float(high)
+    mean = numbers(asked, "comparisons").mean()
+    x, y = _lines(rows, constant)
+    reached = [_crossing(*line) for line in zip(x, y, _resampled(asked), strict=True)]
+    ratios = mean / np.maximum(np.minimum(reached, x[:, -1]), 1.0)
+    low, high = np.quantile(ratios[1:], [0.025, 0.975])
+    return float(ratios[0]), float(low), float(high)
 
 
 def labelled(row: Row) -> str:
@@ -270,24 +258,30 @@ def _budgets(rows: Sequence[Row], label: str) -> dict[int, list[Row]]:
     return dict(sorted(by(own, "budget").items()))
 
 
-def _drawn(rows: Sequence[Row], rng: np.random.Generator | None) -> Sequence[Row]:
-    return rows if rng is None else [rows[i] for i in rng.integers(len(rows), size=len(rows))]
+def _mean(rows: Sequence[Row]) -> float:
+    return float(interquartile_mean(numbers(rows, "return")))
 
 
-def _mean(rows: Sequence[Row], rng: np.random.Generator | None = None) -> float:
-    return float(interquartile_mean(numbers(_drawn(rows, rng), "return")))
+def _resampled(rows: Sequence[Row]) -> Values:
+    """Interquartile mean return over seeds, and then that of each bootstrap draw of the seeds."""
+    values = numbers(rows, "return")
+    # Another draw for each sample, the same for the same one.
+    rng = np.random.default_rng(crc32(values.tobytes()))
+    drawn = values[rng.integers(len(values), size=(_RESAMPLES, len(values)))]
+    return np.append(interquartile_mean(values), interquartile_mean(drawn))
 
 
-def _curve(
-    rows: Sequence[Row], budgets: Mapping[int, Sequence[Row]], rng: np.random.Generator | None
-) -> tuple[Values, Values]:
-    """Answers and returns, from none and the zero reward's to the largest budget's."""
-    points = [(0.0, _mean(_arm(rows, "zero"), rng))]
-    for some in budgets.values():
-        own = _drawn(some, rng)
-        points.append((float(numbers(own, "comparisons").mean()), _mean(own)))
-    x, y = np.array(points).T
-    return x, y
+def _lines(rows: Sequence[Row], label: str) -> tuple[Values, Values]:
+    """Answers and returns, from none and the zero reward's to the largest budget's; by draw."""
+    budgets = list(_budgets(rows, label).values())
+    x = [0.0, *(float(numbers(some, "comparisons").mean()) for some in budgets)]
+    y = [_resampled(some) for some in (_arm(rows, "zero"), *budgets)]
+    return np.tile(x, (_RESAMPLES + 1, 1)), np.stack(y, axis=1)
+
+
+def _crossing(x: Values, y: Values, level: float) -> float:
+    found = labels_needed(y, x, level)
+    return np.inf if np.isnan(found) else found
 
 
 def _interval(rows: Sequence[Row], metric: str) -> str:

@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from experiments.agents import PPO_ENVS, make_agent
+from experiments.limits import check_least
 from experiments.run import write_atomically
 from experiments.shifts import SHIFTS, Severity, shifted
 from experiments.studies.guard_tables import tables
@@ -40,6 +41,7 @@ from ood import Monitor, OODDetector
 from ood.saving import DETECTORS
 from ood.sequential import STATISTICS, Statistic
 from rewardmodels import InvalidInput
+from rewardmodels.files import whole
 from rewardmodels.fitting import isolated_randomness
 
 Array = NDArray[Any]
@@ -107,13 +109,11 @@ def study_guard(
         InvalidInput: A number out of range, or a shift that the task can't feel.
         UnknownName: A task, detector, statistic or shift that there isn't.
     """
-    for name, value, least in (
+    check_least(
         ("onset", onset, 1), ("horizon", horizon, onset + 1), ("steps", steps, 0),
         ("familiar", familiar, 1), ("calibration", calibration, 2), ("tests", tests, 1),
         ("seeds", seeds, 1), ("jobs", jobs, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
+    )  # fmt: skip
     for name in detectors:
         found_class("detector", name, DETECTORS, OODDetector)
     for name in statistics:
@@ -265,9 +265,8 @@ def train(task: Task, steps: int, file: Path) -> None:
         seen: Any = normalised.obs_rms
         tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
         tensors |= {"mean": torch.from_numpy(seen.mean), "var": torch.from_numpy(seen.var)}
-        beside = file.with_suffix(".part")
-        save_file(tensors, beside)
-        beside.replace(file)
+        with whole(file) as beside:
+            save_file(tensors, beside)
 
 
 def load_policy(task: Task, file: Path) -> Policy:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from active.teachers import SyntheticTeacher
 from experiments.human_data import HUMAN_DATA, HumanData, baseline, splits
+from experiments.limits import check_least, check_tasks
 from experiments.pools import Pool, make_pool
 from experiments.studies.lookup import found_class
 from experiments.studies.predictor_scores import (
@@ -43,7 +44,6 @@ from experiments.studies.predictor_scores import (
 from experiments.studies.predictor_tables import BASELINE, write_tables
 from experiments.studies.summary import Row
 from experiments.study import Cell, Result, run_study
-from experiments.tasks import find_task
 from rewardmodels import (
     Calibrated,
     Clips,
@@ -116,19 +116,19 @@ def study_predictors(
         CSV, with `tables.md` and the figures.
 
     Raises:
-        InvalidInput: A number out of range, or a folder without the files.
+        InvalidInput: A number out of range, clips longer than a task's episodes, no tasks, or a
+            folder without the files.
         UnknownName: A task or predictor that there isn't.
     """
-    for name, value, least in (
+    check_least(
         ("comparisons", comparisons, 20), ("length", length, 1), ("seeds", seeds, 1),
         ("tests", tests, 2 * CALIBRATED_ON), ("jobs", jobs, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
+    )  # fmt: skip
+    if not tasks:
+        raise InvalidInput("tasks: expected at least one, got none.")
     for predictor in predictors:
         maker(predictor)
-    for task in tasks:
-        find_task(task)
+    check_tasks(tasks, length)
     sets = [] if data is None else [people(name, str(data)) for name in HUMAN_DATA]
     for task in tasks:
         make_pool(task, folder=pools)  # before the fan-out, or each process would make its own

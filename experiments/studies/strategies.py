@@ -23,13 +23,13 @@ import torch
 
 from active import STRATEGIES, TEACHERS, QueryStrategy, SyntheticTeacher, Teacher, all_pairs
 from experiments.human_data import HUMAN_DATA, HumanData, splits
+from experiments.limits import check_least, check_tasks
 from experiments.pools import make_pool
 from experiments.studies.lookup import found_class
 from experiments.studies.predictors import half, maker, people
 from experiments.studies.strategy_tables import write_tables
 from experiments.studies.summary import Row
 from experiments.study import Result, run_study
-from experiments.tasks import find_task
 from rewardmodels import Comparisons, InvalidInput, fit
 from rewardmodels import calibration as score
 
@@ -81,23 +81,25 @@ def study_strategies(
         with `tables.md` and the figure.
 
     Raises:
-        InvalidInput: A number out of range, or a folder without the files.
+        InvalidInput: A number out of range, clips longer than a task's episodes, neither tasks nor
+            data, or a folder without the files.
         UnknownName: A task, strategy or predictor that there isn't.
     """
-    for name, value, least in (
+    check_least(
         ("batch", batch, 2), ("budget", budget, 2 * batch), ("clips", clips, 4),
         ("length", length, 1), ("tests", tests, 10), ("seeds", seeds, 1), ("jobs", jobs, 1),
-    ):  # fmt: skip
-        if value < least:
-            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
+    )  # fmt: skip
+    if not tasks and data is None:
+        raise InvalidInput(
+            "tasks: expected at least one where there is no data of people's, got none."
+        )
     if clips * (clips - 1) // 2 < budget:
         raise InvalidInput(f"clips: expected enough for {budget} different pairs, got {clips}.")
     maker(predictor)
     names = list(dict.fromkeys(["Uniform", *strategies]))
     for name in names:
         _strategy(name)
-    for task in tasks:
-        find_task(task)
+    check_tasks(tasks, length)
     folder = {} if data is None else {"folder": str(data)}
     known = [] if data is None else [people(name, str(data)).name for name in HUMAN_DATA]
     for task in tasks:

@@ -129,6 +129,10 @@ def refused(capsys, words) -> str:
         ("learn --model.members seven", "model.members: expected a whole number, got 'seven'."),
         ("learn --model.members -3", "members: expected at least 1, got -3"),
         ("learn --model.hidden [3,a]", "model.hidden: expected a whole number, got 'a'."),
+        ("learn --model.network nope.make", "model.network: expected the import path of a torch "
+         "Module, or of a function annotated to return one, got 'nope.make': No module named "
+         "'nope'. Name one that can be imported from here."),
+        ("learn --model.network math.tau", "got 'math.tau': Unexpected import object 6.28"),
         ("learn --config none.yaml", "config: expected a file, got "),
         ("learn --config list.yaml", "config: expected YAML with settings by name, got '- steps'."),
         ("learn --config open.yaml", "config: expected YAML with settings by name, got "),

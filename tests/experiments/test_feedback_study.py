@@ -96,6 +96,7 @@ class Silent(Teacher):
         return SyntheticTeacher(skip_threshold=1e9).answer(clips, pairs, generator)
 
 
+@pytest.mark.slow
 def test_the_study_trains_tells_and_grows(tmp_path, capsys):
     small = ["--tasks", "[Pendulum]", "--arms", "[zero,task]", "--steps", "4096", "--seeds", "1"]
     small += ["--budgets", "[16]", "--predictor", "LaplaceHead", "--out", str(tmp_path)]

@@ -197,6 +197,11 @@ def test_markdown_and_csv_take_what_is_there():
         ("study predictors --comparisons 3", "comparisons: expected at least 20, got 3"),
         ("study predictors --predictors [Laplace]", "'LaplaceHead'"),
         ("study predictors --predictors [torch.nn.Linear]", "expected a RewardModel"),
+        ("study predictors --tasks []", "tasks: expected at least one, got none."),
+        (
+            "study predictors --tasks [Hopper,Pendulum] --length 201",
+            "length: expected at most the 200 frames of an episode of Pendulum, got 201.",
+        ),
         ("study predictors --tasks [Hoper]", "Did you mean 'Hopper'"),
         ("study predictors --data nowhere", "expected the folder that holds"),
         ("study predictor", "Did you mean 'study predictors'?"),

@@ -105,6 +105,11 @@ def test_tables_and_a_figure_are_left_behind(tmp_path):
         ("study strategies --clips 10", "clips: expected enough for 200 different pairs, got 10"),
         ("study strategies --strategies [Bald]", "BALD"),
         ("study strategies --predictor Laplace", "'LaplaceHead'"),
+        ("study strategies --tasks []", "tasks: expected at least one where there is no data"),
+        (
+            "study strategies --length 5000",
+            "length: expected at most the 1000 frames of an episode of HalfCheetah, got 5000.",
+        ),
         ("study strategies --tasks [Hoper]", "Did you mean 'Hopper'"),
         ("study strategies --data nowhere", "expected the folder that holds"),
     ],

@@ -1,6 +1,7 @@
+"""A guard changes nothing until an alarm, and then does what its rules say."""
+
 import json
 import math
-from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ood import (
     CUSUM,
@@ -19,68 +19,12 @@ from ood import (
     Rules,
     Spike,
     Threshold,
-    VectorGuard,
     record,
 )
 from ood.features import hidden
 from rewardmodels import Clips, Comparisons, InvalidInput, LaplaceHead, fit
 
-HORIZON = 12
-NAN = float("nan")
-
-
-class Drift(gym.Env):
-    """Observations are noise plus what `strange` says of the step; the action is written down."""
-
-    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
-    action_space = spaces.Box(-1, 1, (2,), np.float32)
-
-    def __init__(self, strange: dict[int, Any] | None = None, horizon: int = HORIZON) -> None:
-        self.strange, self.horizon = strange or {}, horizon
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.step_count, self.done = 0, []
-        return self._observe(), {"start": True}
-
-    def step(self, action):
-        self.step_count += 1
-        self.done.append(np.array(action))
-        end = self.step_count >= self.horizon
-        return self._observe(), float(action[0]), False, end, {"n": self.step_count}
-
-    def _observe(self):
-        return self.np_random.standard_normal(3) + self.strange.get(self.step_count, 0.0)
-
-
-ACTION = np.array([0.5, -0.5], np.float32)
-
-
-def act(observation):
-    return ACTION
-
-
-def monitor(threshold: Threshold | None = None, statistic=None) -> Monitor:
-    detector = Mahalanobis().fit(torch.cat(record(Drift(), act, 100, "observation", seed=0)))
-    return Monitor(detector, statistic or Spike(), threshold or Threshold(8.0))
-
-
-def run(guard, steps=HORIZON, seed=1):
-    _, info = guard.reset(seed=seed)
-    infos = [info["guard"]]
-    for _ in range(steps):
-        *_, info = guard.step(ACTION)
-        infos.append(info["guard"])
-    return infos
-
-
-def guarded(strange=None, *, rules=None, watch=None, **kwargs) -> Guard:
-    env = Drift(strange, **kwargs)
-    return Guard(env, watch or monitor(), "observation", rules)
-
-
-def acting(infos):
-    return [info["acting"] for info in infos]
+from .drifting import ACTION, HORIZON, NAN, Drift, act, acting, guarded, monitor, run
 
 
 class TestTransparent:
@@ -176,97 +120,6 @@ class TestHalt:
         assert alarms(8) <= 3  # of 8 at 0.1: more than 3 once in 200 times
         env.unwrapped.model.body_mass[:] *= 2
         assert alarms(8) >= 7
-
-
-class TestFailsSafe:
-    def check(self, guard, why, step=0):
-        infos = run(guard)
-        assert acting(infos)[step:] == ["halted"] * (13 - step)
-        assert acting(infos)[:step] == ["agent"] * step
-        assert infos[step]["alarm"]
-        assert why in infos[-1]["reason"], infos[-1]["reason"]
-        assert (np.stack(guard.env.done)[step:] == 0).all()
-
-    def test_unfitted_detector(self):
-        self.check(guarded(watch=Monitor(Mahalanobis())), "call fit first")
-
-    def test_uncalibrated_threshold(self):
-        watch = Monitor(monitor().detector)
-        self.check(guarded(watch=watch), "call calibrate first")
-
-    def test_stale_threshold(self):
-        watch = monitor()
-        watch.calibrate(record(Drift(), act, 30, "observation", seed=5), 0.1)
-        assert acting(run(guarded(watch=watch)))[0] == "agent"
-        refitted = Monitor(Mahalanobis().fit(torch.randn(50, 3)), Spike(), watch.threshold)
-        self.check(guarded(watch=refitted), "such as those before a refit")
-        other = Monitor(watch.detector, CUSUM(), watch.threshold)
-        self.check(guarded(watch=other), "CUSUM")
-
-    def test_refit_under_way(self):
-        watch = monitor()
-        watch.calibrate(record(Drift(), act, 30, "observation", seed=5), 0.1)
-        guard = guarded(watch=watch)
-        run(guard)
-        watch.detector.fit(torch.randn(50, 3))
-        self.check(guard, "call calibrate again")
-
-    def test_refit_in_the_middle_of_an_episode(self):
-        watch = monitor()
-        watch.calibrate(record(Drift(), act, 99, "observation", seed=5), 0.01, standardise=0)
-        guard = guarded(watch=watch)
-        guard.reset(seed=1)
-        assert guard.step(ACTION)[4]["guard"]["acting"] == "agent"
-        watch.detector.fit(torch.randn(50, 3))
-        info = guard.step(ACTION)[4]["guard"]
-        assert (info["acting"], info["alarm"]) == ("halted", True)
-        assert "call calibrate again" in info["reason"]
-
-    def test_wrong_shape(self):
-        watch = Monitor(Mahalanobis().fit(torch.randn(50, 4)), threshold=Threshold(9.0))
-        self.check(guarded(watch=watch), "expected shape (B, 4), as learned from, got (1, 3)", 1)
-
-    def test_detector_that_raises(self):
-        watch = monitor()
-        watch.detector._score = lambda features: 1 / 0
-        self.check(guarded(watch=watch), "ZeroDivisionError", 1)
-
-    def test_features_that_raise(self):
-        guard = Guard(Drift(), monitor(), lambda before, action, after: None)
-        self.check(guard, "the monitor failed", 1)
-
-    @pytest.mark.parametrize("said", ["raise", "go away", 3])
-    def test_callback_that_fails(self, said):
-        def on_alarm(event):
-            if said == "raise":
-                raise OSError("line is dead")
-            return said
-
-        guard = guarded({4: 99.0}, rules=Rules(on_alarm=on_alarm))
-        self.check(guard, "on_alarm failed", 4)
-
-    @pytest.mark.parametrize("answer", ["raise", np.full(2, NAN), np.zeros(3), np.full(2, 5.0)])
-    def test_fallback_that_fails(self, answer):
-        def fallback(observation):
-            if isinstance(answer, str):
-                raise OSError("no policy")
-            return answer
-
-        guard = guarded({4: 99.0}, rules=Rules(on_alarm="fallback", fallback=fallback))
-        infos = run(guard)
-        assert acting(infos)[4:] == ["fallback"] + ["halted"] * 8
-        assert "the fallback policy failed" in infos[-1]["reason"]
-        assert (np.stack(guard.env.done)[4:] == 0).all()
-
-    def test_asking_that_fails(self):
-        guard = guarded({4: 99.0}, rules=Rules(on_alarm="ask", ask=lambda clip: 1 / 0))
-        self.check(guard, "asking failed: ZeroDivisionError", 4)
-
-    def test_log_that_cannot_be_written(self, tmp_path):
-        log = EventLog(tmp_path / "file" / "log.jsonl")
-        (tmp_path / "file").write_text("")
-        rules = Rules(on_alarm=lambda event: None, log=log)
-        self.check(guarded({4: 99.0}, rules=rules), "can't be logged", 4)
 
 
 class TestAsk:
@@ -395,97 +248,6 @@ def test_refuses_rules_that_cannot_work():
     odd.observation_space = spaces.Dict({})
     with pytest.raises(InvalidInput, match="observations that are arrays"):
         Guard(odd, monitor())
-
-
-class TestVector:
-    @pytest.mark.parametrize("mode", list(AutoresetMode))
-    def test_each_is_guarded_alone(self, mode):
-        strange = [{}, {4: 99.0}, {HORIZON: 99.0}]
-        envs = SyncVectorEnv([lambda s=s: Drift(s) for s in strange], autoreset_mode=mode)
-        vector = VectorGuard(envs, monitor(), "observation")
-        singles = [guarded(s) for s in strange]
-        vector.reset(seed=[1, 2, 3])
-        expected = [run(guard, seed=i + 1) for i, guard in enumerate(singles)]
-        actions = np.tile(ACTION, (3, 1))
-        for t in range(1, HORIZON + 1):
-            *_, truncated, info = vector.step(actions)
-            for i in range(3):
-                for key, value in expected[i][t].items():
-                    if (key, t, mode) == ("acting", HORIZON, AutoresetMode.SAME_STEP):
-                        value = "agent"  # who acts next is of the next episode
-                    came = info["guard"][key]
-                    assert (came if key == "threshold" else came[i]) == value, (t, i, key)
-        assert truncated.all()
-        for env, guard in zip(envs.envs, singles, strict=True):
-            np.testing.assert_array_equal(env.unwrapped.done or guard.env.done, guard.env.done)
-        # The next episode begins with a clean slate.
-        if mode == AutoresetMode.DISABLED:
-            vector.reset(options={"reset_mask": np.array([True, True, True])})
-        elif mode == AutoresetMode.NEXT_STEP:
-            *_, info = vector.step(actions)
-            assert not info["guard"]["alarm"].any()
-            assert np.isnan(info["guard"]["score"]).all()
-        *_, info = vector.step(actions)
-        assert info["guard"]["acting"] == ["agent"] * 3
-        assert vector.keeper.stream.steps.tolist() == [1, 1, 1]
-        assert vector.keeper.episode.tolist() == [1, 1, 1]
-        for _ in range(3):
-            *_, info = vector.step(actions)
-        assert info["guard"]["acting"] == ["agent", "halted", "agent"]
-
-    def test_step_that_only_resets_is_nobodys(self):
-        events = []
-        envs = SyncVectorEnv([lambda: Drift({HORIZON: 99.0})])
-        # What changed: by as much at the episode's end as from there to the next one's start.
-        changes = lambda before, action, after: after - before  # noqa: E731
-        vector = VectorGuard(envs, monitor(Threshold(30.0)), changes, Rules(on_alarm=events.append))
-        vector.reset(seed=0)
-        for _ in range(HORIZON + 3):
-            vector.step(ACTION[None])
-        assert [(event.episode, event.step) for event in events] == [(0, HORIZON)]
-
-    def test_broken_start_after_a_reset_in_the_same_step(self):
-        envs = SyncVectorEnv([Drift, Drift], autoreset_mode=AutoresetMode.SAME_STEP)
-        vector = VectorGuard(envs, monitor(), "observation")
-        vector.reset(seed=0)
-        for t in range(HORIZON):
-            if t == HORIZON - 1:
-                envs.envs[1].strange = {0: NAN}
-            *_, info = vector.step(np.tile(ACTION, (2, 1)))
-        assert info["guard"]["acting"] == ["agent", "halted"]
-        assert info["guard"]["alarm"].tolist() == [False, True]
-        assert "first observation" in info["guard"]["reason"][1]
-
-    def test_transparent_below_the_threshold(self):
-        def make():
-            return gym.make_vec("Pendulum-v1", 3, vectorization_mode="sync", max_episode_steps=7)
-
-        watch = Monitor(Mahalanobis().fit(torch.randn(50, 3)), threshold=Threshold.never())
-        bare, guard = make(), VectorGuard(make(), watch, "observation")
-        np.testing.assert_array_equal(bare.reset(seed=0)[0], guard.reset(seed=0)[0])
-        for _ in range(20):
-            actions = np.random.default_rng(0).uniform(-2, 2, (3, 1)).astype(np.float32)
-            for one, two in zip(bare.step(actions)[:4], guard.step(actions)[:4], strict=True):
-                np.testing.assert_array_equal(one, two)
-
-    def test_episodes_of_different_lengths(self):
-        envs = SyncVectorEnv([lambda n=n: Drift({2: 99.0}, horizon=n) for n in (3, 5)])
-        vector = VectorGuard(envs, monitor(), "observation")
-        vector.reset(seed=0)
-        who = []
-        for _ in range(6):
-            *_, info = vector.step(np.tile(ACTION, (2, 1)))
-            who.append(info["guard"]["acting"])
-        first, second = zip(*who, strict=True)
-        # Three steps, one that resets, and two of the next episode; five, and one that resets.
-        assert first == ("agent", "halted", "halted", "agent", "agent", "halted")
-        assert second == ("agent", "halted", "halted", "halted", "halted", "agent")
-
-    def test_refuses_environments_that_reset_who_knows_how(self):
-        envs = SyncVectorEnv([Drift])
-        envs.metadata = {}
-        with pytest.raises(InvalidInput, match="autoreset_mode"):
-            VectorGuard(envs, monitor())
 
 
 @pytest.mark.filterwarnings("ignore:.*WARN")  # of unbounded spaces, and of being a wrapper

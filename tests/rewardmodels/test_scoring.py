@@ -83,14 +83,26 @@ def answers(seed: int = 0, offset: float = 5.0, actions: int = 0) -> Comparisons
     return Comparisons(Clips(seen, done), pairs, (worth[pairs[:, 1]] > worth[pairs[:, 0]]).float())
 
 
-def agree(scorer: FrameScorer, model: RewardModel, seen: np.ndarray, done: np.ndarray) -> None:
-    """To 1e-4 of the rewards' spread, and of each standard deviation."""
+def worst_error(
+    scorer: FrameScorer, model: RewardModel, seen: np.ndarray, done: np.ndarray
+) -> float:
+    """Of batches and of single frames, in units of what is allowed, so that at most 1 will do.
+
+    A mean may be off by 1e-4 of the rewards' spread, a standard deviation by 1e-4 of itself and
+    1e-6 of that spread.
+    """
     belief = model.frame_posterior(torch.from_numpy(seen), torch.from_numpy(done))
     mean, std = belief.mean.numpy(), belief.variance.sqrt().numpy()
     alone = np.array([scorer(*frame) for frame in zip(seen, done, strict=True)])
-    for means, stds in (scorer.batch(seen, done), alone.T):
-        assert np.abs(means - mean).max() <= 1e-4 * mean.std()
-        np.testing.assert_allclose(stds, std, rtol=1e-4, atol=1e-6 * mean.std())
+    errors = [
+        error
+        for means, stds in (scorer.batch(seen, done), alone.T)
+        for error in (
+            np.abs(means - mean) / (1e-4 * mean.std()),
+            np.abs(stds - std) / (1e-4 * (std + 1e-2 * mean.std())),
+        )
+    ]
+    return float(np.max(errors))
 
 
 @pytest.fixture(scope="module", params=[*FOLDED, *COPIED])
@@ -107,9 +119,9 @@ def model(request) -> RewardModel:
 def test_agrees_with_frame_posterior(model, monkeypatch):
     monkeypatch.setattr(scoring_module, "_FRAMES_AT_ONCE", 9)  # several parts, the last a short one
     scorer = model.frame_scorer()
-    agree(scorer, model, *frames(40))
+    assert worst_error(scorer, model, *frames(40)) <= 1
     seen, done = frames(10)
-    agree(scorer, model, seen * np.float32([10, 10, 10, 1.01]), 10 * done)
+    assert worst_error(scorer, model, seen * np.float32([10, 10, 10, 1.01]), 10 * done) <= 1
 
 
 def test_what_is_a_multilayer_perceptron_is_folded(model, request):
@@ -122,7 +134,7 @@ def test_what_is_a_multilayer_perceptron_is_folded(model, request):
 def test_inputs_far_from_zero_lose_no_digits(make):
     # Two layers folded into one would subtract numbers of 1e5 that differ by one.
     model = fit(make(), answers(offset=1e5), epochs=4)
-    agree(model.frame_scorer(), model, *frames(40, offset=1e5))
+    assert worst_error(model.frame_scorer(), model, *frames(40, offset=1e5)) <= 1
 
 
 @pytest.mark.parametrize("make", [*FOLDED.values(), COPIED["Epinet of the caller's"]])
@@ -131,7 +143,7 @@ def test_discrete_actions(make):
     seen, _ = frames(40)
     done = np.arange(40) % 3
     scorer = model.frame_scorer()
-    agree(scorer, model, seen, done)
+    assert worst_error(scorer, model, seen, done) <= 1
     assert scorer(seen[0], 2) == scorer(seen[0], np.int32(2))
     for wrong, message in ((3, "from 0 to 2, got 3"), (-1, "got -1"), (1.0, "integer type")):
         with pytest.raises(InvalidInput, match=f"actions: .*{message}"):
@@ -149,14 +161,16 @@ def test_images(make):
                 epochs=2)  # fmt: skip
     scorer = model.frame_scorer()
     assert not scorer.folded
-    agree(scorer, model, seen.flatten(0, 1).numpy(), clips.actions.flatten(0, 1).numpy())
+    flat = seen.flatten(0, 1).numpy(), clips.actions.flatten(0, 1).numpy()
+    assert worst_error(scorer, model, *flat) <= 1
 
 
 def test_features_without_actions():
     features = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     said = Comparisons(Clips.of_items(features), torch.arange(20).view(10, 2), torch.ones(10))
     model = fit(LaplaceHead(), said, epochs=2)
-    agree(model.frame_scorer(), model, features.numpy(), np.zeros((20, 0), np.float32))
+    nothing_done = np.zeros((20, 0), np.float32)
+    assert worst_error(model.frame_scorer(), model, features.numpy(), nothing_done) <= 1
 
 
 def test_is_a_snapshot(model):
