@@ -232,6 +232,6 @@ _DEFAULTS = {
         # As in experiments.config, which takes seconds to import.
         "init_args": {"activation": "leaky_relu", "weight_decay": 0.01},
     },
-    "strategy": {"class_path": "active.BALD"},
+    "strategy": {"class_path": "active.GreedyInformation"},
     "teacher": {"class_path": "active.SyntheticTeacher"},
 }

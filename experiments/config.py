@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from active import BALD, QueryStrategy, Schedule, SyntheticTeacher, Teacher
+from active import GreedyInformation, QueryStrategy, Schedule, SyntheticTeacher, Teacher
 from experiments.settings import known_good
 from experiments.tasks import find_task
 from rewardmodels import DeepEnsemble, InvalidInput, RewardModel
@@ -71,7 +71,7 @@ class LearnConfig:
     steps: int = 300_000
     reward: RewardName = "learned"
     model: RewardModel = field(default_factory=default_model)
-    strategy: QueryStrategy = field(default_factory=BALD)
+    strategy: QueryStrategy = field(default_factory=GreedyInformation)
     schedule: Schedule | None = None
     teacher: Teacher = field(default_factory=SyntheticTeacher)
     algorithm: str = "PPO"

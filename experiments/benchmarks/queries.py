@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from threadpoolctl import threadpool_limits
 
-from active import BALD, GreedyInformation, KCenter, QueryStrategy, all_pairs
+from active import GreedyInformation, KCenter, QueryStrategy, all_pairs
 from experiments.benchmarks.figures import check_settings, publish
 from experiments.pools import make_pool
 from experiments.studies.strategies import TASKS, pool_cell
@@ -19,7 +19,7 @@ from experiments.studies.strategy_tables import ratios
 from experiments.study import run_study
 from rewardmodels import SampledPosterior
 
-DEFAULT, REFERENCE = BALD.__name__, "Uniform"
+DEFAULT, REFERENCE = GreedyInformation.__name__, "Uniform"
 
 _QUICK_POOL = {"steps": 20_480, "episodes": 4}
 _AT = 160

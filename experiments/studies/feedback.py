@@ -48,7 +48,7 @@ def study_feedback(
     schedules: Sequence[str] = ("Constant", "WhenUnsure"),
     teachers: Sequence[str] = ("oracle",),
     arms: Sequence[RewardName] = ARMS,
-    strategy: str = "BALD",
+    strategy: str = "GreedyInformation",
     predictor: str | None = None,
     steps: int = 300_000,
     seeds: int = 5,

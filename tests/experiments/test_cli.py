@@ -223,7 +223,7 @@ def test_a_finished_run_is_shown_again_and_not_written_over(finished, capsys):
     assert "already holds a run" in refused(capsys, [*words, *TINY])
     assert "got another seed (3 in place of 0)" in refused(capsys, [*words, "--resume", "--seed=3"])
     line = refused(capsys, [*words, "--resume", "--strategy", "Uniform"])
-    assert "strategy (active.strategies.Uniform in place of active.strategies.BALD)" in line
+    assert "strategy (active.strategies.Uniform in place of active.strategies.GreedyInformation)" in line
     assert (finished / "result.json").stat().st_mtime_ns == before
 
 
