@@ -89,7 +89,7 @@ class Section:
     @property
     def name(self) -> str:
         """Of the figure's files, without an ending."""
-        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower().replace("'", "")).strip("-")
 
 
 @dataclass(frozen=True)
