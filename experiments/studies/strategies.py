@@ -143,7 +143,9 @@ def study_strategies(
             f"out: expected cells of this grid, got {out}, where none stands. Leave --compute out, "
             "or pass the settings that the study was started with."
         )
-    print(write_tables(rows, out, _about(settings, rows, out)))
+    stand, all_ = sum(map(len, rows.values())), sum(map(len, grid.values()))
+    note = "" if stand == all_ else f"Not finished: {stand} of {all_} cells stand there. "
+    print(note + write_tables(rows, out, _about(settings, rows, out), note=note))
     return rows
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from experiments.figures import STYLE
@@ -81,7 +82,7 @@ def task_figure(
         bottom.set_ylim(len(savings) - 0.5, -0.5)
         bottom.set_yticks(range(len(savings)), list(savings))
         bottom.grid(axis="y", visible=False)
-        bottom.set_xlabel("comparisons needed, over uniform's (left of 1 saves)")
+        bottom.set_xlabel("comparisons needed, over uniform's")
         return _clear(figure)
 
 
@@ -99,13 +100,13 @@ def curves_figure(tasks: Mapping[str, tuple[Values, Curves]], style: Mapping[str
         panels = figure.subplots(height, 2, squeeze=False)
         for axes in panels.flat[len(tasks) :]:
             axes.remove()
-        lines = {}
+        lines: dict[str, Line2D] = {}
         for axes, (task, (comparisons, curves)) in zip(panels.flat, tasks.items(), strict=False):
             _accuracies(axes, comparisons, curves, style)
             lines |= {str(line.get_label()): line for line in axes.lines}
             axes.set_title(task, fontsize=11)
         figure.legend(
-            [*lines.values()], [*lines], loc="outside lower center", ncols=5, frameon=False
+            handles=list(lines.values()), loc="outside lower center", ncols=5, frameon=False
         )
         return _clear(figure)
 

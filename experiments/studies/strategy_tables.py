@@ -36,13 +36,16 @@ Told = tuple[str, float, float, float, int]
 """A strategy on one task: ratio, its interval, seeds."""
 
 
-def write_tables(rows: Mapping[str, Sequence[Row]], out: Path, about: About) -> str:
+def write_tables(
+    rows: Mapping[str, Sequence[Row]], out: Path, about: About, *, note: str = ""
+) -> str:
     """Writes the report with `tables.md` and figures, and `curves.csv`; returns the tables.
 
     Args:
         rows: Cells of "pool" and "people", either may be missing, and so may some cells.
         out: The study's directory.
         about: How they were made.
+        note: What a reader has to know first.
     """
     every = [row for cells in rows.values() for row in cells]
     lines = [
@@ -88,7 +91,7 @@ def write_tables(rows: Mapping[str, Sequence[Row]], out: Path, about: About) -> 
         ),
         out / "figures" / "curves",
     )
-    write_report(out, "What questions save", sections, about, lead=_lead(told, len(tasks)))
+    write_report(out, "What questions save", sections, about, lead=note + _lead(told, len(tasks)))
     return as_markdown(sections)
 
 
@@ -243,6 +246,8 @@ def _ranks(tasks: Mapping[str, Paired]) -> Section:
 
 def _lead(told: Sequence[Told], tasks: int) -> str:
     """How often each strategy saved, lost, or neither."""
+    if not told:
+        return "No strategy shares a seed with uniform comparisons yet."
     said = []
     for name in dict.fromkeys(line[0] for line in told):
         answers = [
