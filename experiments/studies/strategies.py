@@ -144,8 +144,10 @@ def study_strategies(
             "or pass the settings that the study was started with."
         )
     stand, all_ = sum(map(len, rows.values())), sum(map(len, grid.values()))
-    note = "" if stand == all_ else f"Not finished: {stand} of {all_} cells stand there. "
-    print(note + write_tables(rows, out, _about(settings, rows, out), note=note))
+    note = "" if stand == all_ else f"Not finished: {stand} of {all_} cells stand there."
+    if note:
+        print(note + "\n")
+    print(write_tables(rows, out, _about(settings, rows, out), note=note))
     return rows
 
 

@@ -91,7 +91,13 @@ def write_tables(
         ),
         out / "figures" / "curves",
     )
-    write_report(out, "What questions save", sections, about, lead=note + _lead(told, len(tasks)))
+    write_report(
+        out,
+        "What questions save",
+        sections,
+        about,
+        lead=f"{note} {_lead(told, len(tasks))}".strip(),
+    )
     return as_markdown(sections)
 
 
