@@ -50,6 +50,29 @@ def calibrating(rows: Sequence[Row]) -> list[str]:
     ]  # fmt: skip
 
 
+def surest_half(rows: Sequence[Row]) -> list[str]:
+    """How much of the half of its answers that a predictor is surest of is wrong.
+
+    Args:
+        rows: Cells of `experiments.studies.predictors.simulated`.
+    """
+    said = []
+    for name, of in by(rows, "predictor").items():
+        wrong = []
+        for test in ("in distribution", "shifted"):
+            risk = [
+                numbers(cells, lambda row, key=f"{test}/risk by coverage": row[key][9])  # type: ignore[misc]
+                for cells in by(of, "task").values()
+            ]
+            mean, low, high = pooled(risk)
+            wrong.append(f"{mean:.1%} (95% interval {low:.1%} to {high:.1%})")
+        said.append(
+            f"Of the half of its answers that {name} is surest of, {wrong[0]} are wrong in "
+            f"distribution, and {wrong[1]} about far better behaviour."
+        )
+    return said
+
+
 def against_baseline(data: str, rows: Sequence[Row], baseline: str) -> list[str]:
     """Log loss of each predictor less the regression's, fold by fold.
 
@@ -112,8 +135,8 @@ def fold_interval(gaps: Values) -> tuple[float, float, float]:
         gaps: `(K,)`, K at least 2.
 
     Example:
-        >>> fold_interval(np.array([0.1, 0.1, 0.1]))[0]
-        0.1
+        >>> fold_interval(np.array([0.25, 0.25, 0.25]))
+        (0.25, 0.25, 0.25)
     """
     folds, mean = len(gaps), float(gaps.mean())
     scale = float(gaps.std(ddof=1)) * np.sqrt(1 / folds + 1 / (folds - 1))
@@ -139,6 +162,7 @@ def _difference(
     mean, low, high = pooled(gaps)
     below, above = answers
     sure = verdict(low, high, len(gaps[0]), below=below, above=above)
+    name = name[0].upper() + name[1:]
     return (
         f"{name}'s {metric}, {than}, is {_interval(mean, low, high)} "
         f"({plural(len(gaps), 'task', 'tasks')}, {plural(len(gaps[0]), 'seed', 'seeds')}): {sure}."

@@ -14,6 +14,7 @@ from experiments.studies.predictor_sentences import (
     against_first,
     calibrating,
     in_short,
+    surest_half,
 )
 from experiments.studies.report import (
     About,
@@ -62,7 +63,14 @@ def write_tables(rows: Mapping[str, Sequence[Row]], out: Path) -> str:
     for test in ("in distribution", "shifted"):
         said = against_first(simulated_rows, test)
         sections.append(Section(f"Simulated, {test}", said, table=_simulated(simulated_rows, test)))
-    sections.insert(0, Section("Trust", calibrating(simulated_rows), trust(simulated_rows)))
+    sections.insert(
+        0,
+        Section(
+            "Trust",
+            [*calibrating(simulated_rows), *surest_half(simulated_rows)],
+            trust(simulated_rows),
+        ),
+    )
     if "human" in rows:
         human = rows["human"]
         sections.append(

@@ -170,6 +170,8 @@ def test_tables_and_figures_are_left_behind(tmp_path):
         "LaplaceHead&#39;s log loss (lower is better), less single network&#39;s, is +0.000" in page
     )
     assert "the interval includes 0" in page
+    wrong = rows()["simulated"][0]["shifted/risk by coverage"][9]
+    assert f"and {wrong:.1%} (95% interval {wrong:.1%} to {wrong:.1%}) about far better" in page
     assert "3 seeds are too few for a claim" in page
     assert "better for sure in 0, worse for sure in 0, and in 2 no difference" in page
     header = (tmp_path / "simulated.csv").read_text().splitlines()[0]
