@@ -62,12 +62,13 @@ def task_figure(
         style: Of each strategy, as `looks` has it.
     """
     with mpl.rc_context(STYLE):
-        below = 0.5 + 0.25 * len(savings)
-        figure = Figure(figsize=(5.2, 3.6 + below), layout="constrained")
+        below = 0.5 + 0.25 * len(savings)  # inches
+        figure = Figure(figsize=(5.2, 3.8 + below), layout="constrained")
         FigureCanvasAgg(figure)
         top, bottom = figure.subplots(2, 1, height_ratios=[3, below])
         _accuracies(top, comparisons, curves, style)
-        top.legend(fontsize=9, frameon=False, ncols=1 + (len(curves) > 6))
+        named: Any = {"fontsize": 9, "frameon": False, "ncols": 3}
+        figure.legend(handles=list(top.lines), loc="outside upper center", **named)
         shown = [x for ends in savings.values() for x in ends if np.isfinite(x)]
         edge = 1.05 * max([1.2, *shown])
         for place, (name, (ratio, low, high)) in enumerate(savings.items()):
