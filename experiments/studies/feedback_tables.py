@@ -18,7 +18,7 @@ from experiments.results import ARMS, GREY
 from experiments.run import write_atomically
 from experiments.sentences import number
 from experiments.statistics import Values, bootstrap_interval, interquartile_mean
-from experiments.studies.strategy_tables import labels_needed
+from experiments.studies.strategy_savings import labels_needed
 from experiments.studies.summary import Row, as_csv, by, markdown, numbers
 
 SHARE = 0.9  # of what the task's own reward gives

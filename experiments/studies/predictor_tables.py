@@ -1,4 +1,4 @@
-"""What the study of predictors leaves behind: tables as Markdown, all cells as CSV, two figures."""
+"""What the study of predictors leaves behind: its report with tables and figures, and CSV."""
 
 from __future__ import annotations
 
@@ -7,14 +7,28 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.figures import save
 from experiments.run import write_atomically
 from experiments.studies.predictor_figures import people, trust
+from experiments.studies.predictor_sentences import (
+    against_baseline,
+    against_first,
+    calibrating,
+    in_short,
+    surest_half,
+)
+from experiments.studies.report import (
+    About,
+    Section,
+    Table,
+    about_cells,
+    as_markdown,
+    command_line,
+    write_report,
+)
 from experiments.studies.summary import (
     Row,
     as_csv,
     by,
-    markdown,
     mean_and_error,
     numbers,
     pooled,
@@ -35,30 +49,71 @@ _PEOPLE = ("accuracy", "log loss", "ECE", "error AUROC", "AURC")
 
 
 def write_tables(rows: Mapping[str, Sequence[Row]], out: Path) -> str:
-    """Writes `tables.md`, `<kind>.csv` and the figures; returns the tables.
+    """Writes the report with `tables.md` and figures, and `<kind>.csv`; returns the tables.
 
     Args:
         rows: Cells of "simulated", "speed" and, where there are any, "human".
         out: The study's directory.
     """
+    out.mkdir(parents=True, exist_ok=True)
     for kind, cells in rows.items():
         plain = [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in cells]
         write_atomically(out / f"{kind}.csv", as_csv(plain))
-    parts = []
+    simulated_rows, sections = rows["simulated"], []
     for test in ("in distribution", "shifted"):
-        parts.append(f"**Simulated, {test}**\n\n{_simulated(rows['simulated'], test)}")
-    save(trust(rows["simulated"]), out / "trust")
+        said = against_first(simulated_rows, test)
+        sections.append(Section(f"Simulated, {test}", said, table=_simulated(simulated_rows, test)))
+    sections.insert(
+        0,
+        Section(
+            "Trust",
+            [*calibrating(simulated_rows), *surest_half(simulated_rows)],
+            trust(simulated_rows),
+        ),
+    )
     if "human" in rows:
-        for name, cells in by(rows["human"], "data").items():
-            parts.append(f"**{name}**\n\n{_people(cells)}")
-        save(people(rows["human"], BASELINE), out / "people")
-    parts.append(f"**Cost**\n\n{_cost(rows)}")
-    text = "\n\n".join(parts)
-    write_atomically(out / "tables.md", text + "\n")
-    return text
+        human = rows["human"]
+        sections.append(
+            Section("People", [in_short(human, BASELINE)],
+                    people(human, BASELINE))
+        )  # fmt: skip
+        for name, cells in by(human, "data").items():
+            sections.append(Section(f"People: {name}", against_baseline(name, cells, BASELINE),
+                                    table=_people(cells)))  # fmt: skip
+    sections.append(Section("Cost", [_fastest(rows["speed"])], table=_cost(rows)))
+    write_report(out, "May its uncertainty be believed?", sections, _about(rows, out))
+    return as_markdown(sections)
 
 
-def _simulated(rows: Sequence[Row], test: str) -> str:
+def _about(rows: Mapping[str, Sequence[Row]], out: Path) -> About:
+    first, cells = rows["simulated"][0], rows["simulated"]
+    settings = {
+        "data": rows["human"][0].get("folder") if "human" in rows else None,
+        "tasks": list(by(cells, "task")),
+        "predictors": list(by(cells, "predictor")),
+        **{k: first[k] for k in ("comparisons", "length", "tests") if k in first},
+        "seeds": len(by(cells, "seed")),
+    }
+    flags = {**settings, "pools": first.get("pools"), "out": out}
+    return about_cells(
+        [row for some in rows.values() for row in some],
+        out / "cells",
+        command=command_line("study predictors", flags),
+        seeds=settings["seeds"],
+        settings=settings,
+    )
+
+
+def _fastest(rows: Sequence[Row]) -> str:
+    quick = min(rows, key=lambda row: row["frame us"])
+    return (
+        f"Of single frames {quick['predictor']} is the quickest: "
+        f"{quick['frame us']:.0f} µs each. Medians, on one thread of one machine; how far they "
+        "vary was not measured."
+    )
+
+
+def _simulated(rows: Sequence[Row], test: str) -> Table:
     table = []
     for name, cells in by(rows, "predictor").items():
         tasks = list(by(cells, "task").values())
@@ -80,10 +135,10 @@ def _simulated(rows: Sequence[Row], test: str) -> str:
                 shown("raw difference rank correlation"),
             ]
         )
-    return markdown(["", *_SIMULATED], table)
+    return Table(["", *_SIMULATED], table)
 
 
-def _people(rows: Sequence[Row]) -> str:
+def _people(rows: Sequence[Row]) -> Table:
     table = []
     for name, cells in by(rows, "predictor").items():
         shown = []
@@ -94,10 +149,10 @@ def _people(rows: Sequence[Row]) -> str:
             else:
                 shown.append("–")
         table.append([name, *shown])
-    return markdown(["", *_PEOPLE], table)
+    return Table(["", *_PEOPLE], table)
 
 
-def _cost(rows: Mapping[str, Sequence[Row]]) -> str:
+def _cost(rows: Mapping[str, Sequence[Row]]) -> Table:
     speed = {row["predictor"]: row for row in rows["speed"]}
     table = []
     for name, cells in by(rows["simulated"], "predictor").items():
@@ -113,4 +168,4 @@ def _cost(rows: Mapping[str, Sequence[Row]]) -> str:
             ]
         )
     header = ["", "fit, s", "frame at batch 1, µs", "at batch 4,096, µs", "1,000 clips, ms"]
-    return markdown([*header, "parameters"], table)
+    return Table([*header, "parameters"], table)

@@ -14,9 +14,10 @@ somebody compared may be asked about, and tests are of groups that were left out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,12 +25,15 @@ import torch
 from active import STRATEGIES, TEACHERS, QueryStrategy, SyntheticTeacher, Teacher, all_pairs
 from experiments.human_data import HUMAN_DATA, HumanData, splits
 from experiments.limits import check_least, check_tasks
-from experiments.pools import make_pool
+from experiments.pools import Pool, make_pool
 from experiments.studies.lookup import found_class
 from experiments.studies.predictors import half, maker, people
+from experiments.studies.report import About, about_cells, command_line
 from experiments.studies.strategy_tables import write_tables
 from experiments.studies.summary import Row
-from experiments.study import Result, run_study
+from experiments.study import Cell, Result, cell_file, run_study
+from experiments.study_files import read_cell, remember
+from experiments.workers import check_workers
 from rewardmodels import Comparisons, InvalidInput, fit
 from rewardmodels import calibration as score
 
@@ -55,6 +59,7 @@ def study_strategies(
     address: str | None = None,
     pools: Path = Path("runs/pools"),
     out: Path = Path("runs/study-strategies"),
+    compute: bool = True,
 ) -> dict[str, list[Row]]:
     """Compares query strategies by the comparisons that they save over uniform ones.
 
@@ -75,16 +80,20 @@ def study_strategies(
         address: The cluster's; None starts one here.
         pools: Where the agents' episodes are kept; a cluster's workers read it too.
         out: Where results are kept; a second call goes on with those that are there.
+        compute: False makes the report from the cells that stand there, of a study that is half
+            done.
 
     Returns:
         The cells of `pool_cell` and `people_cell`, as "pool" and "people"; `out` has them as CSV,
-        with `tables.md` and the figure.
+        with `report.html`, `tables.md` and the figures.
 
     Raises:
         InvalidInput: A number out of range, clips longer than a task's episodes, neither tasks nor
-            data, or a folder without the files.
+            data, a folder without the files, a pool whose rewards tell nothing apart, a directory
+            of another study or version, or, without `compute`, one without a cell of this grid.
         UnknownName: A task, strategy or predictor that there isn't.
     """
+    settings = dict(locals())
     check_least(
         ("batch", batch, 2), ("budget", budget, 2 * batch), ("clips", clips, 4),
         ("length", length, 1), ("tests", tests, 10), ("seeds", seeds, 1), ("jobs", jobs, 1),
@@ -100,10 +109,9 @@ def study_strategies(
     for name in names:
         _strategy(name)
     check_tasks(tasks, length)
+    check_workers(backend, address)
     folder = {} if data is None else {"folder": str(data)}
     known = [] if data is None else [people(name, str(data)).name for name in HUMAN_DATA]
-    for task in tasks:
-        make_pool(task, folder=pools)
     common = {"predictor": predictor, "budget": budget, "batch": batch}
     grid = {
         "pool": [
@@ -117,15 +125,62 @@ def study_strategies(
         ],
     }  # fmt: skip
     functions: dict[str, Callable[..., Result]] = {"pool": pool_cell, "people": people_cell}
-    rows: dict[str, list[Row]] = {}
-    for kind, cells in grid.items():
-        if cells:
-            results = run_study(
+    grid = {kind: cells for kind, cells in grid.items() if cells}
+    if compute:
+        for kind, cells in grid.items():  # a directory of another study costs no trained agent
+            remember(functions[kind], cells, out / "cells")
+        for task in tasks:
+            _check_rewards(make_pool(task, folder=pools))
+        for kind, cells in grid.items():
+            run_study(
                 functions[kind], cells, out / "cells", jobs=jobs, backend=backend, address=address
             )
-            rows[kind] = [{**cell, **result} for cell, result in zip(cells, results, strict=True)]
-    print(write_tables(rows, out))
+    rows = {kind: _standing(functions[kind], cells, out) for kind, cells in grid.items()}
+    rows = {kind: found for kind, found in rows.items() if found}
+    if not rows:
+        raise InvalidInput(
+            f"out: expected cells of this grid, got {out}, where none stands. Leave --compute out, "
+            "or pass the settings that the study was started with."
+        )
+    stand, all_ = sum(map(len, rows.values())), sum(map(len, grid.values()))
+    note = "" if stand == all_ else f"Not finished: {stand} of {all_} cells stand there."
+    if note:
+        print(note + "\n")
+    print(write_tables(rows, out, _about(settings, rows, out), note=note))
     return rows
+
+
+def _check_rewards(pool: Pool) -> None:
+    """Refuses a pool that a synthetic teacher can't answer by."""
+    if float(pool.returns.max()) == float(pool.returns.min()):
+        raise InvalidInput(
+            f"pools: expected episodes of {pool.task} with true rewards, by which the synthetic "
+            f"teacher answers, got {len(pool.trajectories)} that all return "
+            f"{float(pool.returns[0]):g}. Delete the file, and the pool is made anew."
+        )
+
+
+def _standing(function: Callable[..., Result], cells: Sequence[Cell], out: Path) -> list[Row]:
+    """Those of the cells that have a result, with it."""
+    records = [(cell, read_cell(cell_file(function, cell, out / "cells"))) for cell in cells]
+    return [{**cell, **record["result"]} for cell, record in records if record]
+
+
+def _about(settings: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], out: Path) -> About:
+    usual = inspect.signature(study_strategies).parameters
+    where = ("jobs", "backend", "address", "compute")
+    flags = {
+        name: value
+        for name, value in settings.items()
+        if name not in where and value != usual[name].default
+    }
+    return about_cells(
+        [row for cells in rows.values() for row in cells],
+        out / "cells",
+        command=command_line("study strategies", flags),
+        seeds=settings["seeds"],
+        settings={k: v for k, v in settings.items() if k not in (*where, "pools", "out")},
+    )
 
 
 def pool_cell(

@@ -83,7 +83,8 @@ def refused(capsys, words) -> str:
     ("words", "line"),
     [
         ("", "command: expected one of learn, demo, pool, study predictors, study strategies, "
-         "study guard, benchmark predictors, benchmark queries, benchmark learn; got 'none'."),
+         "study feedback, study guard, benchmark predictors, benchmark queries, benchmark learn; "
+         "got 'none'."),
         ("lern", "got 'lern'. Did you mean 'learn'?"),
         ("--nonsense", "got '--nonsense'"),
         ("benchmark", "got 'benchmark'. Did you mean 'benchmark learn'?"),
@@ -102,7 +103,8 @@ def refused(capsys, words) -> str:
         ("learn --pessimism x", "pessimism: expected a number, got 'x'."),
         ("learn --pessimism .nan", "pessimism: expected a number of at least 0, got nan."),
         ("learn --video maybe", "video: expected true or false, got 'maybe'."),
-        ("learn --reward lerned", "reward: expected one of learned, task, zero; got 'lerned'. Did "
+        ("learn --reward lerned",
+         "reward: expected one of constant, learned, random, task, zero; got 'lerned'. Did "
          "you mean 'learned'?"),
         ("learn --algorithm PPOO", "algorithm: expected one of A2C, DDPG, DQN, PPO, SAC, TD3; got "
          "'PPOO'. Did you mean 'PPO'?"),
@@ -116,8 +118,10 @@ def refused(capsys, words) -> str:
          "'my_cli_classes.Nope': "),
         ("learn --strategy my_cli_classes.Forgetful", "Forgetful: expected each constructor "
          "argument"),
-        ("learn --strategy.power lots", "strategy.power: expected a number or none, got 'lots'."),
-        ("learn --strategy.power -1", "power: expected a finite number, at least 0, got -1"),
+        ("learn --strategy BALD --strategy.power lots",
+         "strategy.power: expected a number or none, got 'lots'."),
+        ("learn --strategy BALD --strategy.power -1",
+         "power: expected a finite number, at least 0, got -1"),
         ("learn --strategy ScoredStrategy --strategy.rule Tpk", "strategy.rule: expected one of "),
         ("learn --schedule Constnt", "Did you mean 'Constant'?"),
         ("learn --teacher.rationality lots", "teacher.rationality: expected a number, got 'lots'."),
@@ -223,7 +227,10 @@ def test_a_finished_run_is_shown_again_and_not_written_over(finished, capsys):
     assert "already holds a run" in refused(capsys, [*words, *TINY])
     assert "got another seed (3 in place of 0)" in refused(capsys, [*words, "--resume", "--seed=3"])
     line = refused(capsys, [*words, "--resume", "--strategy", "Uniform"])
-    assert "strategy (active.strategies.Uniform in place of active.strategies.GreedyInformation)" in line
+    assert (
+        "strategy (active.strategies.Uniform in place of active.strategies.GreedyInformation)"
+        in line
+    )
     assert (finished / "result.json").stat().st_mtime_ns == before
 
 

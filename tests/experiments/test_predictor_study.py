@@ -161,8 +161,19 @@ def test_tables_and_figures_are_left_behind(tmp_path):
     assert "| LaplaceHead |" in text
     assert "| 0.010 (" in text
     for stem in ("trust", "people"):
-        assert (tmp_path / f"{stem}.svg").stat().st_size > 5000
-        assert (tmp_path / f"{stem}.pdf").exists()
+        assert (tmp_path / "figures" / f"{stem}.svg").stat().st_size > 5000
+        assert (tmp_path / "figures" / f"{stem}.pdf").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "--predictors &#39;[single network,LaplaceHead]&#39; --seeds 3" in page
+    # Both are given the same cells: a tie, and 3 seeds. ECE is 0, 0.01 and 0.02, less what it was.
+    assert (
+        "LaplaceHead&#39;s log loss (lower is better), less single network&#39;s, is +0.000" in page
+    )
+    assert "the interval includes 0" in page
+    wrong = rows()["simulated"][0]["shifted/risk by coverage"][9]
+    assert f"and {wrong:.1%} (95% interval {wrong:.1%} to {wrong:.1%}) about far better" in page
+    assert "3 seeds are too few for a claim" in page
+    assert "better for sure in 0, worse for sure in 0, and in 2 no difference" in page
     header = (tmp_path / "simulated.csv").read_text().splitlines()[0]
     assert "shifted/raw log loss" in header
     assert "reliability" not in header

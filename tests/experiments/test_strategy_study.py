@@ -1,5 +1,7 @@
 """The study of strategies: savings by hand, no pair asked twice, and what is paired with what."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,16 +10,16 @@ from active import GreedyInformation, KCenter
 from experiments.benchmarks import queries as benchmark
 from experiments.cli import main
 from experiments.human_data import HumanData
+from experiments.pools import Pool
 from experiments.studies import strategies as study
-from experiments.studies.strategy_tables import (
-    labels_needed,
-    labels_ratio,
-    ratios,
-    write_tables,
-)
-from rewardmodels import Clips, Comparisons, UnknownName
+from experiments.studies.report import About
+from experiments.studies.strategy_savings import friedman, labels_needed, labels_ratio
+from experiments.studies.strategy_tables import ratios, write_tables
+from experiments.study import run_study
+from rewardmodels import Clips, Comparisons, InvalidInput, UnknownName
 
 BATCHES = np.array([20.0, 40.0, 60.0, 80.0, 100.0])
+ABOUT = About("rewardmodels study strategies", 4, {})
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def test_a_strategy_that_learns_twice_as_fast_needs_half():
     assert low == pytest.approx(0.5)
     assert high == pytest.approx(0.5)
     never, *_ = labels_ratio(np.full((6, 5), 0.5), uniform, BATCHES, 80)
-    assert never == pytest.approx(120 / 80)
+    assert never == np.inf
     assert labels_ratio(uniform, uniform, BATCHES, 80)[0] == pytest.approx(1)
 
 
@@ -78,23 +80,151 @@ def test_every_strategy_starts_alike_and_asks_nothing_twice(monkeypatch):
     assert last[0] != last[1]
 
 
-def rows(strategies=("Uniform", "BALD"), tasks=("A", "B", "C")):
+def rows(strategies=("Uniform", "BALD"), tasks=("A", "B", "C"), seeds=4):
     return [
         {"task": task, "strategy": name, "seed": seed, "predictor": "LaplaceHead",
          "comparisons": BATCHES.astype(int).tolist(),
          "accuracy": (0.5 + BATCHES / (200 if name == "BALD" else 400) + seed / 100).tolist(),
          "log loss": [0.5] * 5}
-        for task in tasks for name in strategies for seed in range(4)
+        for task in tasks for name in strategies for seed in range(seeds)
     ]  # fmt: skip
 
 
 def test_tables_and_a_figure_are_left_behind(tmp_path):
-    text = write_tables({"pool": rows()}, tmp_path)
-    assert "| BALD | 0.50 (0.50 to 0.50) |" in text
-    assert "+0.100" in text
+    text = write_tables({"pool": rows()}, tmp_path, ABOUT)
+    assert "| BALD | 0.50 (0.50 to 0.50) | 4 |" in text
+    assert "| BALD | +0.062 (+0.062 to +0.062) | +0.125 (+0.125 to +0.125) |" in text
     assert "| BALD | 1 | 1 | 1 | 1.0 |" in text
-    assert (tmp_path / "curves.svg").stat().st_size > 5000
+    assert (tmp_path / "figures" / "curves.svg").stat().st_size > 5000
     assert len((tmp_path / "curves.csv").read_text().splitlines()) == 1 + 3 * 2 * 4 * 5
+
+
+@pytest.mark.parametrize(
+    ("slope", "kind", "said"),
+    [
+        (200, "pool", "needs 0.50 of uniform's comparisons (95% interval 0.50 to 0.50, 5 seeds): "
+         "it saves."),
+        (400, "pool", "needs 1.00 of uniform's comparisons (95% interval 1.00 to 1.00, 5 seeds): "
+         "no difference can be told, the interval includes 1."),
+        (450, "pool", "needs 1.12 of uniform's comparisons (95% interval 1.12 to 1.12, 5 seeds): "
+         "it needs more, it loses."),
+        (600, "pool", "doesn't reach with 100 comparisons what uniform ones reach with 80 (95% "
+         "interval wholly beyond the budget, 5 seeds): it needs more, it loses."),
+        (450, "people", "doesn't reach with 100 comparisons what uniform ones reach with 100"),
+    ],
+)  # fmt: skip
+def test_wins_ties_losses_and_what_is_never_reached_are_said(slope, kind, said, tmp_path):
+    cells = [
+        {
+            **row,
+            "accuracy": (0.5 + BATCHES / (slope if row["strategy"] == "BALD" else 400)).tolist(),
+        }
+        for row in rows(tasks=("A",), seeds=5)
+    ]
+    assert f"On A, BALD {said}" in write_tables({kind: cells}, tmp_path, ABOUT)
+
+
+def test_curves_that_are_flat_and_noisy_save_nothing():
+    """Of strategies that are alike, about one in twenty may seem to differ, and not one in four."""
+    rng, claims = np.random.default_rng(0), 0
+    comparisons = np.arange(20, 201, 20.0)
+    mean = 0.68 + 0.04 * (1 - np.exp(-comparisons / 50))
+    for _ in range(40):
+        own, uniform = mean + rng.normal(0, 0.015, (2, 10, 10))
+        _, low, high = labels_ratio(own, uniform, comparisons, 160)
+        claims += not low <= 1 <= high
+    assert claims <= 5  # of 40 with 5% each, 6 or more come by chance in 1.4%
+
+
+def test_cells_that_are_missing_leave_out_their_seed_alone(tmp_path):
+    cells = rows(tasks=("A", "B"))
+    done = [row for row in cells if not (row["strategy"] == "BALD" and row["seed"] > 1)]
+    text = write_tables({"pool": done}, tmp_path, ABOUT)
+    assert "| BALD | 0.50 (0.50 to 0.50) | 2 |" in text
+    assert "| Uniform | 2 | 2 | 2.0 |" in text
+    alone = write_tables(
+        {"pool": [row for row in cells if row["strategy"] == "BALD"]}, tmp_path, ABOUT
+    )
+    assert "no strategy shares a seed with uniform comparisons yet" in alone
+
+
+def test_folds_of_different_sizes_are_compared_where_all_have_answers(tmp_path):
+    cells = rows(tasks=("A",))
+    cells[0] = {**cells[0], "comparisons": [20, 40, 60, 80, 93]}
+    assert "what uniform ones" not in write_tables({"people": cells}, tmp_path, ABOUT)
+    assert "at 20 | at 40 | at 60 | at 80" in (tmp_path / "tables.md").read_text()
+
+
+def test_ranks_by_chance_are_told_from_others():
+    # By hand: chi squared is 12 / (n k (k + 1)) sum R^2 - 3 n (k + 1).
+    alike = np.array([[1, 2, 3], [2, 3, 1], [3, 1, 2]] * 3)
+    assert "can't be told from 9 tasks (Friedman test, p = 1.000)" in friedman(alike)
+    ordered = np.tile([1, 2, 3], (3, 1))
+    chi = 12 / (3 * 3 * 4) * (3**2 + 6**2 + 9**2) - 3 * 3 * 4
+    assert f"p = {np.exp(-chi / 2):.3f}" in friedman(ordered)  # two degrees of freedom
+    assert friedman(np.full((4, 3), 2.0)) == "All strategies tie on all 4 tasks."
+    assert "can't be told" in friedman(np.tile([1, 2], (9, 1)))
+
+
+def test_a_half_done_study_is_reported_from_the_cells_that_stand(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "people", lambda name, _: people())
+    monkeypatch.setattr(study, "HUMAN_DATA", {"trains": None})
+    usual = {"predictor": "LaplaceHead", "budget": 40, "batch": 20, "folder": "nowhere"}
+    cells = [{"task": "trains", "strategy": s, "seed": 0, **usual} for s in ("Uniform", "BALD")]
+    run_study(study.people_cell, cells, tmp_path / "cells", progress=False)
+    monkeypatch.setattr(study, "run_study", None)  # nothing more is computed
+    words = (
+        f"study strategies --data nowhere --tasks [] --strategies [BALD,Thompson] --budget 40 "
+        f"--seeds 2 --compute false --out {tmp_path}"
+    )
+    assert main(words.split()) == 0
+    assert "1 seed)" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert "2 of 6 cells" in page
+    assert "On trains, Thompson" not in page
+    assert main([*words.split(), "--batch", "10"]) == 2
+    assert "expected cells of this grid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rewards", [None, 0.0])
+def test_a_pool_without_true_rewards_is_refused(rewards, tmp_path, monkeypatch, capsys):
+    frames = torch.zeros(4, 30, 3), torch.zeros(4, 30, 1)
+    skill, steps = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2048])
+
+    def made(*_, **__):
+        paid = None if rewards is None else torch.full((4, 30), rewards)
+        return Pool("Pendulum", 0, Clips(*frames, rewards=paid), skill, steps)
+
+    monkeypatch.setattr(study, "make_pool", made)
+    monkeypatch.setattr(study, "run_study", None)
+    words = f"study strategies --tasks [Pendulum] --strategies [BALD] --out {tmp_path}"
+    assert main(words.split()) == 2
+    assert "rewards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (
+            {"study": "experiments.studies.predictors"},
+            "expected a directory of experiments.studies.s",
+        ),
+        ({"versions": {"rewardmodels": "0.0.9"}}, "expected results of rewardmodels"),
+        ({"format": 0}, "(format 1), got"),
+    ],
+)
+def test_a_directory_of_another_study_is_refused_before_an_agent_is_trained(
+    kept, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(study, "make_pool", None)
+    (tmp_path / "cells").mkdir()
+    usual = {"format": 1, "study": study.__name__, "versions": {"rewardmodels": "0.1.0"}}
+    told = json.dumps({**usual, "functions": {}, **kept})
+    (tmp_path / "cells" / "study.json").write_text(told)
+    with pytest.raises(InvalidInput) as refused:
+        study.study_strategies(tasks=["Pendulum"], strategies=["BALD"], out=tmp_path)
+    assert message in str(refused.value)
+    assert (tmp_path / "cells" / "study.json").read_text() == told
 
 
 @pytest.mark.parametrize(
@@ -112,6 +242,9 @@ def test_tables_and_a_figure_are_left_behind(tmp_path):
         ),
         ("study strategies --tasks [Hoper]", "Did you mean 'Hopper'"),
         ("study strategies --data nowhere", "expected the folder that holds"),
+        ("study strategies --tasks []", "tasks: expected one at least where there is no data"),
+        ("study strategies --address 10.0.0.1:1", "address: expected none with loky"),
+        ("study strategies --compute false", "out: expected cells of this grid"),
     ],
 )
 def test_what_is_wrong_is_refused_before_any_work(words, message, tmp_path, monkeypatch, capsys):
