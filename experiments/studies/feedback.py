@@ -31,6 +31,7 @@ from experiments.settings import known_good
 from experiments.studies.feedback_tables import write_tables
 from experiments.studies.lookup import found_class
 from experiments.studies.predictors import maker
+from experiments.studies.report import about_cells, command_line
 from experiments.studies.strategies import pool_cell
 from experiments.studies.summary import Row
 from experiments.study import Result, read_study, run_study
@@ -38,6 +39,7 @@ from experiments.tasks import find_task
 from rewardmodels import InvalidInput
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
+_NO_FIGURE_DEPENDS_ON = ("jobs", "backend", "address", "pools", "out")
 ARMS: tuple[RewardName, ...] = ("task", "zero", "constant", "random")
 
 
@@ -82,12 +84,14 @@ def study_feedback(
             all of its mode, so that one budget or schedule may be added at a time.
 
     Returns:
-        A row a cell; `out` has them as CSV, with `tables.md`, `report.html` and the figures.
+        A row a cell; `out` has them as CSV, with `report.html` and its figures, in a directory
+        for each mode.
 
     Raises:
         InvalidInput: A number out of range, or nothing to do.
         UnknownName: A task, schedule, teacher, reward, strategy or predictor that there isn't.
     """
+    settings = dict(locals())
     _check(tasks, budgets, schedules, teachers, strategy, predictor, steps, seeds, jobs)
     if mode == "pool":
         for task in tasks:
@@ -100,8 +104,15 @@ def study_feedback(
         )
         function = online_cell
     run_study(function, cells, out / "cells", jobs=jobs, backend=backend, address=address)
-    rows = read_study(out / "cells", function.__qualname__)
-    write_tables(rows, mode, out)
+    rows = _alike(read_study(out / "cells", function.__qualname__), cells)
+    about = about_cells(
+        rows,
+        out / "cells",
+        command=command_line("study feedback", settings),
+        seeds=len({row["seed"] for row in rows}),
+        settings={k: v for k, v in settings.items() if k not in _NO_FIGURE_DEPENDS_ON},
+    )
+    write_tables(rows, mode, out, about)
     return list(rows)
 
 
@@ -154,6 +165,19 @@ def online_cell(
         "correlation": found["reward_correlation"],
         **curves,
     }
+
+
+def _alike(rows: Sequence[Row], cells: Sequence[Row]) -> list[Row]:
+    """Those rows, in order, that may stand beside these cells in one figure."""
+    named = ("strategy", "predictor", "steps")
+    kinds = [{name: cell[name] for name in named if name in cell} for cell in cells]
+    alike = [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in rows
+        if {name: row[name] for name in named if name in row} in kinds
+    ]
+    order = ("task", "reward", "schedule", "teacher", "budget", "seed")
+    return sorted(alike, key=lambda row: [str(row.get(name, "")).zfill(12) for name in order])
 
 
 def _online_cells(

@@ -13,17 +13,25 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from experiments.figures import STYLE, save
+from experiments.figures import STYLE
 from experiments.results import ARMS, GREY
 from experiments.run import write_atomically
 from experiments.sentences import number
 from experiments.statistics import Values, bootstrap_interval, interquartile_mean
+from experiments.studies.report import (
+    COLOURS,
+    About,
+    Section,
+    Table,
+    plural,
+    verdict,
+    write_report,
+)
 from experiments.studies.strategy_savings import labels_needed
-from experiments.studies.summary import Row, as_csv, by, markdown, numbers
+from experiments.studies.summary import Row, as_csv, by, numbers
 
 SHARE = 0.9  # of what the task's own reward gives
 _RESAMPLES = 2000
-_COLOURS = ("#0072b2", "#b34b00", "#009e73", "#cc79a7", "#56b4e9", "#b58900")
 
 
 class Needed(NamedTuple):
@@ -91,13 +99,14 @@ def labelled(row: Row) -> str:
     return f"{schedule}, {row['teacher']}" if schedule else str(row["teacher"])
 
 
-def write_tables(rows: Sequence[Row], mode: str, out: Path) -> str:
-    """Writes a CSV, tables and figures of one mode's cells; returns the tables.
+def write_tables(rows: Sequence[Row], mode: str, out: Path, about: About) -> None:
+    """Writes `report.html` and what belongs to it, and a CSV, of one mode's cells.
 
     Args:
         rows: Of `online_cell` or of `pool_cell`.
-        mode: "online" or "pool".
+        mode: "online" or "pool", which has a directory of its own.
         out: The study's directory.
+        about: How the cells were made.
     """
     if mode == "pool":
         lines = [
@@ -105,56 +114,87 @@ def write_tables(rows: Sequence[Row], mode: str, out: Path) -> str:
             for row in rows
             for n, a in zip(row["comparisons"], row["accuracy"], strict=True)
         ]
-        text = _pool_table(rows)
-        save(accuracies(rows), out / "pool")
+        sections = [_accuracies(rows)]
     else:
         lines = [{k: v for k, v in row.items() if not k.startswith("by ")} for row in rows]
-        text = "\n\n".join([*sentences(rows), _online_table(rows)])
-        save(returns(rows), out / "returns")
-        save(asked(rows), out / "asked")
-    write_atomically(out / f"{mode}.csv", as_csv(lines))
-    write_atomically(out / f"{mode}.md", text + "\n")
-    return text
+        sections = [_returns(rows), _trivial(rows), _asked(rows)]
+    write_report(out / mode, f"How much feedback is needed ({mode})", sections, about)
+    write_atomically(out / mode / "cells.csv", as_csv(lines))
 
 
-def sentences(rows: Sequence[Row]) -> list[str]:
-    """What the figures show, and how sure that is."""
-    said = []
+def _returns(rows: Sequence[Row]) -> Section:
+    told = []
     for task, cells in by(rows, "task").items():
         seeds = len(by(cells, "seed"))
-        arms = {name: _arm(cells, name) for name in ARMS if name != "learned"}
-        means = {name: _mean(some) for name, some in arms.items() if some}
-        parts = []
-        for label in _labels(cells):
-            if not {"task", "zero"} <= set(means):
-                continue
-            found = needed(cells, label)
-            parts.append(
+        if _arm(cells, "task") and _arm(cells, "zero"):
+            parts = [
                 f"{label}: {found} comparisons"
-                if found.comparisons < np.inf
+                if (found := needed(cells, label)).comparisons < np.inf
                 else f"{label}: not reached with {max(_budgets(cells, label))}"
-            )
-        if parts:
-            said.append(
-                f"**{task}.** Comparisons for {SHARE:.0%} of the return on its own reward "
-                f"({number(means['task'])}; {seeds} seeds; 95% interval): {'; '.join(parts)}."
-            )
-        trivial = {n: m for n, m in means.items() if n != "task"}
-        if trivial:
-            said[-1:] = [
-                f"{said[-1] if said else f'**{task}.**'} Without any reward to learn from: "
-                + ", ".join(f"{ARMS[n].name} {number(m)}" for n, m in trivial.items())
-                + "."
+                for label in _labels(cells)
             ]
-        labels = _labels(cells)
-        if "zero" in means and {"WhenUnsure, oracle", "Constant, oracle"} <= set(labels):
-            ratio, low, high = unsure_ratio(cells)
-            verdict = "it saves" if high < 1 else "it costs more" if low > 1 else "can't be told"
-            said.append(
-                f"{task}: asking when unsure takes {ratio:.2f} of the comparisons that a constant "
-                f"schedule takes for the same return ({low:.2f} to {high:.2f}): {verdict}."
+            told.append(
+                f"{task}: {SHARE:.0%} of the return on its own reward "
+                f"({number(_mean(_arm(cells, 'task')))}) take, with a 95% interval over "
+                f"{plural(seeds, 'seed', 'seeds')}: {'; '.join(parts)}."
             )
-    return said
+    table = Table(
+        ["task", "reward", "comparisons", "true return", "correlation with the true reward"],
+        _online_lines(rows),
+    )
+    return Section("Return by number of comparisons", told, returns(rows), table)
+
+
+def _trivial(rows: Sequence[Row]) -> Section:
+    told = []
+    for task, cells in by(rows, "task").items():
+        own = _arm(cells, "task")
+        parts = [
+            f"{ARMS[name].name} {number(_mean(some))}"
+            for name in ARMS
+            if name not in ("task", "learned") and (some := _arm(cells, name))
+        ]
+        if own and parts:
+            told.append(
+                f"{task}, where its own reward gives {number(_mean(own))}: {', '.join(parts)}."
+            )
+    return Section("What an agent does that has nothing to learn from", told)
+
+
+def _asked(rows: Sequence[Row]) -> Section:
+    told = []
+    for task, cells in by(rows, "task").items():
+        if {"WhenUnsure, oracle", "Constant, oracle"} <= set(_labels(cells)):
+            ratio, low, high = unsure_ratio(cells)
+            said = verdict(
+                low, high, len(by(cells, "seed")), even=1, below="it saves", above="it costs more"
+            )
+            told.append(
+                f"{task}: asking when unsure takes {ratio:.2f} of the comparisons that a constant "
+                f"schedule takes for the same return ({low:.2f} to {high:.2f}): {said}."
+            )
+    return Section("When they were asked for", told, asked(rows))
+
+
+def _accuracies(rows: Sequence[Row]) -> Section:
+    told = []
+    for task, cells in by(rows, "task").items():
+        teachers = by(cells, "teacher")
+        finals = {
+            name: np.array([row["accuracy"][-1] for row in some]) for name, some in teachers.items()
+        }
+        reference, *others = finals
+        for name in others:
+            low, high = bootstrap_interval(
+                lambda a, b: interquartile_mean(a) - interquartile_mean(b),
+                finals[name], finals[reference],
+            )  # fmt: skip
+            gap = float(interquartile_mean(finals[name]) - interquartile_mean(finals[reference]))
+            told.append(
+                f"{task}: answered by {name} and not {reference}, accuracy at the end is "
+                f"{gap:+.3f} ({low:+.3f} to {high:+.3f}): {verdict(low, high, len(finals[name]))}."
+            )
+    return Section("Accuracy by number of comparisons", told, accuracies(rows), _pool_table(rows))
 
 
 def returns(rows: Sequence[Row]) -> Figure:
@@ -171,7 +211,7 @@ def returns(rows: Sequence[Row]) -> Figure:
                 if name == "task":
                     axes.axhspan(*bootstrap_interval(interquartile_mean, values),
                                  color=ARMS[name].colour, alpha=0.1, linewidth=0)  # fmt: skip
-        for colour, label in zip(_COLOURS, _labels(cells), strict=False):
+        for colour, label in zip(COLOURS, _labels(cells), strict=False):
             points = []
             for some in _budgets(cells, label).values():
                 values = numbers(some, "return")
@@ -190,7 +230,7 @@ def asked(rows: Sequence[Row]) -> Figure:
     """Answers against steps of training, mean over seeds, at each schedule's largest budget."""
     figure, panels = _panels(rows, "comparisons answered")
     for axes, cells in panels:
-        for colour, label in zip(_COLOURS, _labels(cells), strict=False):
+        for colour, label in zip(COLOURS, _labels(cells), strict=False):
             some = max(_budgets(cells, label).items())[1]
             rounds = min(len(row["by step"]) for row in some)
             x, y = (
@@ -207,14 +247,14 @@ def accuracies(rows: Sequence[Row]) -> Figure:
     """Accuracy against comparisons, a panel a task, a line a teacher."""
     figure, panels = _panels(rows, "held-out answers predicted")
     for axes, cells in panels:
-        for colour, (teacher, some) in zip(_COLOURS, by(cells, "teacher").items(), strict=False):
+        for colour, (teacher, some) in zip(COLOURS, by(cells, "teacher").items(), strict=False):
             y = interquartile_mean(np.array([row["accuracy"] for row in some]), axis=0)
             axes.plot(some[0]["comparisons"], y, color=colour, label=teacher)
         axes.set_xlabel("comparisons")
     return _finished(figure)
 
 
-def _online_table(rows: Sequence[Row]) -> str:
+def _online_lines(rows: Sequence[Row]) -> list[list[str]]:
     lines = []
     for task, cells in by(rows, "task").items():
         for name in ARMS:
@@ -227,22 +267,22 @@ def _online_table(rows: Sequence[Row]) -> str:
                 answers += f" ({skipped:.0f} skipped)" if skipped else ""
                 found = _interval(some, "return"), f"{numbers(some, 'correlation').mean():.2f}"
                 lines.append([task, label, answers, *found])
-    header = ["task", "reward", "comparisons", "true return", "correlation of rewards"]
-    return markdown(header, lines)
+    return lines
 
 
-def _pool_table(rows: Sequence[Row]) -> str:
-    lines = []
-    for task, cells in by(rows, "task").items():
-        for teacher, some in by(cells, "teacher").items():
-            x = some[0]["comparisons"]
-            places = [int(np.argmin(np.abs(np.array(x) - x[-1] * part))) for part in (0.25, 0.5, 1)]
-            lines.append([
-                task, teacher,
-                *(f"{x[i]}: {interquartile_mean(np.array([r['accuracy'][i] for r in some])):.3f}"
-                  for i in places),
-            ])  # fmt: skip
-    return markdown(["task", "teacher", *["comparisons: accuracy"] * 3], lines)
+def _pool_table(rows: Sequence[Row]) -> Table:
+    x = rows[0]["comparisons"]
+    places = [int(np.argmin(np.abs(np.array(x) - x[-1] * part))) for part in (0.25, 0.5, 1)]
+    lines = [
+        [
+            task, teacher,
+            *(f"{interquartile_mean(np.array([row['accuracy'][i] for row in some])):.3f}"
+              for i in places),
+        ]
+        for task, cells in by(rows, "task").items()
+        for teacher, some in by(cells, "teacher").items()
+    ]  # fmt: skip
+    return Table(["task", "teacher", *(f"accuracy at {x[i]}" for i in places)], lines)
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:

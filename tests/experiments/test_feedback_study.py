@@ -2,13 +2,32 @@
 
 import numpy as np
 import pytest
+import torch
 
-from active import SyntheticTeacher, Teacher
+from active import Teacher
 from experiments.cli import main
+from experiments.pools import make_pool
 from experiments.studies import feedback as study
-from experiments.studies.feedback_tables import Needed, labelled, needed, sentences, unsure_ratio
+from experiments.studies.feedback_tables import (
+    Needed,
+    labelled,
+    needed,
+    unsure_ratio,
+    write_tables,
+)
+from experiments.studies.report import About
+from experiments.studies.strategies import pool_cell
 from experiments.study import read_study
 from rewardmodels import InvalidInput, UnknownName
+
+SMALL = {"steps": 2048, "levels": 2, "episodes": 4}
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pools")
+    make_pool("Pendulum", folder=folder, progress=False, **SMALL)
+    return folder
 
 
 def cell(reward, value, seed=0, budget=0, comparisons=None, schedule="", teacher=""):
@@ -79,21 +98,47 @@ def test_a_return_that_the_constant_schedule_never_has_counts_as_its_whole_budge
     assert unsure_ratio(rows)[0] == pytest.approx(200 / 400)
 
 
-def test_sentences_say_what_saves_what_does_not_and_what_trivial_rewards_give():
-    text = " ".join(sentences(grid({100: 600.0, 200: 800.0, 400: 1000.0}, (150, 1000.0), zero=20)))
-    assert "Constant, oracle: 300 (300 to 300) comparisons" in text
-    assert "zero reward 20" in text
-    assert "takes 0.38 of the comparisons" in text
-    assert "it saves" in text
-    text = " ".join(sentences(grid({100: 600.0, 400: 1000.0}, (400, 600.0))))
-    assert "it costs more" in text
+def told(rows, out):
+    write_tables(rows, "online", out, About("rewardmodels study feedback", 6, {}))
+    return (out / "online" / "report.html").read_text()
+
+
+def test_the_report_says_what_saves_what_does_not_and_what_trivial_rewards_give(tmp_path):
+    page = told(grid({100: 600.0, 200: 800.0, 400: 1000.0}, (150, 1000.0), zero=20), tmp_path)
+    assert "Constant, oracle: 300 (300 to 300) comparisons" in page
+    assert "zero reward 20" in page
+    assert "takes 0.38 of the comparisons" in page
+    assert "it saves" in page
+    page = told(grid({100: 600.0, 400: 1000.0}, (400, 600.0)), tmp_path)
+    assert "it costs more" in page
+    assert "WhenUnsure, oracle: not reached with 400" in page
 
 
 class Silent(Teacher):
     """Skips everything."""
 
     def answer(self, clips, pairs, generator=None):
-        return SyntheticTeacher(skip_threshold=1e9).answer(clips, pairs, generator)
+        return torch.full((len(pairs),), torch.nan)
+
+
+def test_a_pool_is_not_answered_by_who_skips(tmp_path, pool):
+    name = f"{__name__}.Silent"
+    with pytest.raises(InvalidInput, match=r"answers every question, got .*, who skips 45 of 45"):
+        pool_cell("Pendulum", "Uniform", 0, "LaplaceHead", 20, 10, 10, 5, 10, str(pool),
+                  teacher=name, **SMALL)  # fmt: skip
+
+
+def test_a_pool_shows_what_teachers_are_worth(tmp_path, pool, monkeypatch):
+    monkeypatch.setattr(study, "make_pool", lambda task, folder: None)
+    cells = study._pool_cells(["Pendulum"], [40], ["oracle", "mistaken"], "Uniform", None, 2, pool)
+    rows = [{**cell, **pool_cell(**cell, **SMALL)} for cell in cells]
+    write_tables(rows, "pool", tmp_path, About("rewardmodels study feedback", 2, {}))
+    table = (tmp_path / "pool" / "tables.md").read_text()
+    assert "| Pendulum | oracle |" in table
+    assert "| Pendulum | mistaken |" in table
+    first = {row["teacher"]: row["accuracy"] for row in rows if row["seed"] == 0}
+    assert first["oracle"] != first["mistaken"]
+    assert (tmp_path / "pool" / "cells.csv").read_text().count("\n") == 1 + 2 * 2 * 2
 
 
 @pytest.mark.slow
@@ -101,7 +146,7 @@ def test_the_study_trains_tells_and_grows(tmp_path, capsys):
     small = ["--tasks", "[Pendulum]", "--arms", "[zero,task]", "--steps", "4096", "--seeds", "1"]
     small += ["--budgets", "[16]", "--predictor", "LaplaceHead", "--out", str(tmp_path)]
     assert main(["study", "feedback", "--schedules", "[Constant]", *small]) == 0
-    first = (tmp_path / "online.csv").read_text()
+    first = (tmp_path / "online" / "cells.csv").read_text()
     assert main(["study", "feedback", "--schedules", "[Hyperbolic]", *small]) == 0
     rows = read_study(tmp_path / "cells")
     assert len(rows) == 4
@@ -113,10 +158,11 @@ def test_the_study_trains_tells_and_grows(tmp_path, capsys):
     zero = next(row for row in rows if row["reward"] == "zero")
     assert zero["comparisons"] == 0
     assert zero["return"] == pytest.approx(-1200, abs=600)
-    assert len((tmp_path / "online.csv").read_text().splitlines()) == 5 > first.count("\n")
-    assert "the task's own reward" in (tmp_path / "online.md").read_text()
-    for name in ("returns", "asked"):
-        assert (tmp_path / f"{name}.pdf").stat().st_size > 5000
+    online = tmp_path / "online"
+    assert len((online / "cells.csv").read_text().splitlines()) == 5 > first.count("\n")
+    assert "the task's own reward" in (online / "tables.md").read_text()
+    for name in ("return-by-number-of-comparisons", "when-they-were-asked-for"):
+        assert (online / "figures" / f"{name}.pdf").stat().st_size > 5000
     capsys.readouterr()
 
 

@@ -242,7 +242,6 @@ def test_a_directory_of_another_study_is_refused_before_an_agent_is_trained(
         ),
         ("study strategies --tasks [Hoper]", "Did you mean 'Hopper'"),
         ("study strategies --data nowhere", "expected the folder that holds"),
-        ("study strategies --tasks []", "tasks: expected at least one where there is no data"),
         ("study strategies --address 10.0.0.1:1", "address: expected none with loky"),
         ("study strategies --compute false", "out: expected cells of this grid"),
     ],
