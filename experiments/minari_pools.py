@@ -22,6 +22,8 @@ from experiments.pools import Pool, make_pool
 from experiments.tasks import find_task, make_env
 from rewardmodels import Clips, InvalidInput, UnreadableFile
 
+_MINARI = "minari:"
+
 
 def export_pool(
     task: str,
@@ -190,6 +192,30 @@ def pool_from_minari(name_or_path: str | Path, *, levels: int = 10) -> Pool:
     recorded_in = data.env_spec.id if data.env_spec else data.spec.dataset_id
     task = known.get("rewardmodels_task", recorded_in)
     return Pool(task, int(known.get("rewardmodels_seed", 0)), clips, skill, steps)
+
+
+def find_pool(task: str, folder: Path, *, progress: bool = True, **made: int) -> Pool:
+    """A task's pool, made if need be; or a Minari data set's, as `minari:NAME` or `minari:PATH`.
+
+    Args:
+        task: Any that `make_pool` takes, or a data set.
+        folder: Where pools are kept that are made here.
+        progress: As `make_pool` has it.
+        made: What else goes to `make_pool`.
+
+    Raises:
+        InvalidInput: As `make_pool` or `pool_from_minari` raises it.
+        UnknownName: No such task.
+        UnreadableFile: A damaged file.
+    """
+    if is_minari(task):
+        return pool_from_minari(task.removeprefix(_MINARI))
+    return make_pool(task, folder=folder, progress=progress, **made)
+
+
+def is_minari(task: str) -> bool:
+    """Whether `find_pool` takes this for a Minari data set."""
+    return task.startswith(_MINARI)
 
 
 def _open(name_or_path: str | Path) -> Any:

@@ -25,7 +25,8 @@ import torch
 from active import STRATEGIES, TEACHERS, QueryStrategy, SyntheticTeacher, Teacher, all_pairs
 from experiments.human_data import HUMAN_DATA, HumanData, splits
 from experiments.limits import check_least, check_tasks
-from experiments.pools import Pool, make_pool
+from experiments.minari_pools import find_pool, is_minari
+from experiments.pools import Pool
 from experiments.studies.lookup import found_class
 from experiments.studies.predictors import half, maker, people
 from experiments.studies.report import About, about_cells, command_line
@@ -66,7 +67,8 @@ def study_strategies(
     Args:
         data: Folder with people's answers, as `rewardmodels study predictors` takes it; None leaves
             people out.
-        tasks: Any that `rewardmodels learn` takes; may be none where there is `data`.
+        tasks: Any that `rewardmodels learn` takes, or Minari data sets with rewards, as
+            `minari:NAME` or `minari:PATH`; may be none where there is `data`.
         strategies: Names of ours, or import paths of others; `Uniform` is always among them.
         predictor: A name or an import path.
         budget: Comparisons in all.
@@ -108,7 +110,9 @@ def study_strategies(
     names = list(dict.fromkeys(["Uniform", *strategies]))
     for name in names:
         _strategy(name)
-    check_tasks(tasks, length)
+    check_tasks([task for task in tasks if not is_minari(task)], length)
+    for task in filter(is_minari, tasks):
+        _check_rewards(find_pool(task, pools))
     check_workers(backend, address)
     folder = {} if data is None else {"folder": str(data)}
     known = [] if data is None else [people(name, str(data)).name for name in HUMAN_DATA]
@@ -130,7 +134,8 @@ def study_strategies(
         for kind, cells in grid.items():  # a directory of another study costs no trained agent
             remember(functions[kind], cells, out / "cells")
         for task in tasks:
-            _check_rewards(make_pool(task, folder=pools))
+            if not is_minari(task):
+                _check_rewards(find_pool(task, pools))
         for kind, cells in grid.items():
             run_study(
                 functions[kind], cells, out / "cells", jobs=jobs, backend=backend, address=address
@@ -203,7 +208,7 @@ def pool_cell(
         InvalidInput: A teacher who skips, of whom a pool's answers can't be had beforehand.
     """
     torch.set_num_threads(1)
-    pool, draw = make_pool(task, folder=Path(pools), progress=False, **made), _generator(seed)
+    pool, draw = find_pool(task, Path(pools), progress=False, **made), _generator(seed)
     known, fresh = (half(pool, which) for which in (0, 1))
     candidates = known.clips(clips, length, draw)
     test = fresh.clips(2 * tests, length, draw)

@@ -219,3 +219,20 @@ def test_the_command_makes_one_that_minari_finds_by_name(tmp_path, monkeypatch, 
     assert len(pool_from_minari("elsewhere").trajectories) == 2
     assert main([*words, "--out", "elsewhere"]) == 2
     assert "out: expected a directory that doesn't exist yet" in capfd.readouterr().err
+
+
+@needs_minari
+def test_a_study_takes_a_data_set_for_a_pool(pool, tmp_path, capsys):
+    write_minari(pool, tmp_path / "data", name="tiny")
+    words = f"""study strategies --tasks [minari:{tmp_path / "data"}] --strategies [BALD] --seeds 1
+        --budget 20 --batch 10 --clips 12 --length 10 --tests 20 --out {tmp_path / "out"}"""
+    assert main(words.split()) == 0
+    assert "| BALD |" in capsys.readouterr().out
+
+
+@needs_minari
+def test_a_data_set_that_is_not_there_is_refused_before_any_work(tmp_path, capsys):
+    words = f"study strategies --tasks [minari:{tmp_path / 'none'}] --out {tmp_path / 'out'}"
+    assert main(words.split()) == 2
+    assert "none" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "cells").exists()

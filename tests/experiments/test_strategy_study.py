@@ -195,7 +195,7 @@ def test_a_pool_without_true_rewards_is_refused(rewards, tmp_path, monkeypatch, 
         paid = None if rewards is None else torch.full((4, 30), rewards)
         return Pool("Pendulum", 0, Clips(*frames, rewards=paid), skill, steps)
 
-    monkeypatch.setattr(study, "make_pool", made)
+    monkeypatch.setattr(study, "find_pool", made)
     monkeypatch.setattr(study, "run_study", None)
     words = f"study strategies --tasks [Pendulum] --strategies [BALD] --out {tmp_path}"
     assert main(words.split()) == 2
@@ -216,7 +216,7 @@ def test_a_pool_without_true_rewards_is_refused(rewards, tmp_path, monkeypatch, 
 def test_a_directory_of_another_study_is_refused_before_an_agent_is_trained(
     kept, message, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(study, "make_pool", None)
+    monkeypatch.setattr(study, "find_pool", None)
     (tmp_path / "cells").mkdir()
     usual = {"format": 1, "study": study.__name__, "versions": {"rewardmodels": "0.1.0"}}
     told = json.dumps({**usual, "functions": {}, **kept})
