@@ -12,17 +12,23 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from active import GreedyInformation, KCenter, QueryStrategy, all_pairs
+from experiments.agents import PPO_ROLLOUT
 from experiments.benchmarks.figures import check_settings, publish
 from experiments.pools import make_pool
+from experiments.studies.feedback import BUDGETS, study_feedback
+from experiments.studies.feedback import TASKS as FEEDBACK_TASKS
+from experiments.studies.feedback_tables import unsure_ratio
 from experiments.studies.strategies import TASKS, pool_cell
 from experiments.studies.strategy_tables import ratios
-from experiments.study import run_study
+from experiments.studies.summary import by
+from experiments.study import read_study, run_study
 from rewardmodels import SampledPosterior
 
 DEFAULT, REFERENCE = GreedyInformation.__name__, "Uniform"
 
 _QUICK_POOL = {"steps": 20_480, "episodes": 4}
 _AT = 160
+_STUDY_CELLS, _STUDY_JOBS = 6 * 10, 2
 
 
 def benchmark_queries(
@@ -30,26 +36,32 @@ def benchmark_queries(
     json: Path | None = None,
     seeds: int = 10,
     jobs: int = 1,
+    steps: int = 300_000,
     pools: Path = Path("runs/pools"),
     out: Path = Path("runs/study-strategies"),
+    feedback: Path = Path("runs/study-feedback"),
 ) -> dict[str, Any]:
-    """Measures the comparisons that the default strategy saves, and the seconds that it takes.
+    """Measures the comparisons that questions and asking when unsure save, and what choosing takes.
 
     Args:
-        quick: In about a minute, for trends: one task and its own small pool, two seeds.
+        quick: In about a minute, for trends: one task and its own small pool, two seeds, and four
+            runs of `learn` that are too short to learn much.
         json: File for the figures; they are printed too.
-        seeds: Draws of candidates, tests, first batches and initial weights, on each task.
+        seeds: Draws of candidates, tests, first batches and initial weights, on each task; half as
+            many runs of each kind of `learn`.
         jobs: Processes side by side.
+        steps: For which `learn` trains a policy.
         pools: Where the agents' episodes are kept.
         out: Where cells are kept, the same as of `rewardmodels study strategies`; a second call
             goes on with those that are there.
+        feedback: The same of `rewardmodels study feedback`.
 
     Returns:
-        Flat keys: `labels_ratio.<Task>` and its interval, `greedy_seconds` and
-        `kcenter_seconds` for 100 queries, and `study_minutes`, what computing the cells took in
-        this call.
+        Flat keys: `labels_ratio.<Task>` and `unsure_ratio.<Task>` with their intervals,
+        `greedy_seconds` and `kcenter_seconds` for 100 queries, and `study_minutes`, what a study of
+        6 strategies and 10 seeds on a task takes two processes, from what each cell took.
     """
-    check_settings(json, seeds=seeds, jobs=jobs)
+    check_settings(json, seeds=seeds, jobs=jobs, steps=steps)
     figures: dict[str, Any] = {
         "greedy_seconds": seconds_to_select(GreedyInformation(samples=100), clips=1000),
         "kcenter_seconds": seconds_to_select(KCenter(samples=100), clips=1000, pairs=1000),
@@ -69,9 +81,23 @@ def benchmark_queries(
             for task in tasks
             for strategy in (REFERENCE, DEFAULT)
         ]  # fmt: skip
-        started = time.perf_counter()
         results = run_study(pool_cell, cells, out / "cells", jobs=jobs)
-        figures["study_minutes"] = (time.perf_counter() - started) / 60
+        taken = [row["seconds"] for row in read_study(out / "cells", pool_cell.__qualname__)]
+        figures["study_minutes"] = statistics.mean(taken) * _STUDY_CELLS / _STUDY_JOBS / 60
+        runs = study_feedback(
+            tasks=("Hopper",) if quick else FEEDBACK_TASKS,
+            budgets=(16, 32) if quick else BUDGETS,
+            arms=("task", "zero"),
+            predictor="LaplaceHead" if quick else None,
+            steps=PPO_ROLLOUT if quick else steps,
+            seeds=1 if quick else max(1, seeds // 2),
+            jobs=jobs,
+            out=out / "feedback" if quick else feedback,
+        )
+    for task, some in by(runs, "task").items():
+        ratio, low, high = unsure_ratio(some)
+        figures[f"unsure_ratio.{task}"] = ratio
+        figures[f"unsure_ratio_interval.{task}"] = [low, high]
     rows = [{**cell, **result} for cell, result in zip(cells, results, strict=True)]
     for task, (ratio, low, high) in ratios(rows, DEFAULT, _AT).items():
         figures[f"labels_ratio.{task}"] = ratio

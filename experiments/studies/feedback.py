@@ -39,6 +39,7 @@ from experiments.tasks import find_task
 from rewardmodels import InvalidInput
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
+BUDGETS = (100, 200, 400)
 _NO_FIGURE_DEPENDS_ON = ("jobs", "backend", "address", "pools", "out")
 ARMS: tuple[RewardName, ...] = ("task", "zero", "constant", "random")
 
@@ -46,7 +47,7 @@ ARMS: tuple[RewardName, ...] = ("task", "zero", "constant", "random")
 def study_feedback(
     mode: Literal["online", "pool"] = "online",
     tasks: Sequence[str] = TASKS,
-    budgets: Sequence[int] = (100, 200, 400),
+    budgets: Sequence[int] = BUDGETS,
     schedules: Sequence[str] = ("Constant", "WhenUnsure"),
     teachers: Sequence[str] = ("oracle",),
     arms: Sequence[RewardName] = ARMS,
