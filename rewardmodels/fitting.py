@@ -107,6 +107,7 @@ def fit(
         keeper = _KeepBest(
             model, comparisons[~kept_back].compact(), comparisons[kept_back].compact(), patience
         )
+        keeper.logs = trainer is not None  # nobody reads what our own would log
         model.observe(comparisons.compact().clips)
         model.train()
         trainer = trainer or L.Trainer(max_epochs=epochs, **_PLAIN)
@@ -188,6 +189,7 @@ class _KeepBest(L.Callback):
         self.best = float("inf")
         self.losses: list[Tensor] = []  # summed over each batch
         self.seen = 0
+        self.logs = True
 
     def on_train_epoch_start(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         self.losses, self.seen, self.epoch = [], 0, self.epoch + 1
@@ -214,9 +216,10 @@ class _KeepBest(L.Callback):
             self.diverged = trainer.should_stop = True
             return
         model.train()
-        model.log_dict({"train_log_loss": train})
-        if len(self.held_out):
-            model.log_dict({"held_out_log_loss": test, "held_out_accuracy": accuracy})
+        if self.logs:
+            model.log_dict({"train_log_loss": train})
+            if len(self.held_out):
+                model.log_dict({"held_out_log_loss": test, "held_out_accuracy": accuracy})
         # Without held-out answers every epoch counts as better: the last one is kept.
         if not len(self.held_out) or test < self.best:
             self.best = test
