@@ -91,7 +91,7 @@ class FeedbackStore:
         ...     ids = store.add_queries(clips, torch.tensor([[0, 1], [2, 1]]), round=0)
         ...     anns = store.answer(ids[0], 1.0, teacher="ann")
         ...     _ = store.answer(ids[1], None, teacher="ann")
-        ...     store.withdraw("answer", anns, teacher="ann")
+        ...     _ = store.withdraw("answer", anns, teacher="ann")
         ...     _ = store.answer(ids[0], 0.5, teacher="ann")
         ...     store.counts(), store.comparisons().preference
         (Counts(put=2, answered=1, skipped=1), tensor([0.5000]))
@@ -206,7 +206,9 @@ class FeedbackStore:
                      VALUES (?, ?, ?, ?, ?) RETURNING id"""
             return int(db.execute(sql, row).fetchone()[0])
 
-    def withdraw(self, kind: Literal["answer", "mark", "rating"], id: int, teacher: str) -> None:
+    def withdraw(
+        self, kind: Literal["answer", "mark", "rating"], id: int, teacher: str
+    ) -> int | None:
         """Takes back what somebody said; it stays in the file, and no longer counts.
 
         A query whose answer is withdrawn is open again.
@@ -216,6 +218,9 @@ class FeedbackStore:
             id: Its number.
             teacher: Who said it: nobody else may take it back.
 
+        Returns:
+            The query that is open again, where it was an answer.
+
         Raises:
             Missing: There is no such thing, or somebody else said it.
             Conflict: It is withdrawn already.
@@ -224,12 +229,15 @@ class FeedbackStore:
         if kind not in _TABLE:
             raise UnknownName("kind", kind, _TABLE)
         with self._file.transaction() as db:
-            sql = f"SELECT 1 FROM {_TABLE[kind]} WHERE id = ? AND teacher = ?"
-            if not db.execute(sql, (id, teacher)).fetchone():
+            about = "query" if kind == "answer" else "NULL"
+            sql = f"SELECT {about} FROM {_TABLE[kind]} WHERE id = ? AND teacher = ?"
+            found = db.execute(sql, (id, teacher)).fetchone()
+            if found is None:
                 raise Missing(f"id: expected the id of {kind} by {teacher!r}, got {id}.")
             if db.execute(f"SELECT 1 FROM withdrawals WHERE {kind} = ?", (id,)).fetchone():
                 raise Conflict(f"id: expected what stands, got {kind} {id}, withdrawn already.")
             db.execute(f"INSERT INTO withdrawals ({kind}) VALUES (?)", (id,))
+            return None if found[0] is None else int(found[0])
 
     def queries(self, round: int | None = None, unanswered: bool = False) -> list[Query]:
         """Lists queries by id, repeats aside.

@@ -101,12 +101,11 @@ class Marks:
 
     def rows(self) -> list[Mark]:
         """Marks that stand, oldest first."""
-        sql = """SELECT id, clip, first, last, good, teacher FROM marks WHERE NOT EXISTS
-                 (SELECT 1 FROM withdrawals WHERE mark = marks.id) ORDER BY id"""
-        with self._db.reading() as db:
-            return [
-                Mark(i, clip, a, b, bool(good), who) for i, clip, a, b, good, who in db.execute(sql)
-            ]
+        return self._read("TRUE", ())
+
+    def of(self, clip: int) -> list[Mark]:
+        """Marks of a clip that stand, oldest first."""
+        return self._read("clip = ?", (clip,))
 
     def ratings(self) -> list[Rating]:
         """Ratings that stand, oldest first; of one person's of one clip, the last is meant."""
@@ -114,6 +113,15 @@ class Marks:
                  (SELECT 1 FROM withdrawals WHERE withdrawals.rating = ratings.id) ORDER BY id"""
         with self._db.reading() as db:
             return [Rating(*row) for row in db.execute(sql)]
+
+    def _read(self, condition: str, values: tuple[int, ...]) -> list[Mark]:
+        sql = f"""SELECT id, clip, first, last, good, teacher FROM marks WHERE {condition} AND
+                  NOT EXISTS (SELECT 1 FROM withdrawals WHERE mark = marks.id) ORDER BY id"""
+        with self._db.reading() as db:
+            return [
+                Mark(i, of, a, b, bool(good), who)
+                for i, of, a, b, good, who in db.execute(sql, values)
+            ]
 
     def _insert(self, table: str, row: tuple[int | float | str, ...]) -> int:
         if not row[-1]:

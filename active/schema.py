@@ -64,6 +64,7 @@ _PEOPLE: Final = (
         teacher TEXT NOT NULL,
         marked_at {_NOW}
     )""",
+    "CREATE INDEX mark_clip ON marks (clip)",
     f"""CREATE TABLE ratings (
         id INTEGER PRIMARY KEY,
         clip INTEGER NOT NULL REFERENCES clips,

@@ -1,0 +1,48 @@
+"""What the agent lately did best, by the reward that it has learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from experiments.history import History
+from rewardmodels import load
+
+FRAMES = 100
+
+
+def best_stretch(run: Path, frames: int = FRAMES) -> NDArray[np.floating[Any]] | None:
+    """Simulator states of the best stretch of the newest checkpoint's history.
+
+    Args:
+        run: The run's directory.
+        frames: The stretch's length; an episode's or what there is where that is shorter.
+
+    Returns:
+        `(frames, s)`, or None where there is no checkpoint, no reward learned yet, no states, or
+        the checkpoint was replaced while it was read.
+    """
+    found = sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir())
+    if not found or not (found[-1] / "model.safetensors").exists():
+        return None
+    try:
+        model = load(found[-1] / "model.safetensors")
+        with np.load(found[-1] / "history.npz", allow_pickle=False) as file:
+            _, envs = file["ends"].shape
+            capacity = len(file["ends"])
+        history = History(capacity, envs)
+        history.load(found[-1] / "history.npz")
+    except FileNotFoundError:
+        return None
+    # Every tenth of them will do: neighbours share nearly all of their frames.
+    length = min(frames, history.steps, capacity)
+    clips = history.cut(length, 300, np.random.default_rng(0))
+    if clips.states is None:
+        return None
+    with torch.no_grad():
+        best = int(model.posterior(clips).mean.argmax())
+    return clips.states[best].numpy()
