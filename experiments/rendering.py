@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from experiments.tasks import Task, make_env, simulator_state
 from rewardmodels.errors import InvalidInput, RewardModelsError
 
-
 _Draw = Callable[[NDArray[np.float64], NDArray[np.uint8]], None]
 """Draws a state into a picture."""
 

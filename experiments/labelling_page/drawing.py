@@ -1,4 +1,4 @@
-"""The process that draws clips: takes jobs on standard input, and says on standard output when done.
+"""The process that draws clips: takes jobs on standard input, says on standard output what came.
 
 It ends when its input does, so that it never outlives a server that was killed. It opens the
 store for itself: nothing larger than a line goes through the pipe.
@@ -23,7 +23,7 @@ from experiments.labelling_page.best import best_stretch
 from experiments.rendering import Renderer, RenderingUnavailable
 from experiments.tasks import find_task
 from experiments.video import write_video
-from rewardmodels import Clips, RewardModelsError
+from rewardmodels import RewardModelsError
 
 SIDE: Final = 320  # pixels, of both sides of a picture
 FRAMES_A_SECOND: Final = 25
@@ -51,20 +51,19 @@ class Drawer:
             RenderingUnavailable: This machine can't draw, or the clip can't be drawn.
         """
         clip = self.store.clips([id])
-        pictures = _pictures(clip)
-        if pictures is None and clip.states is None:
+        seen, states = clip.observations[0], clip.states
+        pictures = seen.dtype == torch.uint8 and seen.shape[3:] == (3,)
+        if states is None and not pictures:
             raise RenderingUnavailable(
                 f"clip {id}: expected simulator states or pictures as observations, got neither, "
                 f"since {self.task.name} shows no state that can be set."
             )
-        shown = clip.states[0].numpy() if clip.states is not None else pictures
-        assert shown is not None
+        shown = (seen if states is None else states[0]).numpy()
         about = f"{self.task.name} {SIDE} {FRAMES_A_SECOND} {shown.dtype} {shown.shape}"
         digest = hashlib.sha256(about.encode() + np.ascontiguousarray(shown).tobytes())
         name = f"{digest.hexdigest()}.mp4"
         if not (self.folder / name).exists():
-            frames = self._draw(shown) if clip.states is not None else pictures
-            assert frames is not None
+            frames = shown if states is None else self._draw(shown)
             write_video(frames, self.folder / name, FRAMES_A_SECOND)
         return name
 
@@ -85,11 +84,6 @@ class Drawer:
         if self._renderer is None:
             self._renderer = Renderer(self.task, SIDE, SIDE, smooth=False)
         return self._renderer.draw(states)
-
-
-def _pictures(clip: Clips) -> NDArray[np.uint8] | None:
-    seen = clip.observations[0]
-    return seen.numpy() if seen.dtype == torch.uint8 and seen.shape[3:] == (3,) else None
 
 
 def main() -> None:

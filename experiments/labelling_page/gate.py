@@ -27,7 +27,7 @@ _HEADERS: Final = (
     # Nothing comes from elsewhere, and nobody may show the page in theirs.
     (
         b"content-security-policy",
-        b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+        b"default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     ),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -97,7 +97,7 @@ class Gate:
             return await refuse(answer, 403, why)
         scope.setdefault("state", {})["person"] = person
         try:
-            body = await _body(headers, receive)
+            body: bytes | None = await _body(headers, receive)
         except _TooLarge:
             return await refuse(answer, 413, f"body: expected at most {MAX_BODY} bytes.")
 

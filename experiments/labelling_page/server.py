@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,7 +29,7 @@ _FILES: Final = {
     "page.css": ("page.css", "text/css; charset=utf-8"),
     "icon.svg": ("icon.svg", "image/svg+xml"),
 }
-_ID: Final = {"ge": 1, "lt": 2**63}
+Id = Annotated[int, Field(ge=1, lt=2**63)]  # what SQLite counts to
 _DAY: Final = 24 * 3600.0
 
 
@@ -48,7 +48,7 @@ class Named(_Body):
 class Answered(_Body):
     """An answer to a query."""
 
-    query: int = Field(**_ID)
+    query: Id
     choice: Choice
     seconds: float = Field(ge=0, le=_DAY, allow_inf_nan=False)
 
@@ -56,7 +56,7 @@ class Answered(_Body):
 class Marked(_Body):
     """A stretch of one of a query's clips."""
 
-    query: int = Field(**_ID)
+    query: Id
     side: Literal[0, 1]
     first: int = Field(ge=0, lt=2**31)
     last: int = Field(ge=0, lt=2**31)
@@ -66,7 +66,7 @@ class Marked(_Body):
 class Rated(_Body):
     """A rating of one of a query's clips."""
 
-    query: int = Field(**_ID)
+    query: Id
     side: Literal[0, 1]
     stars: int = Field(ge=1, le=5)
 
@@ -75,7 +75,7 @@ class Undone(_Body):
     """What is to be taken back."""
 
     kind: Kind
-    id: int = Field(**_ID)
+    id: Id
 
 
 def make_app(
@@ -130,8 +130,9 @@ def _serve_files(app: FastAPI, videos: Videos) -> None:
             raise Missing(f"clip: expected a clip in the store, got {clip}.")
         return _video(await videos.get(clip))
 
+    @app.get("/")
     @app.get("/{name}")
-    async def file(name: str) -> Response:
+    async def file(name: str = "") -> Response:
         if name not in _FILES:
             raise HTTPException(404, "path: expected one that the page asks for.")
         path, kind = _FILES[name]
