@@ -46,6 +46,7 @@ def label(
 
     from experiments.labelling_page.desk import settings
     from experiments.labelling_page.server import make_app
+    from experiments.labelling_page.videos import Videos
 
     run = Path(run)
     if not any((run / name).is_file() for name in ("answers.sqlite", "config.yaml")):
@@ -69,7 +70,9 @@ def label(
         ) from error
     with listening:
         port = listening.getsockname()[1]
-        app = make_app(run, task, host=host, port=port, people=people, repeat_every=repeat_every)
+        app = make_app(
+            run, Videos(run, task), host=host, port=port, people=people, repeat_every=repeat_every
+        )
         shown = f"[{host}]" if ":" in host else host
         for token in app.tokens:
             # For one browser each, since it goes through the terminal's log and the clipboard.
@@ -83,3 +86,9 @@ def label(
 
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(label)

@@ -33,11 +33,14 @@ class Desk:
         run: The run's directory.
         repeat_every: Answers of a person after which one of their queries is put once more; 0 for
             never.
-        seed: Of which query that is.
+        lease_seconds: How long somebody keeps a query whose page gives no sign of life.
+        seed: Of which queries are repeated.
     """
 
-    def __init__(self, run: Path, repeat_every: int, seed: int = 0) -> None:
-        self.run, self.repeat_every = run, repeat_every
+    def __init__(
+        self, run: Path, repeat_every: int, lease_seconds: float = SECONDS, *, seed: int = 0
+    ) -> None:
+        self.run, self.repeat_every, self.lease_seconds = run, repeat_every, lease_seconds
         self.store = FeedbackStore(run / "answers.sqlite")
         self._random = random.Random(seed)
         self._frames: dict[int, int] = {}
@@ -50,7 +53,7 @@ class Desk:
     def next(self, person: Person) -> dict[str, Any]:
         """What the page shows: a person's queries, oldest first, and how far everybody is."""
         self._repeat(person)
-        ids = self.store.leases.take(person.session, AHEAD)
+        ids = self.store.leases.take(person.session, AHEAD, seconds=self.lease_seconds)
         counts, agreement = self.store.counts(), self.store.repeats.agreement()
         return {
             "queries": [self._query(query, person) for query in ids],
@@ -58,7 +61,7 @@ class Desk:
             "declined": counts.skipped,
             "budget": self._budget or counts.put,
             "agreement": agreement._asdict(),
-            "renew_seconds": SECONDS / 4,
+            "renew_seconds": self.lease_seconds / 4,
         }
 
     def first_clips(self) -> list[int]:
@@ -94,7 +97,7 @@ class Desk:
         """Takes back what the person said; a query that is open again is theirs."""
         query = self.store.withdraw(kind, id, _name(person))
         if query is not None:
-            self.store.leases.grant(query, person.session)
+            self.store.leases.grant(query, person.session, seconds=self.lease_seconds)
         return query
 
     def leave(self, person: Person) -> None:
@@ -120,7 +123,7 @@ class Desk:
             return
         if old := self.store.repeats.candidates(person.name)[:-_LET_PASS]:
             again = self.store.repeats.put(self._random.choice(old))
-            self.store.leases.grant(again, person.session)
+            self.store.leases.grant(again, person.session, seconds=self.lease_seconds)
 
     def _query(self, query: int, person: Person) -> dict[str, Any]:
         return {"id": query, "clips": [self._clip(c, person) for c in self.store.shown(query)]}

@@ -27,7 +27,8 @@ _HEADERS: Final = (
     # Nothing comes from elsewhere, and nobody may show the page in theirs.
     (
         b"content-security-policy",
-        b"default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+        b"default-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; "
+        b"form-action 'self'",
     ),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),

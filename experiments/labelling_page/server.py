@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from active import Conflict, Missing
+from active.leases import SECONDS
 from experiments.labelling_page.desk import Choice, Desk, Kind
 from experiments.labelling_page.gate import Gate, Person
 from experiments.labelling_page.videos import NotDrawn, Videos
@@ -79,30 +81,38 @@ class Undone(_Body):
 
 
 def make_app(
-    run: Path, task: str, *, host: str, port: int, people: int = 1, repeat_every: int = 10
+    run: Path,
+    videos: Videos,
+    *,
+    host: str,
+    port: int,
+    people: int = 1,
+    repeat_every: int = 10,
+    lease_seconds: float = SECONDS,
 ) -> Gate:
     """The application, behind its gate.
 
     Args:
         run: The run's directory.
-        task: Of which its clips are.
+        videos: Draws its clips.
         host: What the server is bound to.
         port: Its port.
         people: Links to give out, each for one browser.
         repeat_every: Answers of a person after which a query is put once more; 0 for never.
+        lease_seconds: How long somebody keeps a query whose page gives no sign of life.
 
     Raises:
         UnreadableFile: The store is damaged; it is left as it was.
     """
-    Desk(run, repeat_every).close()  # what is damaged is refused before anything is served
-    videos = Videos(run, task)
+    make_desk = partial(Desk, run, repeat_every, lease_seconds)
+    make_desk().close()  # what is damaged is refused before anything is served
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         # The store belongs to one thread, in which everything that reads or writes it takes turns.
         with ThreadPoolExecutor(1) as thread:
             loop = asyncio.get_running_loop()
-            app.state.desk = await loop.run_in_executor(thread, Desk, run, repeat_every)
+            app.state.desk = await loop.run_in_executor(thread, make_desk)
             app.state.thread = thread
             videos.start()
             videos.want(await _at_desk(app, lambda desk: desk.first_clips()))

@@ -88,7 +88,7 @@ function update(state) {
   const have = new Map(pairs.map((pair) => [pair.id, pair]));
   const before = pairs[0];
   pairs = wanted.map((query) => have.get(query.id) || load(query));
-  for (const [id, pair] of have) if (!wanted.some((query) => query.id === id)) pair.root.remove();
+  for (const [id, pair] of have) if (!wanted.some((query) => query.id === id)) drop(pair);
   if (pairs[0] !== before) show();
   const { same, repeated } = state.agreement;
   $("how-far").textContent = `${state.answered} of ${state.budget} answered` +
@@ -127,7 +127,7 @@ function prepare(pair, figure, side) {
   figure.setAttribute("aria-label", name);
   video.setAttribute("aria-label", `${name}, ${clip.frames} frames`);
   video.src = `/video/${clip.id}`;
-  video.addEventListener("error", () => why(figure, clip), { once: true });
+  video.addEventListener("error", () => { if (video.hasAttribute("src")) why(figure, clip); });
   video.addEventListener("ended", () => loopInStep(pair));
   figure.addEventListener("focusin", () => choose(side));
   figure.addEventListener("pointerdown", () => choose(side));
@@ -150,6 +150,12 @@ function prepare(pair, figure, side) {
   }
   for (const mark of clip.marks) drawMark(figure, clip, mark);
   return video;
+}
+
+// A video that is only removed goes on holding its connection, and a browser has six.
+function drop(pair) {
+  for (const video of pair.videos) { video.removeAttribute("src"); video.load(); }
+  pair.root.remove();
 }
 
 async function why(figure, clip) {
@@ -228,14 +234,14 @@ function animate() {
 
 // ---- what people do
 
-function answer(choice) {
+function answer(choice, event) {
   const pair = pairs[0];
   if (!pair) return;
-  performance.mark("answered");
+  performance.mark("answered", { startTime: event.timeStamp });
   const seconds = Math.min((performance.now() - pair.since) / 1000, 86400);
   gone.add(pair.id);
   pairs.shift();
-  pair.root.remove();
+  drop(pair);
   show();
   inOrder(async () => {
     const state = await surely("answer", { query: pair.id, choice, seconds });
@@ -359,9 +365,9 @@ function draggable(pair, side, lane) {
 }
 
 const KEYS = {
-  ArrowLeft: () => answer("left"), ArrowRight: () => answer("right"),
-  ArrowUp: () => answer("same"), ArrowDown: () => answer("unsure"),
-  s: () => answer("skip"), u: undo, Backspace: undo,
+  ArrowLeft: (event) => answer("left", event), ArrowRight: (event) => answer("right", event),
+  ArrowUp: (event) => answer("same", event), ArrowDown: (event) => answer("unsure", event),
+  s: (event) => answer("skip", event), u: undo, Backspace: undo,
   f: () => choose(1 - chosen),
   " ": () => { playing = !playing; playOrPause(); },
 };
@@ -376,12 +382,12 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   if (event.repeat) return;   // a key that stays down is one answer
   if (key in SIGNS) hold(chosen, SIGNS[key]);
-  else KEYS[key]();
+  else KEYS[key](event);
 });
 document.addEventListener("keyup", (event) => { if (event.key in SIGNS) letGo(); });
 window.addEventListener("blur", letGo);
 for (const button of document.querySelectorAll("[data-choice]"))
-  button.addEventListener("click", () => answer(button.dataset.choice));
+  button.addEventListener("click", (event) => answer(button.dataset.choice, event));
 $("undo").addEventListener("click", undo);
 $("play").addEventListener("click", KEYS[" "]);
 $("welcome").addEventListener("submit", (event) => {
