@@ -212,13 +212,13 @@ def _answer_all(
     gate: Any, somebody: _Somebody, port: int, comes_back: threading.Event, seed: float
 ) -> None:
     draw = random.Random(seed)
-    person, started = Person(f"{somebody.name} 0", somebody.name), 0
+    browser = 0
     while True:
         if comes_back.is_set():  # in a new browser: the old one's leases are nobody's now
             comes_back.clear()
-            started += 1
-            person = Person(f"{somebody.name} {started}", somebody.name)
-        cookie = gate.signed(person).partition(";")[0]
+            browser += 1
+        session = f"{somebody.name}-{browser}".replace(" ", "-")
+        cookie = gate.signed(Person(session, somebody.name)).partition(";")[0]
         try:
             status, state = _post(port, cookie, "next", None)
             if status != 200:
