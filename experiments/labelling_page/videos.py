@@ -76,9 +76,9 @@ class Videos:
 
     async def _draw(self) -> None:
         while True:
+            if self._process is None:
+                await self._start()
             while not self._waiting:
-                if self._process is None:
-                    await self._start()
                 self._work.clear()
                 await self._work.wait()
             job = self._waiting.popleft()
