@@ -57,13 +57,15 @@ def label(
     for name, value, least in (("people", people, 1), ("repeat_every", repeat_every, 0)):
         if value < least:
             raise InvalidInput(f"{name}: expected a number of at least {least}, got {value}.")
+    if not 0 <= port < 2**16:
+        raise InvalidInput(f"port: expected a number from 0 to {2**16 - 1}, got {port}.")
     task = task or settings(run).get("task")
     if task is None:
         raise InvalidInput(f"task: expected one, since {run} has no config.yaml that names it.")
     find_task(task)
     try:
         listening = socket.create_server((host, port), family=_family(host))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise InvalidInput(
             f"host, port: expected an address that is free, got {host} and {port}: {error}. "
             "Pass another --port; 0 takes any that is free."
