@@ -15,6 +15,11 @@ from rewardmodels import load
 FRAMES = 100
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """The directory of a run's newest checkpoint; None while there is none."""
+    return max((p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir()), default=None)
+
+
 def best_stretch(run: Path, frames: int = FRAMES) -> NDArray[np.floating[Any]] | None:
     """Simulator states of the best stretch of the newest checkpoint's history.
 
@@ -26,20 +31,19 @@ def best_stretch(run: Path, frames: int = FRAMES) -> NDArray[np.floating[Any]] |
         `(frames, s)`, or None where there is no checkpoint, no reward learned yet, no states, or
         the checkpoint was replaced while it was read.
     """
-    found = sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir())
-    if not found or not (found[-1] / "model.safetensors").exists():
+    newest = newest_checkpoint(run)
+    if newest is None or not (newest / "model.safetensors").exists():
         return None
     try:
-        model = load(found[-1] / "model.safetensors")
-        with np.load(found[-1] / "history.npz", allow_pickle=False) as file:
-            _, envs = file["ends"].shape
-            capacity = len(file["ends"])
+        model = load(newest / "model.safetensors")
+        with np.load(newest / "history.npz", allow_pickle=False) as file:
+            capacity, envs = file["ends"].shape
         history = History(capacity, envs)
-        history.load(found[-1] / "history.npz")
+        history.load(newest / "history.npz")
     except FileNotFoundError:
         return None
-    # Every tenth of them will do: neighbours share nearly all of their frames.
     length = min(frames, history.steps, capacity)
+    # So many of them will do: neighbours share nearly all of their frames.
     clips = history.cut(length, 300, np.random.default_rng(0))
     if clips.states is None:
         return None

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -80,6 +81,12 @@ class Drawer:
                     old.unlink()
         return name
 
+    def close(self) -> None:
+        """Closes the store, and the renderer if there is one."""
+        self.store.close()
+        if self._renderer is not None:
+            self._renderer.close()
+
     def _draw(self, states: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
         if self._renderer is None:
             self._renderer = Renderer(self.task, SIDE, SIDE, smooth=False)
@@ -89,21 +96,21 @@ class Drawer:
 def main() -> None:
     """Does jobs, a line of JSON each, until the input ends."""
     run, task = sys.argv[1:]
-    # Libraries print as they please; only what is meant goes to the pipe.
-    say = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
     torch.set_num_threads(1)
     drawer = Drawer(Path(run), task)
-    for line in sys.stdin:
-        job = json.loads(line)
-        started = time.perf_counter()
-        done: dict[str, Any] = {}
-        try:
-            done["file"] = drawer.best() if job == "best" else drawer.clip(job)
-        except (RewardModelsError, OSError, ValueError, KeyError) as error:
-            done["error"] = str(error)
-        done["seconds"] = time.perf_counter() - started
-        print(json.dumps(done), file=say, flush=True)
+    # Libraries print as they please; only what is meant goes to the pipe.
+    with os.fdopen(os.dup(1), "w") as say, closing(drawer):
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            job = json.loads(line)
+            started = time.perf_counter()
+            done: dict[str, Any] = {}
+            try:
+                done["file"] = drawer.best() if job == "best" else drawer.clip(job)
+            except (RewardModelsError, OSError, ValueError, KeyError) as error:
+                done["error"] = str(error)
+            done["seconds"] = time.perf_counter() - started
+            print(json.dumps(done), file=say, flush=True)
 
 
 if __name__ == "__main__":

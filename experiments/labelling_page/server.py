@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from active import Conflict, Missing
 from active.leases import SECONDS
+from experiments.labelling_page.best import newest_checkpoint
 from experiments.labelling_page.desk import Choice, Desk, Kind
 from experiments.labelling_page.gate import Gate, Person
 from experiments.labelling_page.videos import NotDrawn, Videos
@@ -114,6 +115,7 @@ def make_app(
             loop = asyncio.get_running_loop()
             app.state.desk = await loop.run_in_executor(thread, make_desk)
             app.state.thread = thread
+            app.state.best_of = None
             videos.start()
             videos.want(await _at_desk(app, lambda desk: desk.first_clips()))
             yield
@@ -122,16 +124,19 @@ def make_app(
 
     app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     gate = Gate(app, run=run, host=host, port=port, people=people)
-    _serve_files(app, videos)
+    _serve_files(app, run, videos)
     _serve_people(app, gate, videos)
     _explain(app)
     return gate
 
 
-def _serve_files(app: FastAPI, videos: Videos) -> None:
+def _serve_files(app: FastAPI, run: Path, videos: Videos) -> None:
     @app.get("/video/best")
     async def best() -> Response:
-        videos.forget("best")
+        newest = newest_checkpoint(run)
+        if newest != app.state.best_of:  # drawing it anew takes seconds from the pairs'
+            app.state.best_of = newest
+            videos.forget("best")
         return _video(await videos.get("best"))
 
     @app.get("/video/{clip}")

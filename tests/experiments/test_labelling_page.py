@@ -31,7 +31,7 @@ def idle(page: Any) -> None:
 
 
 def next_loaded(page: Any) -> None:
-    until(page, "pairs.length > 0 && pairs[0].videos.every((v) => v.readyState > 1)")
+    until(page, "pairs.length > 0 && pairs[0].seen")
 
 
 def rows(run: Path, sql: str) -> list[Any]:

@@ -143,6 +143,22 @@ def test_host_and_origin(client, gate, headers, status):
     assert sign_in(client, gate).post("/api/next", headers=headers).status_code == status
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("192.168.0.7:8765", 200),
+        ("[fe80::1]:8765", 200),
+        ("127.0.0.1:8765", 200),
+        ("evil.example:8765", 403),
+        ("192.168.0.7:80", 403),
+    ],
+)
+def test_open_to_the_network_it_still_refuses_foreign_names(run, host, status):
+    gate = make_app(run, Painted(run, ""), host="0.0.0.0", port=8765)
+    with TestClient(gate, base_url=HERE) as client:
+        assert sign_in(client, gate).post("/api/next", headers={"host": host}).status_code == status
+
+
 def test_answers_marks_ratings_and_undo_reach_the_store(client, gate, run):
     sign_in(client, gate)
     state = client.post("/api/next").json()

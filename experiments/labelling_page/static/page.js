@@ -15,6 +15,8 @@ const gone = new Set();      // queries answered here, whatever an older reply s
 const undoable = JSON.parse(sessionStorage.getItem("undoable") || "[]");
 const WORDS = { left: "Left is better", right: "Right is better", same: "The same", unsure: "Can’t tell", skip: "Skipped" };
 
+const DRAWING = "These clips are being drawn…";
+
 function say(text, wrong = false) {
   $("status").textContent = text;
   $("status").classList.toggle("wrong", wrong);
@@ -113,7 +115,7 @@ function load(query) {
   const root = $("pair").content.firstElementChild.cloneNode(true);
   root.append(root.firstElementChild.cloneNode(true));
   root.inert = true;
-  const pair = { id: query.id, clips: query.clips, root, since: 0 };
+  const pair = { id: query.id, clips: query.clips, root, since: 0, seen: false };
   pair.figures = [...root.querySelectorAll(".clip")];
   pair.videos = pair.figures.map((figure, side) => prepare(pair, figure, side));
   stage.append(root);
@@ -189,10 +191,15 @@ function show() {
 
 // Measured where a person would: both have a picture, and the browser has painted them.
 function whenVisible(pair) {
+  if (pair !== pairs[0]) return;
   if (pair.videos.some((video) => video.readyState < 2)) {
-    if (pair === pairs[0]) setTimeout(whenVisible, 4, pair);
+    if (performance.now() - pair.since > 500 && $("status").textContent !== DRAWING) say(DRAWING);
+    setTimeout(whenVisible, 4, pair);
     return;
   }
+  if ($("status").textContent === DRAWING) say("");
+  pair.seen = true;
+  pair.since = performance.now();   // what somebody waited for isn't what they took
   requestAnimationFrame(() => requestAnimationFrame(() => performance.mark("pair-shown", { detail: pair.id })));
 }
 
@@ -237,6 +244,8 @@ function animate() {
 function answer(choice, event) {
   const pair = pairs[0];
   if (!pair) return;
+  // A key too many shouldn't answer what nobody has seen.
+  if (!pair.seen && choice !== "skip") return say("Not answered: these clips aren’t in sight yet.", true);
   performance.mark("answered", { startTime: event.timeStamp });
   const seconds = Math.min((performance.now() - pair.since) / 1000, 86400);
   gone.add(pair.id);
