@@ -110,6 +110,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path):
                 idle(page)
                 page.keyboard.press("u")
                 until(page, f"pairs[0].id === {query}")
+                next_loaded(page)
                 key = "ArrowUp"
                 page.keyboard.press(key)
             said[query] = KEYS[key]
