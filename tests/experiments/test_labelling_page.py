@@ -72,7 +72,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path):
         # The first clip, by keys: a stretch held down, and four stars.
         next_loaded(page)
         first = page.evaluate("pairs[0].clips.map((clip) => clip.id)")
-        page.evaluate("pairs[0].videos[0].currentTime = 0.2")
+        page.evaluate("pairs[0].videos.forEach((v) => { v.currentTime = 0.2; }); playOrPause()")
         page.keyboard.down("+")
         page.wait_for_timeout(300)
         page.keyboard.up("+")

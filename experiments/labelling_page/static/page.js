@@ -327,7 +327,12 @@ let held = null;             // the mark that grows while + or − is held
 function hold(side, good) {
   if (held || !pairs[0]) return;
   choose(side);
-  const pair = pairs[0], first = frameOf(side);
+  const pair = pairs[0];
+  if (pair.videos[side].ended) {   // it waits for the other: the part begins with the next round
+    for (const video of pair.videos) video.currentTime = 0;
+    playOrPause();
+  }
+  const first = frameOf(side);
   held = { pair, side, good, first, last: first };
   held.drawn = drawMark(pair.figures[side], pair.clips[side], { first, last: first, good });
   if (!playing) { playing = true; playOrPause(); }
