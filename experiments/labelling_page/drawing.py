@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import closing
@@ -114,4 +115,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Ctrl-C in a terminal goes to both; the server ends this one by closing its input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     main()
