@@ -12,12 +12,12 @@ import pytest
 from experiments.benchmarks.page import (
     CHROMIUM,
     CHROMIUM_FLAGS,
-    answer_through_kills,
     benchmark_page,
     put_queries,
     shown,
     until,
 )
+from experiments.benchmarks.page_kills import answer_through_kills
 from experiments.labelling_page.people import page_beside
 from rewardmodels import InvalidInput
 
