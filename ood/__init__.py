@@ -34,7 +34,7 @@ from ood.martingales import ConformalMartingale, ShiryaevRoberts
 from ood.monitor import Monitor, Reading, StaleThreshold
 from ood.recording import record
 from ood.rules import Rules
-from ood.saving import load_monitor, save_monitor
+from ood.saving import agent_fingerprint, load_monitor, save_monitor
 from ood.selective import Selection, confidence_for, confident_errors, select
 from ood.sequential import CUSUM, EWMA, Spike, Statistic
 
@@ -65,6 +65,7 @@ __all__ = [
     "Statistic",
     "Threshold",
     "VectorGuard",
+    "agent_fingerprint",
     "calibrate",
     "calibrate_stream",
     "confidence_for",

@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
-from stable_baselines3.common.vec_env import VecNormalize
-from torch import Tensor
 
-from experiments.agents import PPO_ENVS, make_agent
+from experiments.guard_episodes import Episodes, load_policy, play, train
 from experiments.run import write_atomically
 from experiments.shifts import SHIFTS, Severity, shifted
 from experiments.studies.guard_tables import tables
@@ -35,7 +31,6 @@ from experiments.studies.lookup import found_class
 from experiments.studies.summary import Row, as_csv
 from experiments.study import Result, run_study
 from experiments.tasks import Task, find_task, make_env
-from experiments.vecenvs import make_vec_env
 from ood import Monitor, OODDetector
 from ood.saving import DETECTORS
 from ood.sequential import STATISTICS, Statistic
@@ -43,20 +38,7 @@ from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
 
 Array = NDArray[Any]
-Policy = Callable[[Array], Array]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-
-
-class Episodes(NamedTuple):
-    """N whole episodes of T steps.
-
-    Attributes:
-        features: N, each `(T, F)`, of transitions.
-        rewards: `(N, T)`, the task's own.
-    """
-
-    features: list[Tensor]
-    rewards: NDArray[np.float64]
 
 
 def study_guard(
@@ -158,11 +140,11 @@ def guard_cell(
     """What one detector finds, with each statistic, in each shifted world."""
     torch.set_num_threads(1)
     found = replace(find_task(task), horizon=horizon)
-    policy, env = load_policy(found, Path(agent)), make_env(found)
-    usual = play(env, policy, familiar + calibration + tests, seed)
-    learned_from, held_out, test = _parts(usual, familiar, calibration)
-    frames = torch.cat(learned_from.features)
-    size = env.observation_space.shape[0]  # type: ignore[index]
+    policy, first = load_policy(found, Path(agent)), familiar + calibration
+    usual = play(lambda: make_env(found), policy, first + tests, seed)
+    test = usual.part(first, first + tests)
+    frames = torch.cat(usual.features[:familiar])
+    size = make_env(found).observation_space.shape[0]  # type: ignore[index]
     std = frames[:, -size:].double().numpy().std(0)
     with isolated_randomness(seed):
         fitted = _detector(detector, size, seed).fit(frames)
@@ -170,14 +152,16 @@ def guard_cell(
     monitors = {name: Monitor(fitted, _statistic(name)()) for name in statistics}
     usual_values = {}
     for name, monitor in monitors.items():
-        monitor.calibrate(held_out.features, alpha)
+        monitor.calibrate(usual.features[familiar:first], alpha)
         usual_values[name] = along(monitor, scores)
     rows = []
     for shift in shifts:
         for severity in severities:
-            world = shifted(make_env(found), shift, severity, onset, seed, observation_std=std)
-            # The same first states: what is lost is lost to the shift.
-            other = play(world, policy, tests, seed, first=familiar + calibration)
+            changed: Callable[[], gym.Env[Any, Any]] = partial(
+                _changed, found, shift, severity, onset, seed, std
+            )
+            # The same first states and chances: what is lost is lost to the shift.
+            other = play(changed, policy, tests, seed, first=first)
             values = _scores(fitted, other)
             for name, monitor in monitors.items():
                 assert monitor.threshold is not None
@@ -231,59 +215,10 @@ def along(monitor: Monitor, scores: Array) -> Array:
     return monitor.statistic.along([monitor.threshold.standardise(row, steps) for row in scores])
 
 
-def play(
-    env: gym.Env[Any, Any], policy: Policy, episodes: int, seed: int, *, first: int = 0
-) -> Episodes:
-    """Plays whole episodes, of which number i starts from the i-th of the seed's states."""
-    features, rewards = [], []
-    for number in range(first, first + episodes):
-        (own,) = np.random.SeedSequence([seed, number]).generate_state(1)
-        before, _ = env.reset(seed=int(own))
-        steps, gains, ended = [], [], False
-        while not ended:
-            action = policy(before)
-            after, reward, terminated, truncated, _ = env.step(action)
-            steps.append(np.concatenate([before, action, after]))
-            gains.append(float(reward))
-            before, ended = after, terminated or truncated
-        features.append(torch.from_numpy(np.stack(steps)))
-        rewards.append(gains)
-    return Episodes(features, np.array(rewards))
-
-
-def train(task: Task, steps: int, file: Path) -> None:
-    """Trains PPO on the task's own reward, and writes its policy and how it sees."""
-    torch.set_num_threads(1)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        isolated_randomness(0),
-        closing(VecNormalize(make_vec_env(task, PPO_ENVS, 0))) as normalised,
-    ):
-        agent = make_agent("PPO", normalised, task, 0)
-        if steps:
-            agent.learn(steps)
-        seen: Any = normalised.obs_rms
-        tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
-        tensors |= {"mean": torch.from_numpy(seen.mean), "var": torch.from_numpy(seen.var)}
-        beside = file.with_suffix(".part")
-        save_file(tensors, beside)
-        beside.replace(file)
-
-
-def load_policy(task: Task, file: Path) -> Policy:
-    """What `train` wrote, as a function from one observation to the mean of its actions."""
-    tensors = load_file(file)
-    with isolated_randomness(0), closing(VecNormalize(make_vec_env(task, 1, 0))) as normalised:
-        agent = make_agent("PPO", normalised, task, 0)
-    seen: Any = normalised.obs_rms
-    seen.mean, seen.var = (tensors.pop(name).numpy() for name in ("mean", "var"))
-    agent.policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items()})
-
-    def policy(observation: Array) -> Array:
-        inputs: Any = normalised.normalize_obs(observation[None].astype(np.float32))
-        return agent.predict(inputs, deterministic=True)[0][0]
-
-    return policy
+def _changed(
+    task: Task, shift: str, severity: Severity, onset: int, seed: int, std: Array
+) -> gym.Env[Any, Any]:
+    return shifted(make_env(task), shift, severity, onset, seed, observation_std=std)
 
 
 def _worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Severity]) -> list[str]:
@@ -300,11 +235,6 @@ def _worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Sever
         else:
             felt.append(name)
     return felt
-
-
-def _parts(every: Episodes, *sizes: int) -> list[Episodes]:
-    ends = [0, *np.cumsum(sizes).tolist(), len(every.features)]
-    return [Episodes(every.features[a:b], every.rewards[a:b]) for a, b in pairwise(ends)]
 
 
 def _scores(detector: OODDetector, episodes: Episodes) -> Array:
