@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ood.detectors import _CONSTANT, Array, OODDetector
+from ood.detectors import _CONSTANT, Array, OODDetector, whitening
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.networks import PRIOR_GAIN
@@ -21,6 +21,7 @@ from rewardmodels.scoring import Layer, as_array, pass_hidden
 _BATCH = 256
 _LEARNING_RATE = 2e-3
 _FRAMES_AT_ONCE = 1024
+_WHITENED = 20_000  # frames whose errors are decorrelated
 # Of log standard deviations, where a change's own is 1: a simulator without noise would otherwise
 # drive them to minus infinity, and what is hardly strange would be infinitely so.
 _LOG_STD = (-5.0, 1.0)
@@ -39,6 +40,10 @@ class DynamicsEnsemble(OODDetector):
     - "error": $\min_k \frac1O \sum_d |\delta_d - \mu_{kd}|$, in standard deviations of the change.
       The authors' code takes the smallest mean error of 1,000 samples of the ensemble; this one,
       of the members' means, doesn't change from call to call.
+
+    Its signed numbers are what the mean of the members missed, in standard deviations of the
+    mixture, decorrelated as on a sample of the training frames: a world that pulls each step the
+    same way, by less than steps differ, shows in their moving average (`ood.MEWMA`) alone.
 
     Args:
         observation_size: O, so that features `(B, O + act + O)` of `ood.features.transition` come
@@ -82,7 +87,13 @@ class DynamicsEnsemble(OODDetector):
         self.observation_size, self.members, self.hidden = observation_size, members, hidden
         self.score_by: Literal["likelihood", "error"] = score_by
         self.steps, self.seed = steps, seed
-        self._ARRAYS = ("change_mean", "change_scale", *_names("member", len(hidden) + 1))
+        self._ARRAYS = (
+            "change_mean",
+            "change_scale",
+            "missed",
+            "missed_whitening",
+            *_names("member", len(hidden) + 1),
+        )
 
     def _fit(self, features: Array) -> None:
         size = self.observation_size
@@ -111,6 +122,9 @@ class DynamicsEnsemble(OODDetector):
 
             _train(network, loss, self.steps)
         _keep(self, "member", network)
+        missed = self._missed(features[:: -(-len(features) // _WHITENED)])
+        self.missed = missed.mean(0)
+        self.missed_whitening = whitening(missed - self.missed)
 
     def _score(self, features: Array) -> Array:
         return np.concatenate(
@@ -134,12 +148,30 @@ class DynamicsEnsemble(OODDetector):
 
     def _explain(self, frames: Array) -> Array:
         """Error of each number of the observation after, in predicted standard deviations."""
-        apart, log_std = self._predict(frames)
-        # Law of total variance: what members expect, and how far apart they are.
-        variance = np.exp(2 * log_std).mean(0) + apart.var(0)
         explained = np.zeros_like(frames)
-        explained[:, -self.observation_size :] = np.abs(apart.mean(0)) / np.sqrt(variance)
+        explained[:, -self.observation_size :] = np.abs(self._missed(frames))
         return explained
+
+    def _signed(self, features: Array) -> Array:
+        white: Array = (self._missed(features) - self.missed) @ self.missed_whitening
+        return white
+
+    def _missed(self, features: Array) -> Array:
+        """`(B, O)`: errors of the mean prediction, in predicted standard deviations."""
+        return np.concatenate(
+            [
+                self._missed_some(features[i : i + _FRAMES_AT_ONCE])
+                for i in range(0, max(1, len(features)), _FRAMES_AT_ONCE)
+            ]
+        )
+
+    def _missed_some(self, features: Array) -> Array:
+        apart, log_std = self._predict(features)
+        mean = apart.mean(0)
+        # Law of total variance: what members expect, and how far apart they are.
+        variance = np.exp(2 * log_std).mean(0) + np.square(apart - mean).mean(0)
+        missed: Array = mean / np.sqrt(variance)
+        return missed
 
     def _predict(self, features: Array) -> tuple[Array, Array]:
         """Errors and log standard deviations `(K, B, O)`, in standard deviations of the change."""

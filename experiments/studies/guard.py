@@ -148,12 +148,11 @@ def guard_cell(
     std = frames[:, -size:].double().numpy().std(0)
     with isolated_randomness(seed):
         fitted = _detector(detector, size, seed).fit(frames)
-    scores = _scores(fitted, test)
     monitors = {name: Monitor(fitted, _statistic(name)()) for name in statistics}
     usual_values = {}
     for name, monitor in monitors.items():
         monitor.calibrate(usual.features[familiar:first], alpha)
-        usual_values[name] = along(monitor, scores)
+        usual_values[name] = along(monitor, test)
     rows = []
     for shift in shifts:
         for severity in severities:
@@ -162,12 +161,11 @@ def guard_cell(
             )
             # The same first states and chances: what is lost is lost to the shift.
             other = play(changed, policy, tests, seed, first=first)
-            values = _scores(fitted, other)
             for name, monitor in monitors.items():
                 assert monitor.threshold is not None
                 rows.append({
                     "statistic": name, "shift": shift, "severity": severity,
-                    **figures(usual_values[name], along(monitor, values),
+                    **figures(usual_values[name], along(monitor, other),
                               monitor.threshold.value, onset),
                     "return": float(test.rewards[:, onset:].sum(1).mean()),
                     "shifted return": float(other.rewards[:, onset:].sum(1).mean()),
@@ -208,11 +206,12 @@ def figures(usual: Array, other: Array, threshold: float, onset: int) -> dict[st
     }
 
 
-def along(monitor: Monitor, scores: Array) -> Array:
-    """A calibrated monitor's statistic `(N, T)` along episodes' scores `(N, T)`."""
+def along(monitor: Monitor, episodes: Episodes) -> Array:
+    """A calibrated monitor's statistic `(N, T)` along whole episodes."""
     assert monitor.threshold is not None
-    steps = np.arange(scores.shape[1])
-    return monitor.statistic.along([monitor.threshold.standardise(row, steps) for row in scores])
+    seen = [monitor.seen(episode).numpy() for episode in episodes.features]
+    steps = np.arange(len(seen[0]))
+    return monitor.statistic.along([monitor.threshold.standardise(row, steps) for row in seen])
 
 
 def _changed(
@@ -235,10 +234,6 @@ def _worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Sever
         else:
             felt.append(name)
     return felt
-
-
-def _scores(detector: OODDetector, episodes: Episodes) -> Array:
-    return np.stack([detector.score(episode).numpy() for episode in episodes.features])
 
 
 def _detector(name: str, observation_size: int, seed: int) -> OODDetector:
