@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -260,12 +261,12 @@ class Stream:
         if threshold.period:
             self.statistic.reset(self.steps % threshold.period == 0)
         signed = self.statistic.signed
-        finite = np.isfinite(frames)
-        if frames.shape[1] == detector.width and finite.all():
+        # A sum is finite where all are, unless it overflows; then each is looked at below.
+        if frames.shape[1] == detector.width and math.isfinite(np.add.reduce(frames, None)):
             frames = frames.astype(np.float64, copy=False)
             seen = detector.signed_checked(frames) if signed else detector.score_checked(frames)
         else:
-            rows = finite.all(1)
+            rows = np.isfinite(frames).all(1)
             known = (detector.signed_array if signed else detector.score_array)(frames[rows])
             seen = np.full((len(frames), *known.shape[1:]), np.inf)
             seen[rows] = known

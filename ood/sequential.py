@@ -9,6 +9,7 @@ adds up where their size would drown it.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -193,8 +194,10 @@ class MEWMA(Statistic):
         self.weight, self.clip = weight, clip
 
     def _next(self, value: Array, scores: Array) -> Array:
-        # Infinity isn't just another large error: it has to stay.
-        clipped = np.where(np.isfinite(scores), scores.clip(-self.clip, self.clip), np.inf)
+        clipped = np.minimum(np.maximum(scores, -self.clip), self.clip)
+        # Infinity isn't just another large error: it has to stay. The sum tells in one go.
+        if not math.isfinite(np.add.reduce(scores, None)):
+            clipped[~np.isfinite(scores)] = np.inf
         return (1 - self.weight) * value + self.weight * clipped
 
     def _read(self, value: Array) -> Array:
