@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from experiments.guard_episodes import Act, acting, play
 from experiments.run import Run
 from experiments.shifts import Severity, shifted
+from experiments.studies.guard import make_detector
 from experiments.studies.lookup import found_class
 from experiments.tasks import Task, find_task, make_env
 from experiments.vecenvs import make_vec_env
@@ -32,7 +32,6 @@ from ood import (
     load_monitor,
     save_monitor,
 )
-from ood.saving import DETECTORS
 from ood.sequential import STATISTICS, Statistic
 from rewardmodels import Clips, InvalidInput, RewardModel, UnreadableFile, load
 from rewardmodels.fitting import isolated_randomness
@@ -46,7 +45,7 @@ def guard_run(
     run: Path,
     alpha: float = 0.05,
     detector: str = "DynamicsEnsemble",
-    statistic: str = "EWMA",
+    statistic: str = "MEWMA",
     on_alarm: Literal["halt", "ask", "watch"] = "halt",
     episodes: int = 5,
     familiar: int = 20,
@@ -100,13 +99,13 @@ def guard_run(
     task, folder, model = _read(Path(run))
     onset = task.horizon // 2 if onset is None else onset
     make: Callable[[], gym.Env[Any, Any]] = lambda: make_env(task)  # noqa: E731
+    (size,) = make().observation_space.shape or (0,)
     if shift is not None:
         # Before any work: whether there is such a shift, and the task can feel it.
-        shape = make().observation_space.shape or ()
-        shifted(make(), shift, severity, onset, seed, observation_std=np.ones(shape))
+        shifted(make(), shift, severity, onset, seed, observation_std=np.ones(size))
     act = _load_agent(task, folder)
     file, mark = Path(run) / "guard.safetensors", agent_fingerprint(*_files(folder))
-    wanted = Monitor(_detector(detector, make(), seed), _statistic(statistic))
+    wanted = Monitor(make_detector(detector, size, seed), _statistic(statistic))
     if file.exists() and not again:
         monitor = load_monitor(file, agent=mark)
         _check_same(file, monitor, wanted, alpha)
@@ -248,15 +247,6 @@ def _ask(clip: Clips) -> bool:
     print(f"The guard has stopped the agent, after {clip.observations.shape[1]} frames like these:")
     print(clip.observations[0, -3:])
     return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
-
-
-def _detector(name: str, env: gym.Env[Any, Any], seed: int) -> OODDetector:
-    cls = found_class("detector", name, DETECTORS, OODDetector)
-    (size,) = env.observation_space.shape or (0,)
-    given = {"observation_size": size, "seed": seed}
-    wanted = inspect.signature(cls).parameters
-    made: OODDetector = cls(**{k: v for k, v in given.items() if k in wanted})
-    return made
 
 
 def _statistic(name: str) -> Statistic:

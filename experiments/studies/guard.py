@@ -100,7 +100,7 @@ def study_guard(
         found_class("detector", name, DETECTORS, OODDetector)
     for name in statistics:
         _statistic(name)
-    chosen = _worlds(find_task(task), shifts, severities)
+    chosen = worlds(find_task(task), shifts, severities)
     agent = out / f"{task.replace('/', '_')}-{steps}-steps.safetensors"
     if not agent.exists():
         train(find_task(task), steps, agent)
@@ -147,7 +147,7 @@ def guard_cell(
     size = make_env(found).observation_space.shape[0]  # type: ignore[index]
     std = frames[:, -size:].double().numpy().std(0)
     with isolated_randomness(seed):
-        fitted = _detector(detector, size, seed).fit(frames)
+        fitted = make_detector(detector, size, seed).fit(frames)
     monitors = {name: Monitor(fitted, _statistic(name)()) for name in statistics}
     usual_values = {}
     for name, monitor in monitors.items():
@@ -220,7 +220,7 @@ def _changed(
     return shifted(make_env(task), shift, severity, onset, seed, observation_std=std)
 
 
-def _worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Severity]) -> list[str]:
+def worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Severity]) -> list[str]:
     """The shifts to study; all that the task can feel, where none are named."""
     env, felt = make_env(task), []
     std = np.ones(env.observation_space.shape or ())
@@ -236,7 +236,16 @@ def _worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Sever
     return felt
 
 
-def _detector(name: str, observation_size: int, seed: int) -> OODDetector:
+def make_detector(name: str, observation_size: int, seed: int) -> OODDetector:
+    """A detector by its name or import path, of transitions between observations of that size.
+
+    Raises:
+        UnknownName: There is none.
+
+    Example:
+        >>> make_detector("DynamicsEnsemble", 17, seed=1).seed
+        1
+    """
     cls = found_class("detector", name, DETECTORS, OODDetector)
     given = {"observation_size": observation_size, "seed": seed}
     wanted = inspect.signature(cls).parameters

@@ -135,7 +135,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(settings, change
 
 
 def test_shifts_that_a_task_cannot_feel_are_left_out_unless_named():
-    assert set(study._worlds(TASKS["Reacher"], None, ["middle"])) == {
+    assert set(study.worlds(TASKS["Reacher"], None, ["middle"])) == {
         "mass", "damping", "strength", "dead_actuator", "noise", "bias", "frozen_sensor", "delay",
         "push",
     }  # fmt: skip

@@ -88,7 +88,7 @@ def test_an_agent_trained_since_is_refused_and_again_makes_another(run):
     [
         ({"alpha": 0.1}, InvalidInput, "alpha: expected 0.05, as of the guard.*--again"),
         ({"detector": "KNN"}, InvalidInput, "detector: expected Mahalanobis.*got KNN"),
-        ({"statistic": "CUSUM"}, InvalidInput, "statistic: expected EWMA.*got CUSUM"),
+        ({"statistic": "CUSUM"}, InvalidInput, "statistic: expected MEWMA.*got CUSUM"),
         ({"detector": "KNM"}, UnknownName, "Did you mean 'KNN'"),
         ({"shift": "gravity"}, InvalidInput, "makes a difference to Reacher"),
         ({"shift": "wind"}, UnknownName, "expected one of"),
