@@ -14,11 +14,15 @@ import torch
 
 from experiments.benchmarks.guard_cost import SCALED, scale_cost, step_cost
 from experiments.benchmarks.guard_promise import ALPHA, false_alarm_rates, highest_rate
+from experiments.benchmarks.guard_selective import selective_cell
 from experiments.guard_episodes import train
+from experiments.pools import make_pool
 from experiments.run import versions, write_atomically
+from experiments.shifts import Severity
 from experiments.studies.guard import guard_cell, worlds
 from experiments.study import run_study
 from experiments.tasks import find_task
+from ood import DynamicsEnsemble
 from ood.saving import DETECTORS
 from rewardmodels import InvalidInput
 
@@ -28,14 +32,27 @@ COSTLY = 0.2
 """A shift matters that takes this share of the return after its onset."""
 
 _STEPS = 300_000
-_QUICK_STEPS = 20_480
+_QUICK_STEPS = 10_240
 _PROMISE = {"calibrations": 10, "calibration": 52, "tests": 100, "familiar": 40, "horizon": 200}
 _QUICK_PROMISE = {"calibrations": 4, "calibration": 26, "tests": 10, "familiar": 5, "horizon": 50}
 _DETECTION = {
     "horizon": 400, "onset": 150, "familiar": 100, "calibration": 132, "tests": 20,
 }  # fmt: skip
 _QUICK_DETECTION = {"horizon": 150, "onset": 75, "familiar": 10, "calibration": 40, "tests": 5}
-_SEVERITY = "middle"
+_SEVERITY: Severity = "middle"
+_SMALL = f"{__name__}.SmallDynamics"
+
+
+class SmallDynamics(DynamicsEnsemble):
+    """A detector that learns in a second, for trends.
+
+    Args:
+        observation_size: As its parent's.
+        seed: As its parent's.
+    """
+
+    def __init__(self, observation_size: int, seed: int = 0) -> None:
+        super().__init__(observation_size, members=2, hidden=(64, 64), steps=500, seed=seed)
 
 
 def benchmark_guard(
@@ -43,6 +60,7 @@ def benchmark_guard(
     json: Path | None = None,
     tasks: Sequence[str] = TASKS,
     jobs: int = 1,
+    pools: Path = Path("runs/pools"),
     out: Path = Path("runs/benchmark-guard"),
 ) -> dict[str, Any]:
     """Measures false alarms against their promise, shifts found, and time.
@@ -52,6 +70,7 @@ def benchmark_guard(
         json: File for the figures; they are printed too.
         tasks: Of which one agent each is trained on the task's own reward.
         jobs: Processes side by side.
+        pools: Where the episodes of unseen policies are kept.
         out: Where agents and cells are kept; a second call goes on with those that are there.
 
     Returns:
@@ -61,7 +80,8 @@ def benchmark_guard(
         middle severity, of shifts that cost 20% of the return or more), `delay` (median steps) and
         `auroc` (mean), `shifts.<Task>` with each one's own figures, those that cost less included;
         `step_us` and `share_of_step`; `fit_seconds_1m`, `score_us_1m` and `memory_mb_1m`, by
-        detector.
+        detector; `confident_wrong_passed`, the share of confident mispredictions on clips of
+        unseen policies that are given at 80% coverage.
 
     Raises:
         InvalidInput: No tasks, less than one job, or a file in no directory.
@@ -83,8 +103,9 @@ def benchmark_guard(
             if not agent.exists():
                 train(find_task(task), steps, agent)
         figures = cost(agents[tasks[0]], tasks[0], quick)
-        figures |= detection(agents, out, jobs, **(_QUICK_DETECTION if quick else _DETECTION))
+        figures |= detection(agents, out, jobs, quick)
         figures |= promise(agents, out, jobs, quick)
+        figures |= selection(tasks, Path(folder) if quick else pools, out, jobs, quick)
     figures["versions"] = versions()
     text = json_.dumps(figures, indent=2)
     print(text)
@@ -97,7 +118,12 @@ def cost(agent: Path, task: str, quick: bool) -> dict[str, Any]:
     """Microseconds a step, and what a million frames cost; a tenth of them if quick."""
     step = step_cost(task, agent, steps=300 if quick else 3000)
     figures: dict[str, Any] = {name: step[name] for name in ("step_us", "share_of_step")}
-    scaled = {name: scale_cost(make, 10**5 if quick else 10**6) for name, make in SCALED.items()}
+    small = {"Mahalanobis": SCALED["Mahalanobis"], "KNN": SCALED["KNN"],
+             "SmallDynamics": lambda: SmallDynamics(17)}  # fmt: skip
+    scaled = {
+        name: scale_cost(make, 10**5 if quick else 10**6)
+        for name, make in (small if quick else SCALED).items()
+    }
     for name in ("fit_seconds", "score_us", "memory_mb"):
         figures[f"{name}_1m"] = {detector: each[name] for detector, each in scaled.items()}
     return figures
@@ -106,7 +132,7 @@ def cost(agent: Path, task: str, quick: bool) -> dict[str, Any]:
 def promise(agents: dict[str, Path], out: Path, jobs: int, quick: bool) -> dict[str, Any]:
     """False alarms of every detector and statistic, on each task."""
     settings = _QUICK_PROMISE if quick else _PROMISE
-    names = [DETECTOR, "Mahalanobis"] if quick else sorted(set(DETECTORS) - {"Joint"})
+    names = [_SMALL, "Mahalanobis"] if quick else sorted(set(DETECTORS) - {"Joint"})
     cells = [
         {"task": task, "agent": str(agent), "detector": name, **settings}
         for task, agent in agents.items() for name in names
@@ -117,7 +143,7 @@ def promise(agents: dict[str, Path], out: Path, jobs: int, quick: bool) -> dict[
         figures.setdefault(f"false_alarm_rates.{cell['task']}", {}).update(rates)
     for task in agents:
         rates = figures[f"false_alarm_rates.{task}"]
-        figures[f"false_alarm_rate.{task}"] = rates[f"{DETECTOR} {STATISTIC}"]
+        figures[f"false_alarm_rate.{task}"] = rates[f"{_SMALL if quick else DETECTOR} {STATISTIC}"]
     numbers = (settings[name] for name in ("calibrations", "calibration", "tests"))
     return figures | {"alpha": ALPHA, "false_alarm_limit": highest_rate(*numbers)}
 
@@ -128,10 +154,11 @@ def promise_cell(task: str, agent: str, detector: str, **settings: int) -> dict[
     return false_alarm_rates(task, Path(agent), [detector], **settings)
 
 
-def detection(agents: dict[str, Path], out: Path, jobs: int, **settings: int) -> dict[str, Any]:
+def detection(agents: dict[str, Path], out: Path, jobs: int, quick: bool) -> dict[str, Any]:
     """What the default detector and statistic find, by task and over all."""
+    settings, name = (_QUICK_DETECTION, _SMALL) if quick else (_DETECTION, DETECTOR)
     cells = [
-        {"task": task, "detector": DETECTOR, "seed": 0, "statistics": [STATISTIC],
+        {"task": task, "detector": name, "seed": 0, "statistics": [STATISTIC],
          "shifts": worlds(replace(find_task(task), horizon=settings["horizon"]), None, [_SEVERITY]),
          "severities": [_SEVERITY], "alpha": ALPHA, "agent": str(agent), **settings}
         for task, agent in agents.items()
@@ -151,6 +178,28 @@ def detection(agents: dict[str, Path], out: Path, jobs: int, **settings: int) ->
         figures |= {f"{k}.{task}": v for k, v in summary(list(shifts.values())).items()}
         every += shifts.values()
     return figures | summary(every)
+
+
+def selection(
+    tasks: Sequence[str], pools: Path, out: Path, jobs: int, quick: bool
+) -> dict[str, Any]:
+    """Confident mispredictions, and how many are given, over all tasks and seeds."""
+    made = {"steps": _QUICK_STEPS, "episodes": 2} if quick else {}
+    for task in tasks:
+        make_pool(task, folder=pools, **made)
+    cells = [
+        {"task": task, "seed": seed, "tests": 200 if quick else 5000, "pools": str(pools), **made}
+        for task in tasks for seed in range(1 if quick else 3)
+    ]  # fmt: skip
+    results = run_study(selective_cell, cells, out / "selective", jobs=jobs)
+    wrong, passed, given = (
+        sum(result[name] for result in results)
+        for name in ("confident_errors", "confident_errors_given", "given")
+    )
+    return {
+        "confident_wrong_passed": passed / wrong if wrong else None,
+        "confident_wrong_of_given": passed / given, "confident_wrong": wrong,
+    }  # fmt: skip
 
 
 def summary(shifts: Sequence[dict[str, Any]]) -> dict[str, float | None]:

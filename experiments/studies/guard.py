@@ -21,7 +21,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from experiments.guard_episodes import Episodes, load_policy, play, train
 from experiments.run import write_atomically
@@ -185,23 +185,27 @@ def figures(usual: Array, other: Array, threshold: float, onset: int) -> dict[st
     Returns:
         found: Share of the M episodes whose first alarm comes after the onset.
         delay: Median steps of these from the onset to the alarm, 1 for the first; None if none.
+        fpr at 95% tpr: Share of the N episodes whose largest value after the onset is above one
+            that 95% of the M exceed.
         auroc: Chance that the largest value after the onset is larger with the shift than without.
         false alarms: Share of the N episodes with any alarm.
 
     Example:
         >>> usual, other = np.array([[0.0, 1, 0, 0], [0, 0, 3, 0]]), np.array([[0.0, 0, 1, 4]])
         >>> figures(usual, other, threshold=2, onset=2)
-        {'found': 1.0, 'delay': 2.0, 'auroc': 1.0, 'false alarms': 0.5}
+        {'found': 1.0, 'delay': 2.0, 'auroc': 1.0, 'fpr at 95% tpr': 0.0, 'false alarms': 0.5}
     """
     alarms = other > threshold
     found = alarms.any(1) & ~alarms[:, :onset].any(1)
     delays = alarms[found].argmax(1) - onset + 1
     largest = np.concatenate([usual[:, onset:].max(1), other[:, onset:].max(1)])
     is_other = np.arange(len(largest)) >= len(usual)
+    fpr, tpr, _ = roc_curve(is_other, largest)
     return {
         "found": float(found.mean()),
         "delay": float(np.median(delays)) if len(delays) else None,
         "auroc": float(roc_auc_score(is_other, largest)),
+        "fpr at 95% tpr": float(fpr[np.argmax(tpr >= 0.95)]),
         "false alarms": float((usual > threshold).any(1).mean()),
     }
 

@@ -36,13 +36,20 @@ def test_an_alarm_before_the_onset_finds_nothing():
     other[2, 5] = 5.0
     found = study.figures(usual, other, 2.0, onset=3)
     assert found == {
-        "found": pytest.approx(2 / 3), "delay": 2.0, "auroc": 1.0, "false alarms": 0.25,
+        "found": pytest.approx(2 / 3), "delay": 2.0, "auroc": 1.0, "fpr at 95% tpr": 0.0,
+        "false alarms": 0.25,
     }  # fmt: skip
 
 
 def test_nothing_found_has_no_delay():
     found = study.figures(np.zeros((2, 4)), np.zeros((2, 4)), 1.0, onset=2)
-    assert found == {"found": 0.0, "delay": None, "auroc": 0.5, "false alarms": 0.0}
+    assert found == {
+        "found": 0.0,
+        "delay": None,
+        "auroc": 0.5,
+        "fpr at 95% tpr": 1.0,
+        "false alarms": 0.0,
+    }
 
 
 def test_auroc_counts_the_pairs_of_which_the_shifted_is_larger():
@@ -64,6 +71,14 @@ def test_episodes_pair_up_until_the_onset():
     np.testing.assert_array_equal(every.rewards[2:, :12], other.rewards[:, :12])
     starts = {tuple(episode[0, :10].tolist()) for episode in every.features}
     assert len(starts) == 4
+
+
+def test_fpr_by_hand():
+    draw = np.random.default_rng(0)
+    usual, other = draw.normal(size=(50, 10)), draw.normal(0.5, size=(40, 10))
+    level = np.sort(other[:, 4:].max(1))[2]  # 38 of 40 are at or above it
+    expected = (usual[:, 4:].max(1) >= level).mean()
+    assert study.figures(usual, other, 9.0, onset=4)["fpr at 95% tpr"] == pytest.approx(expected)
 
 
 def test_statistics_are_those_of_a_monitor_that_watches_step_by_step():
@@ -105,15 +120,17 @@ def test_a_study_has_a_row_of_everything_and_goes_on_where_it_stopped(settings, 
 
 def test_tables_average_over_seeds_by_hand():
     common = {"detector": "KNN", "statistic": "CUSUM", "shift": "mass", "severity": "mild",
-              "auroc": 0.5, "false alarms": 0.0, "return": 10.0}  # fmt: skip
+              "auroc": 0.5, "fpr at 95% tpr": 0.25, "false alarms": 0.0,
+              "return": 10.0}  # fmt: skip
     rows = [
         {**common, "seed": 0, "found": 1.0, "delay": 4.0, "shifted return": 7.0},
         {**common, "seed": 1, "found": 0.0, "delay": None, "shifted return": 8.0},
     ]
     lines = tables(rows, 0.1).splitlines()
     assert (
-        "| KNN | CUSUM | 0.50 (0.00 to 1.00) | 0.50 (0.50 to 0.50) | 0.00 (0.00 to 0.00) |" in lines
-    )
+        "| KNN | CUSUM | 0.50 (0.00 to 1.00) | 0.50 (0.50 to 0.50) | 0.25 (0.25 to 0.25) | "
+        "0.00 (0.00 to 0.00) |"
+    ) in lines
     assert "| mass | mild | 2.5 of 10.0 | 0.50 (4) |" in lines
 
 
