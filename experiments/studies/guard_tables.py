@@ -9,7 +9,6 @@ import numpy as np
 from experiments.statistics import bootstrap_interval, interquartile_mean
 from experiments.studies.summary import Row, by, markdown, numbers
 
-
 _OVER_ALL = {
     "found": "found",
     "auroc": "AUROC",
