@@ -184,7 +184,7 @@ def selection(
     tasks: Sequence[str], pools: Path, out: Path, jobs: int, quick: bool
 ) -> dict[str, Any]:
     """Confident mispredictions, and how many are given, over all tasks and seeds."""
-    made = {"steps": _QUICK_STEPS, "episodes": 2} if quick else {}
+    made: dict[str, Any] = {"steps": _QUICK_STEPS, "episodes": 2} if quick else {}
     for task in tasks:
         make_pool(task, folder=pools, **made)
     cells = [

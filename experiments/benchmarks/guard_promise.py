@@ -98,7 +98,8 @@ def highest_rate(calibrations: int, calibration: int, tests: int, draws: int = 2
 
 def play_batch(task: Task, act: Act, episodes: int, seed: int) -> list[Tensor]:
     """Transitions `(T, F)` of whole episodes, in the backend that is fastest."""
-    draw, played = np.random.default_rng(seed), []
+    draw = np.random.default_rng(seed)
+    played: list[Tensor] = []
     while len(played) < episodes:
         together = min(_TOGETHER, episodes - len(played))
         steps = []
@@ -107,7 +108,8 @@ def play_batch(task: Task, act: Act, episodes: int, seed: int) -> list[Tensor]:
             for _ in range(task.horizon):
                 noise = draw.standard_normal((together, *(envs.action_space.shape or ())))
                 actions = act(before, noise)
-                after, _, ended, infos = envs.step(actions)
+                stepped: Any = envs.step(actions)
+                after, _, ended, infos = stepped
                 led_to = (
                     np.stack([info["terminal_observation"] for info in infos])
                     if ended.all()
