@@ -15,7 +15,13 @@ from experiments.vecenvs import make_vec_env
 from ood import StaleThreshold, load_monitor
 from rewardmodels import DeepEnsemble, InvalidInput, UnknownName, UnreadableFile
 
-QUICK = {"detector": "Mahalanobis", "familiar": 3, "calibration": 26, "episodes": 2}
+QUICK = {
+    "detector": "Mahalanobis",
+    "statistic": "EWMA",
+    "familiar": 3,
+    "calibration": 26,
+    "episodes": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,7 @@ def test_an_agent_trained_since_is_refused_and_again_makes_another(run):
     [
         ({"alpha": 0.1}, InvalidInput, "alpha: expected 0.05, as of the guard.*--again"),
         ({"detector": "KNN"}, InvalidInput, "detector: expected Mahalanobis.*got KNN"),
-        ({"statistic": "CUSUM"}, InvalidInput, "statistic: expected MEWMA.*got CUSUM"),
+        ({"statistic": "CUSUM"}, InvalidInput, "statistic: expected EWMA.*got CUSUM"),
         ({"detector": "KNM"}, UnknownName, "Did you mean 'KNN'"),
         ({"shift": "gravity"}, InvalidInput, "makes a difference to Reacher"),
         ({"shift": "wind"}, UnknownName, "expected one of"),
