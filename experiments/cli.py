@@ -129,9 +129,10 @@ def _learn(words: str, arguments: list[str]) -> None:
 
 
 def _from(path: str, *, quick: str = "") -> Command:
-    """A command that calls the function at `module:name`, of which each argument is a flag.
+    """A command that calls the function at `module:name`.
 
-    `quick` is the help of its `--quick`, if it has one.
+    What the function needs comes first, and whatever has a default is a flag. `quick` is the help
+    of its `--quick`, if it has one.
     """
 
     def command(words: str, arguments: list[str]) -> None:
@@ -140,7 +141,8 @@ def _from(path: str, *, quick: str = "") -> Command:
         parser = _parser(words)
         if quick:
             parser.add_argument("--quick", action="store_true", help=quick)
-        parser.add_function_arguments(function, skip={"quick"} if quick else None)
+        skip: set[str | int] | None = {"quick"} if quick else None
+        parser.add_function_arguments(function, as_positional=True, skip=skip)
         settings = _parse(parser, arguments)
         again = shlex.join(["rewardmodels", *words.split(), *arguments])
         with _interruptible(lambda: f"The same command goes on: {again}"):
@@ -182,6 +184,22 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         "learn HalfCheetah from 100 comparisons, beside a reward of zero",
         _from("experiments.demo:demo"),
     ),
+    "label": (
+        "serve the page on which people answer a run's questions",
+        _from("experiments.labelling_page.command:label"),
+    ),
+    "guard": (
+        "run a trained agent under a guard, which is calibrated once and kept beside it",
+        _from("experiments.guarding:guard_run"),
+    ),
+    "export": (
+        "write all answers, marks and ratings of a run as CSV or Parquet",
+        _from("active.export:export_feedback"),
+    ),
+    "import": (
+        "read what export wrote into a new store of answers",
+        _from("active.export:import_feedback"),
+    ),
     "pool": (
         "record an agent at every stage of its training, as a Minari data set",
         _from("experiments.minari_pools:export_pool"),
@@ -214,6 +232,20 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         _from(
             "experiments.benchmarks.queries:benchmark_queries",
             quick="in about a minute, for trends: one task, two seeds",
+        ),
+    ),
+    "benchmark guard": (
+        "measure a guard's false alarms, what it finds and what it costs",
+        _from(
+            "experiments.benchmarks.guard:benchmark_guard",
+            quick="in about two minutes, for trends: one task, few episodes",
+        ),
+    ),
+    "benchmark page": (
+        "measure what the page loses when it is killed, and how long people wait",
+        _from(
+            "experiments.benchmarks.page:benchmark_page",
+            quick="in about two minutes, for trends: fewer answers and kills",
         ),
     ),
     "benchmark learn": (

@@ -2,10 +2,11 @@
 
 Episodes of the policy at work come first (`record`), in two lots. From one a detector
 (`Mahalanobis`, `KNN`, `DynamicsEnsemble` and others) learns what is familiar. From the other a
-`Monitor` takes the threshold that a statistic of the scores (`Spike`, `EWMA`, `CUSUM`) exceeds in
-no more than a promised share of new episodes. A `Guard` runs the monitor beside the agent, and
-halts it, asks, or lets another policy take over. For drift so slow that no episode is strange,
-whole episodes' scores go to a `ConformalMartingale` or to `ShiryaevRoberts`.
+`Monitor` takes the threshold that a statistic of the scores (`Spike`, `EWMA`, `CUSUM`) or of
+signed errors (`MEWMA`) exceeds in no more than a promised share of new episodes. A `Guard` runs the
+monitor beside the agent, and halts it, asks, or lets another policy take over. For drift so slow
+that no episode is strange, whole episodes' scores go to a `ConformalMartingale` or to
+`ShiryaevRoberts`.
 
 Example:
     >>> import gymnasium, numpy, torch
@@ -34,14 +35,15 @@ from ood.martingales import ConformalMartingale, ShiryaevRoberts
 from ood.monitor import Monitor, Reading, StaleThreshold
 from ood.recording import record
 from ood.rules import Rules
-from ood.saving import load_monitor, save_monitor
+from ood.saving import agent_fingerprint, load_monitor, save_monitor
 from ood.selective import Selection, confidence_for, confident_errors, select
-from ood.sequential import CUSUM, EWMA, Spike, Statistic
+from ood.sequential import CUSUM, EWMA, MEWMA, Spike, Statistic
 
 __all__ = [
     "CUSUM",
     "EWMA",
     "KNN",
+    "MEWMA",
     "ConformalMartingale",
     "DynamicsEnsemble",
     "Epistemic",
@@ -65,6 +67,7 @@ __all__ = [
     "Statistic",
     "Threshold",
     "VectorGuard",
+    "agent_fingerprint",
     "calibrate",
     "calibrate_stream",
     "confidence_for",

@@ -47,8 +47,9 @@ class Threshold:
     Args:
         value: The threshold.
         alpha: Chance of a false alarm in an episode (or block), at most.
-        mean: `(T,)`, the score's usual value at each step; later steps are taken for the last.
-        scale: `(T,)`, its usual standard deviation.
+        mean: `(T,)`, the score's usual value at each step; later steps are taken for the last. Of
+            signed numbers `(T, D)`.
+        scale: `(T,)` or `(T, D)`, the usual standard deviation.
         episodes: n, how many calibration maxima it is a quantile of.
         fingerprint: Of the detector that it holds for; empty for any.
         period: Steps after which the statistic begins anew in an unending stream; 0 for episodes.
@@ -68,9 +69,15 @@ class Threshold:
         return cls(math.inf)
 
     def standardise(self, scores: Array, steps: NDArray[np.int64]) -> Array:
-        """Scores `(n,)` less what is usual at each one's step `(n,)`, in standard deviations."""
+        """Scores `(n,)` less what is usual at each one's step `(n,)`, in standard deviations.
+
+        So with `(n, D)` signed numbers.
+        """
         at = np.minimum(steps % self.period if self.period else steps, len(self.mean) - 1)
-        standard: Array = (scores - self.mean[at]) / self.scale[at]
+        mean, scale = self.mean[at], self.scale[at]
+        if scores.ndim > mean.ndim:
+            mean, scale = mean[:, None], scale[:, None]
+        standard: Array = (scores - mean) / scale
         return standard
 
     @property
@@ -175,8 +182,8 @@ def calibrate(
     last step they knew. The module says why the promise holds.
 
     Args:
-        scores: N whole held-out episodes, each `(T_i,)` scores of its steps; in any order that
-            wasn't made by looking at them.
+        scores: N whole held-out episodes, each `(T_i,)` scores of its steps, or `(T_i, D)` for a
+            signed statistic; in any order that wasn't made by looking at them.
         statistic: What will run over new episodes.
         alpha: Chance of a false alarm in an episode, at most.
         standardise: Share of episodes, the first, from which each step's usual score is learned;
@@ -203,7 +210,7 @@ def calibrate(
         raise InvalidInput(f"standardise: expected a share in [0, 1), got {standardise}.")
     if window < 1:
         raise InvalidInput(f"window: expected at least one step, got {window}.")
-    episodes = [_checked(i, episode) for i, episode in enumerate(scores)]
+    episodes = [_checked(i, episode, statistic) for i, episode in enumerate(scores)]
     apart = max(2, round(standardise * len(episodes))) if standardise else 0
     others = episodes[apart:]
     rank_exists = len(others) >= episodes_needed(alpha)
@@ -238,7 +245,8 @@ def calibrate_stream(
     many times as long as scores stay correlated.
 
     Args:
-        scores: `(L,)`, held out; what is left after the last whole block goes unused.
+        scores: `(L,)`, or `(L, D)` for a signed statistic, held out; what is left after the last
+            whole block goes unused.
         statistic: What will run over new blocks.
         alpha: Chance of a false alarm in a block, at most.
         block: Steps.
@@ -256,8 +264,10 @@ def calibrate_stream(
     """
     if block < 1:
         raise InvalidInput(f"block: expected at least one step, got {block}.")
-    flat = _checked(0, scores)
-    blocks = torch.from_numpy(flat[: len(flat) // block * block]).reshape(-1, block)
+    flat = _checked(0, scores, statistic)
+    blocks = torch.from_numpy(flat[: len(flat) // block * block]).reshape(
+        -1, block, *flat.shape[1:]
+    )
     # Every step of a block is like every other: all are pooled.
     found = calibrate(
         list(blocks),
@@ -275,10 +285,10 @@ def calibrate_stream(
 def episode_maxima(
     scores: Sequence[Array], statistic: Statistic, threshold: Threshold
 ) -> NDArray[np.float64]:
-    """`(N,)`: the largest value of the statistic in each of N episodes `(T_i,)`."""
+    """`(N,)`: the largest value of the statistic in each of N episodes `(T_i,)` or `(T_i, D)`."""
     lengths = np.array([len(episode) for episode in scores])
     steps = np.arange(lengths.max())
-    padded = np.zeros((len(scores), len(steps)))
+    padded = np.zeros((len(scores), len(steps), *scores[0].shape[1:]))
     for i, episode in enumerate(scores):
         padded[i, : lengths[i]] = threshold.standardise(np.asarray(episode), steps[: lengths[i]])
     values = statistic.along(padded)
@@ -287,10 +297,10 @@ def episode_maxima(
 
 
 def _usual(episodes: list[Array], window: int) -> tuple[Array, Array]:
-    """Mean and standard deviation `(T,)` of what the episodes have about each step."""
+    """Mean and standard deviation `(T,)` or `(T, D)` of what the episodes have about each step."""
     longest = max(len(episode) for episode in episodes)
-    centre = float(np.concatenate(episodes).mean())
-    count, total, squares = np.zeros((3, longest))
+    centre = np.concatenate(episodes).mean(0)
+    count, total, squares = np.zeros((3, longest, *centre.shape))
     for episode in episodes:
         # About their mean, so that squares keep the digits in which scores differ.
         apart = episode - centre
@@ -302,20 +312,22 @@ def _usual(episodes: list[Array], window: int) -> tuple[Array, Array]:
     last = np.minimum(np.arange(longest) + reach + 1, longest)
     pooled = []
     for column in (count, total, squares):
-        running = np.append(0.0, column.cumsum())
+        running = np.concatenate([np.zeros_like(column[:1]), column.cumsum(0)])
         pooled.append(running[last] - running[first])
     n, mean = pooled[0], pooled[1] / pooled[0]
     variance = np.maximum(pooled[2] / n - mean**2, 0) * n / np.maximum(n - 1, 1)
-    overall = float(np.sqrt(squares.sum() / count.sum())) or 1.0
+    overall = np.sqrt(squares.sum(0) / count.sum(0))
+    overall = np.where(overall > 0, overall, 1.0)
     return centre + mean, np.maximum(np.sqrt(variance), _SMALLEST_SCALE * overall)
 
 
-def _checked(i: int, episode: Tensor) -> Array:
+def _checked(i: int, episode: Tensor, statistic: Statistic) -> Array:
     values = as_array(episode).astype(np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+    dimensions, shape = (2, "(T, D)") if statistic.signed else (1, "(T,)")
+    if values.ndim != dimensions or not values.size or not np.isfinite(values).all():
         raise InvalidInput(
-            f"scores: expected finite numbers of shape (T,) with T of at least 1 for each episode, "
-            f"got {'NaN or infinity in' if values.size else 'nothing in'} episode {i}, of shape "
-            f"{values.shape}."
+            f"scores: expected finite numbers of shape {shape} with T of at least 1 for each "
+            f"episode, got {'NaN or infinity in' if values.size else 'nothing in'} episode {i}, of "
+            f"shape {values.shape}."
         )
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
@@ -104,7 +105,34 @@ class OODDetector(ABC):
         # What overflows is infinitely strange: no warning has to come first.
         with np.errstate(over="ignore", invalid="ignore"):
             scores = np.asarray(self._score(frames), dtype=np.float64)
-        return np.where(np.isnan(scores), np.inf, scores)
+        return _no_nan(scores)
+
+    def signed(self, features: Tensor) -> Tensor:
+        """What is strange about each of B frames, with its direction.
+
+        Args:
+            features: `(B, F)`.
+
+        Returns:
+            `(B, D)`, double precision: D numbers about 0 for familiar frames, in standard
+            deviations and as far as may be uncorrelated. Where a detector has but its score, that
+            alone.
+
+        Raises:
+            NotFitted: There is nothing to compare with yet.
+            InvalidInput: Another shape than that learned from, or NaN or infinity.
+        """
+        return torch.from_numpy(self.signed_array(as_array(features)))
+
+    def signed_array(self, features: Array) -> NDArray[np.float64]:
+        """As `signed`, from array to array."""
+        return self.signed_checked(self._checked(features))
+
+    def signed_checked(self, frames: Array) -> NDArray[np.float64]:
+        """As `signed_array`, of what is known to have `width` columns of finite numbers."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            signed = np.asarray(self._signed(frames), dtype=np.float64)
+        return _no_nan(signed)
 
     def explain(self, features: Tensor) -> Tensor:
         """How much each feature had to do with it.
@@ -175,6 +203,10 @@ class OODDetector(ABC):
             digest.update(np.ascontiguousarray(value).data)
         return digest.hexdigest()
 
+    def _signed(self, features: Array) -> Array:
+        """`(B, D)` of `(B, F)` finite numbers of double precision."""
+        return self._score(features)[:, None]
+
     def _explain(self, frames: Array) -> Array:
         return np.abs(self._standard(frames))
 
@@ -217,10 +249,14 @@ class Mahalanobis(OODDetector):
     _ARRAYS = ("whitening",)
 
     def _fit(self, features: Array) -> None:
-        self.whitening = _whitening(self._standard(features))
+        self.whitening = whitening(self._standard(features))
+
+    def _signed(self, features: Array) -> Array:
+        white: Array = self._standard(features) @ self.whitening
+        return white
 
     def _score(self, features: Array) -> Array:
-        white = self._standard(features) @ self.whitening
+        white = self._signed(features)
         distance: Array = np.sqrt(np.vecdot(white, white))
         return distance
 
@@ -268,8 +304,8 @@ class RelativeMahalanobis(OODDetector):
         np.add.at(sums, group, standard)
         centres = (sums / np.maximum(count, 1)[:, None])[count > 0]
         nearest = (np.cumsum(count > 0) - 1)[group]
-        self.whitening = _whitening(standard)
-        self.within = _whitening(standard - centres[nearest])
+        self.whitening = whitening(standard)
+        self.within = whitening(standard - centres[nearest])
         self.centres = centres @ self.within
 
     def _score(self, features: Array) -> Array:
@@ -280,13 +316,20 @@ class RelativeMahalanobis(OODDetector):
         return score
 
 
+def _no_nan(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    # To see from their sum that there is none takes a third as long as to look at each.
+    if math.isfinite(np.add.reduce(values, None)):
+        return values
+    return np.where(np.isnan(values), np.inf, values)
+
+
 def as_array(value: Tensor | Array) -> Array:
     """Returns a tensor's numbers, or the array itself."""
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
-def _whitening(centred: Array) -> Array:
-    """`(F, F)`, after which the covariance of these `(B, F)` is the identity."""
+def whitening(centred: Array) -> Array:
+    """Returns `(F, F)`, after which the covariance of these `(B, F)` is the identity."""
     values, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
     whitening: Array = vectors / np.sqrt(np.maximum(values, 0) + _RIDGE)
     return whitening

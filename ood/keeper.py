@@ -142,7 +142,10 @@ class Keeper:
                 self._fail(int(i), "the monitor failed", error)
             self.before = np.array(after)
             return
-        alarm = (reading.alarm | ~np.isfinite(after).reshape(self.n, -1).all(1)) & live
+        alarm = reading.alarm & live
+        # Where a sum is finite all are, and need no look at each.
+        if not math.isfinite(np.add.reduce(after, None)):
+            alarm = alarm | (~np.isfinite(after).reshape(self.n, -1).all(1) & live)
         self.reading = reading._replace(alarm=alarm)
         if self.rules.on_alarm == "ask":
             for i in np.flatnonzero(live):

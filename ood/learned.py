@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ood.detectors import _CONSTANT, Array, OODDetector
+from ood.detectors import _CONSTANT, Array, OODDetector, whitening
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.networks import PRIOR_GAIN
@@ -21,6 +21,8 @@ from rewardmodels.scoring import Layer, as_array, pass_hidden
 _BATCH = 256
 _LEARNING_RATE = 2e-3
 _FRAMES_AT_ONCE = 1024
+_SMALL = 0.01  # a variance too small to tell from none
+_WHITENED = 20_000  # frames whose errors are decorrelated
 # Of log standard deviations, where a change's own is 1: a simulator without noise would otherwise
 # drive them to minus infinity, and what is hardly strange would be infinitely so.
 _LOG_STD = (-5.0, 1.0)
@@ -39,6 +41,11 @@ class DynamicsEnsemble(OODDetector):
     - "error": $\min_k \frac1O \sum_d |\delta_d - \mu_{kd}|$, in standard deviations of the change.
       The authors' code takes the smallest mean error of 1,000 samples of the ensemble; this one,
       of the members' means, doesn't change from call to call.
+
+    Its signed numbers, O + 1 of them, are what the mean of the members missed, in standard
+    deviations of the mixture, decorrelated as on a sample of the training frames, and the mean
+    logarithm of these errors' squares. In their moving average (`ood.MEWMA`) a world shows that
+    pulls each step the same way by less than steps differ; by the last, one with more noise.
 
     Args:
         observation_size: O, so that features `(B, O + act + O)` of `ood.features.transition` come
@@ -65,10 +72,10 @@ class DynamicsEnsemble(OODDetector):
     def __init__(
         self,
         observation_size: int,
-        members: int = 5,
-        hidden: Sequence[int] = (64, 64),
+        members: int = 3,
+        hidden: Sequence[int] = (128, 128),
         score_by: Literal["likelihood", "error"] = "likelihood",
-        steps: int = 3000,
+        steps: int = 8000,
         seed: int = 0,
     ) -> None:
         hidden = tuple(hidden)
@@ -82,7 +89,10 @@ class DynamicsEnsemble(OODDetector):
         self.observation_size, self.members, self.hidden = observation_size, members, hidden
         self.score_by: Literal["likelihood", "error"] = score_by
         self.steps, self.seed = steps, seed
-        self._ARRAYS = ("change_mean", "change_scale", *_names("member", len(hidden) + 1))
+        # To look layers up by their names takes as long as to pass through them.
+        self._folded: tuple[int, list[Layer]] = -1, []
+        moments = ("change_mean", "change_scale", "missed", "missed_whitening", "size")
+        self._ARRAYS = (*moments, *_names("member", len(hidden) + 1))
 
     def _fit(self, features: Array) -> None:
         size = self.observation_size
@@ -111,6 +121,13 @@ class DynamicsEnsemble(OODDetector):
 
             _train(network, loss, self.steps)
         _keep(self, "member", network)
+        some = features[:: -(-len(features) // _WHITENED)]
+        missed = self._missed(some)
+        self.missed = missed.mean(0)
+        self.missed_whitening = whitening(missed - self.missed)
+        self.size = np.array([0.0, 1.0])
+        sizes = self._signed(some)[:, -1]
+        self.size = np.array([sizes.mean(), max(sizes.std(), _CONSTANT)])
 
     def _score(self, features: Array) -> Array:
         return np.concatenate(
@@ -121,12 +138,12 @@ class DynamicsEnsemble(OODDetector):
         )
 
     def _score_some(self, features: Array) -> Array:
-        apart, log_std = self._predict(features)
+        apart, std = self._predict(features)
         if self.score_by == "error":
             error: Array = np.abs(apart).mean(2).min(0)
             return error
-        white = apart * np.exp(-log_std)
-        log_p = np.vecdot(white, white) / -2 - log_std.sum(2)  # (K, B)
+        white = apart / std
+        log_p = np.vecdot(white, white) / -2 - np.log(std).sum(2)  # (K, B)
         most = log_p.max(0)
         each = np.log(np.exp(log_p - most).sum(0) / self.members) + most
         score: Array = math.log(2 * math.pi) / 2 - each / self.observation_size
@@ -134,26 +151,56 @@ class DynamicsEnsemble(OODDetector):
 
     def _explain(self, frames: Array) -> Array:
         """Error of each number of the observation after, in predicted standard deviations."""
-        apart, log_std = self._predict(frames)
-        # Law of total variance: what members expect, and how far apart they are.
-        variance = np.exp(2 * log_std).mean(0) + apart.var(0)
         explained = np.zeros_like(frames)
-        explained[:, -self.observation_size :] = np.abs(apart.mean(0)) / np.sqrt(variance)
+        explained[:, -self.observation_size :] = np.abs(self._missed(frames))
         return explained
 
+    def _signed(self, features: Array) -> Array:
+        white = (self._missed(features) - self.missed) @ self.missed_whitening
+        sizes = np.log(white * white + _SMALL)
+        size = np.add.reduce(sizes, 1, keepdims=True) / sizes.shape[1]
+        return np.concatenate([white, (size - self.size[0]) / self.size[1]], 1)
+
+    def _missed(self, features: Array) -> Array:
+        """`(B, O)`: errors of the mean prediction, in predicted standard deviations."""
+        if len(features) <= _FRAMES_AT_ONCE:
+            return self._missed_some(features)
+        return np.concatenate(
+            [
+                self._missed_some(features[i : i + _FRAMES_AT_ONCE])
+                for i in range(0, max(1, len(features)), _FRAMES_AT_ONCE)
+            ]
+        )
+
+    def _missed_some(self, features: Array) -> Array:
+        apart, std = self._predict(features)
+        # Law of total variance: what members expect, and how far apart they are. Sums of their
+        # own, since for one frame a method of NumPy's takes thrice as long.
+        mean = np.add.reduce(apart, 0) / self.members
+        spread = apart - mean
+        variance = np.add.reduce(std * std + spread * spread, 0) / self.members
+        missed: Array = mean / np.sqrt(variance)
+        return missed
+
     def _predict(self, features: Array) -> tuple[Array, Array]:
-        """Errors and log standard deviations `(K, B, O)`, in standard deviations of the change."""
+        """Errors and standard deviations `(K, B, O)`, in standard deviations of the change."""
         size = self.observation_size
+        if self._folded[0] != self.revision:
+            self._folded = self.revision, _layers(self, "member", len(self.hidden) + 1)
+        *hidden, (weight, bias, _) = self._folded[1]
         change = (features[:, -size:] - features[:, :size] - self.change_mean) / self.change_scale
-        *hidden, (weight, bias, _) = _layers(self, "member", len(self.hidden) + 1)
-        outputs = (pass_hidden(self._inputs(features), hidden) @ weight + bias).astype(np.float64)
+        outputs = pass_hidden(self._inputs(features), hidden) @ weight
+        outputs += bias
+        # `_bounded`, of which the exponential needs but one more.
         low, high = _LOG_STD
-        log_std = high - np.logaddexp(0, high - outputs[..., size:])
-        return change - outputs[..., :size], low + np.logaddexp(0, log_std - low)
+        std = math.exp(low) + math.exp(high) / (1 + np.exp(high - outputs[..., size:]))
+        return change - outputs[..., :size], std.astype(np.float64)
 
     def _inputs(self, features: Array) -> Array:
         """What came before, `(B, O + act)`."""
-        return self._standard(features)[:, : -self.observation_size].astype(np.float32)
+        known = features.shape[1] - self.observation_size
+        standard: Array = (features[:, :known] - self.mean[:known]) / self.scale[:known]
+        return standard.astype(np.float32)
 
 
 class RandomNetworkDistillation(OODDetector):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ class Reading(NamedTuple):
     """What a monitor says of one step of n environments.
 
     Attributes:
-        score: `(n,)`, the detector's; infinite where features aren't finite.
+        score: `(n,)`, the detector's, or the root mean square of its signed numbers where the
+            statistic takes these; infinite where features aren't finite.
         statistic: `(n,)`.
         alarm: `(n,)` bool.
     """
@@ -86,7 +88,7 @@ class Monitor:
             NotFitted: The detector isn't fitted.
             InvalidInput: As `ood.conformal.calibrate`, or features of another shape.
         """
-        scores = [self.detector.score(episode) for episode in episodes]
+        scores = [self.seen(episode) for episode in episodes]
         self.threshold = calibrate(
             scores,
             self.statistic,
@@ -116,7 +118,7 @@ class Monitor:
             InvalidInput: As `ood.conformal.calibrate_stream`, or features of another shape.
         """
         self.threshold = calibrate_stream(
-            self.detector.score(features),
+            self.seen(features),
             self.statistic,
             alpha,
             block=block,
@@ -124,6 +126,22 @@ class Monitor:
             fingerprint=self.fingerprint,
         )
         return self.threshold
+
+    def seen(self, features: Tensor) -> Tensor:
+        """What the statistic is given of B frames, before it is standardised.
+
+        Args:
+            features: `(B, F)`.
+
+        Returns:
+            `(B,)` scores, or `(B, D)` signed numbers if the statistic is signed.
+
+        Raises:
+            NotFitted: The detector isn't fitted.
+            InvalidInput: Features of another shape, or NaN or infinity.
+        """
+        of = self.detector.signed if self.statistic.signed else self.detector.score
+        return of(features)
 
     @property
     def fingerprint(self) -> str:
@@ -242,14 +260,18 @@ class Stream:
             )
         if threshold.period:
             self.statistic.reset(self.steps % threshold.period == 0)
-        finite = np.isfinite(frames)
-        if frames.shape[1] == detector.width and finite.all():
-            score = detector.score_checked(frames.astype(np.float64, copy=False))
+        signed = self.statistic.signed
+        # A sum is finite where all are, unless it overflows; then each is looked at below.
+        if frames.shape[1] == detector.width and math.isfinite(np.add.reduce(frames, None)):
+            frames = frames.astype(np.float64, copy=False)
+            seen = detector.signed_checked(frames) if signed else detector.score_checked(frames)
         else:
-            rows = finite.all(1)
-            score = np.full(len(frames), np.inf)
-            score[rows] = detector.score_array(frames[rows])
-        statistic = self.statistic.update(threshold.standardise(score, self.steps)).copy()
+            rows = np.isfinite(frames).all(1)
+            known = (detector.signed_array if signed else detector.score_array)(frames[rows])
+            seen = np.full((len(frames), *known.shape[1:]), np.inf)
+            seen[rows] = known
+        score = np.sqrt(np.vecdot(seen, seen) / seen.shape[1]) if signed else seen
+        statistic = self.statistic.update(threshold.standardise(seen, self.steps)).copy()
         self.steps += 1
         # Not "statistic > threshold": NaN must raise an alarm, and compares as False.
         alarm = ~(statistic <= threshold.value) | ~np.isfinite(score)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -39,12 +40,14 @@ DETECTORS: dict[str, type[OODDetector]] = {
 """Those that `load_monitor` knows by name. It never imports what a file names."""
 
 
-def save_monitor(monitor: Monitor, path: str | os.PathLike[str]) -> None:
+def save_monitor(monitor: Monitor, path: str | os.PathLike[str], *, agent: str = "") -> None:
     """Writes detector, statistic and threshold to one safetensors file, whole or not at all.
 
     Args:
         monitor: Whose detector is fitted, and whose threshold, if any, is its own.
         path: The file; one that stands there is replaced.
+        agent: `agent_fingerprint` of the agent whose episodes calibrated it: its promise holds for
+            no other.
 
     Raises:
         InvalidInput: A detector or a statistic that a file can't hold.
@@ -62,6 +65,7 @@ def save_monitor(monitor: Monitor, path: str | os.PathLike[str]) -> None:
         "detector": _described(monitor.detector, "detector.", arrays),
         "statistic": [type(monitor.statistic).__name__, monitor.statistic.settings],
         "fingerprint": monitor.fingerprint,
+        "agent": agent,
     }
     if monitor.threshold is not None:
         monitor.check()
@@ -74,10 +78,17 @@ def save_monitor(monitor: Monitor, path: str | os.PathLike[str]) -> None:
         save_file(contiguous, beside, {"ood": json.dumps(about)})
 
 
-def load_monitor(path: str | os.PathLike[str]) -> Monitor:
+def load_monitor(path: str | os.PathLike[str], *, agent: str | None = None) -> Monitor:
     """Reads a monitor that `save_monitor` wrote; its alarms are the same.
 
+    Args:
+        path: The file.
+        agent: `agent_fingerprint` of the agent that it is to watch; None where that isn't known,
+            and nothing is checked.
+
     Raises:
+        StaleThreshold: It was calibrated on another agent's episodes, or on one's that has been
+            trained since.
         UnreadableFile: Not such a file, damaged, changed since, of a newer format, or of a
             detector that isn't known here.
         FileNotFoundError: There is no such file.
@@ -120,7 +131,34 @@ def load_monitor(path: str | os.PathLike[str]) -> Monitor:
         ) from error
     if changed:
         raise UnreadableFile(f"{path}: expected what was saved, got a detector changed since.")
+    if agent is not None and about.get("agent", "") != agent:
+        raise StaleThreshold(
+            f"{path}: expected a guard calibrated on this agent's episodes, got one of another "
+            "agent, or of this one before more training; calibrate it again."
+        )
     return monitor
+
+
+def agent_fingerprint(*files: str | os.PathLike[str]) -> str:
+    """What tells one agent from another, and from itself after more training.
+
+    Args:
+        files: All that decides what it does, in a fixed order; two of the same bytes are the same.
+
+    Returns:
+        The SHA-256 of their contents, in hexadecimal.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+
+    Example:
+        >>> agent_fingerprint("pyproject.toml") == agent_fingerprint("LICENSE")
+        False
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _described(detector: OODDetector, prefix: str, arrays: dict[str, Array]) -> dict[str, Any]:

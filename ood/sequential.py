@@ -1,14 +1,17 @@
 """Statistics over a stream of scores: each O(1) a step, over any number of environments at once.
 
 What they are given are scores in standard deviations, as usual at that time in an episode (see
-`ood.conformal`), so that their parameters mean the same for every detector.
+`ood.conformal`), so that their parameters mean the same for every detector. A signed statistic is
+given D numbers a frame that have directions (`ood.OODDetector.signed`), of which a lasting bias
+adds up where their size would drown it.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,7 +34,11 @@ class Statistic(ABC):
         [0.5, 0.0]
     """
 
+    signed: ClassVar[bool] = False
+    """Whether it is given `(n, D)` signed numbers in place of `(n,)` scores."""
+
     value: Array
+    """What it remembers of each environment."""
 
     def start(self, n: int) -> None:
         """Begins anew, for n environments.
@@ -41,7 +48,7 @@ class Statistic(ABC):
         """
         if n < 1:
             raise InvalidInput(f"n: expected at least one environment, got {n}.")
-        self.value = np.zeros(n)
+        self.value = self._nothing(n)
 
     def reset(self, mask: NDArray[np.bool_]) -> None:
         """Begins anew where `mask` `(n,)` is True."""
@@ -51,27 +58,28 @@ class Statistic(ABC):
         """Takes in one score of each environment.
 
         Args:
-            scores: `(n,)`.
+            scores: `(n,)`, or `(n, D)` of a signed statistic.
 
         Returns:
             `(n,)`, the statistic; infinite once a score was, until it is reset.
         """
         self.value = self._next(self.value, np.asarray(scores, np.float64))
-        return self.value
+        return self._read(self.value)
 
     def along(self, scores: ArrayLike) -> Array:
         """The statistic at each step of N whole streams, and leaves no trace.
 
         Args:
-            scores: `(N, T)`.
+            scores: `(N, T)`, or `(N, T, D)` of a signed statistic.
 
         Returns:
             `(N, T)`.
         """
         scores = np.asarray(scores, np.float64)
-        values, value = np.empty_like(scores), np.zeros(len(scores))
+        values, value = np.empty(scores.shape[:2]), self._nothing(len(scores))
         for step in range(scores.shape[1]):
-            values[:, step] = value = self._next(value, scores[:, step])
+            value = self._next(value, scores[:, step])
+            values[:, step] = self._read(value)
         return values
 
     @property
@@ -81,7 +89,15 @@ class Statistic(ABC):
 
     @abstractmethod
     def _next(self, value: Array, scores: Array) -> Array:
-        """What follows `value` `(n,)`, which was 0 at the start, on `scores` `(n,)`."""
+        """What follows `value`, which was 0 at the start, on `scores` of the same shape."""
+
+    def _nothing(self, n: int) -> Array:
+        # One column broadcasts to the D that come.
+        return np.zeros((n, 1) if self.signed else n)
+
+    def _read(self, value: Array) -> Array:
+        """`(n,)`: the statistic of what is remembered."""
+        return value
 
 
 class Spike(Statistic):
@@ -148,5 +164,46 @@ class CUSUM(Statistic):
         return np.maximum(0.0, value + scores - self.drift)
 
 
-STATISTICS: dict[str, type[Statistic]] = {cls.__name__: cls for cls in (Spike, EWMA, CUSUM)}
+class MEWMA(Statistic):
+    r"""$\lVert m_t \rVert / \sqrt D$, with signed $m_t = (1 - \lambda) m_{t-1} + \lambda z_t$.
+
+    The multivariate exponentially weighted moving average (Lowry, Woodall, Champ & Rigdon 1992,
+    Technometrics 34:46, eq. 2), of D numbers z clipped to $\pm c$. Errors of no constant sign
+    cancel, and one that has the same sign at every step stays, though each be small; clipped, the
+    rare large errors of a contact don't set the threshold by themselves.
+
+    Args:
+        weight: $\lambda$, of the newest numbers.
+        clip: c, in standard deviations.
+
+    Raises:
+        InvalidInput: A weight that isn't in (0, 1], or a clip that isn't above 0.
+
+    Example:
+        >>> MEWMA(weight=0.5).along([[[2.0, 0.0], [-2.0, 0.0], [9.0, 0.0]]]).round(2).tolist()
+        [[0.71, 0.35, 0.88]]
+    """
+
+    signed = True
+
+    def __init__(self, weight: float = 0.1, clip: float = 3.0) -> None:
+        if not 0 < weight <= 1:
+            raise InvalidInput(f"weight: expected a number in (0, 1], got {weight}.")
+        if not clip > 0:
+            raise InvalidInput(f"clip: expected a number above 0, got {clip}.")
+        self.weight, self.clip = weight, clip
+
+    def _next(self, value: Array, scores: Array) -> Array:
+        clipped = np.minimum(np.maximum(scores, -self.clip), self.clip)
+        # Infinity isn't just another large error: it has to stay. The sum tells in one go.
+        if not math.isfinite(np.add.reduce(scores, None)):
+            clipped[~np.isfinite(scores)] = np.inf
+        return (1 - self.weight) * value + self.weight * clipped
+
+    def _read(self, value: Array) -> Array:
+        size: Array = np.sqrt(np.vecdot(value, value) / value.shape[1])
+        return size
+
+
+STATISTICS: dict[str, type[Statistic]] = {cls.__name__: cls for cls in (Spike, EWMA, CUSUM, MEWMA)}
 """Those that a file's name is looked up in."""

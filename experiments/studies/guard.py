@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import replace
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from sklearn.metrics import roc_auc_score
-from stable_baselines3.common.vec_env import VecNormalize
-from torch import Tensor
+from sklearn.metrics import roc_auc_score, roc_curve
 
-from experiments.agents import PPO_ENVS, make_agent
+from experiments.guard_episodes import Episodes, load_policy, play, train
 from experiments.limits import check_least
 from experiments.run import write_atomically
 from experiments.shifts import SHIFTS, Severity, shifted
@@ -36,29 +32,14 @@ from experiments.studies.lookup import found_class
 from experiments.studies.summary import Row, as_csv
 from experiments.study import Result, run_study
 from experiments.tasks import Task, find_task, make_env
-from experiments.vecenvs import make_vec_env
 from ood import Monitor, OODDetector
 from ood.saving import DETECTORS
 from ood.sequential import STATISTICS, Statistic
 from rewardmodels import InvalidInput
-from rewardmodels.files import whole
 from rewardmodels.fitting import isolated_randomness
 
 Array = NDArray[Any]
-Policy = Callable[[Array], Array]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-
-
-class Episodes(NamedTuple):
-    """N whole episodes of T steps.
-
-    Attributes:
-        features: N, each `(T, F)`, of transitions.
-        rewards: `(N, T)`, the task's own.
-    """
-
-    features: list[Tensor]
-    rewards: NDArray[np.float64]
 
 
 def study_guard(
@@ -118,7 +99,7 @@ def study_guard(
         found_class("detector", name, DETECTORS, OODDetector)
     for name in statistics:
         _statistic(name)
-    chosen = _worlds(find_task(task), shifts, severities)
+    chosen = worlds(find_task(task), shifts, severities)
     agent = out / f"{task.replace('/', '_')}-{steps}-steps.safetensors"
     if not agent.exists():
         train(find_task(task), steps, agent)
@@ -158,32 +139,32 @@ def guard_cell(
     """What one detector finds, with each statistic, in each shifted world."""
     torch.set_num_threads(1)
     found = replace(find_task(task), horizon=horizon)
-    policy, env = load_policy(found, Path(agent)), make_env(found)
-    usual = play(env, policy, familiar + calibration + tests, seed)
-    learned_from, held_out, test = _parts(usual, familiar, calibration)
-    frames = torch.cat(learned_from.features)
-    size = env.observation_space.shape[0]  # type: ignore[index]
+    policy, first = load_policy(found, Path(agent)), familiar + calibration
+    usual = play(lambda: make_env(found), policy, first + tests, seed)
+    test = usual.part(first, first + tests)
+    frames = torch.cat(usual.features[:familiar])
+    size = make_env(found).observation_space.shape[0]  # type: ignore[index]
     std = frames[:, -size:].double().numpy().std(0)
     with isolated_randomness(seed):
-        fitted = _detector(detector, size, seed).fit(frames)
-    scores = _scores(fitted, test)
+        fitted = make_detector(detector, size, seed).fit(frames)
     monitors = {name: Monitor(fitted, _statistic(name)()) for name in statistics}
     usual_values = {}
     for name, monitor in monitors.items():
-        monitor.calibrate(held_out.features, alpha)
-        usual_values[name] = along(monitor, scores)
+        monitor.calibrate(usual.features[familiar:first], alpha)
+        usual_values[name] = along(monitor, test)
     rows = []
     for shift in shifts:
         for severity in severities:
-            world = shifted(make_env(found), shift, severity, onset, seed, observation_std=std)
-            # The same first states: what is lost is lost to the shift.
-            other = play(world, policy, tests, seed, first=familiar + calibration)
-            values = _scores(fitted, other)
+            changed: Callable[[], gym.Env[Any, Any]] = partial(
+                _changed, found, shift, severity, onset, seed, std
+            )
+            # The same first states and chances: what is lost is lost to the shift.
+            other = play(changed, policy, tests, seed, first=first)
             for name, monitor in monitors.items():
                 assert monitor.threshold is not None
                 rows.append({
                     "statistic": name, "shift": shift, "severity": severity,
-                    **figures(usual_values[name], along(monitor, values),
+                    **figures(usual_values[name], along(monitor, other),
                               monitor.threshold.value, onset),
                     "return": float(test.rewards[:, onset:].sum(1).mean()),
                     "shifted return": float(other.rewards[:, onset:].sum(1).mean()),
@@ -203,89 +184,46 @@ def figures(usual: Array, other: Array, threshold: float, onset: int) -> dict[st
     Returns:
         found: Share of the M episodes whose first alarm comes after the onset.
         delay: Median steps of these from the onset to the alarm, 1 for the first; None if none.
+        fpr at 95% tpr: Share of the N episodes whose largest value after the onset is above one
+            that 95% of the M exceed.
         auroc: Chance that the largest value after the onset is larger with the shift than without.
         false alarms: Share of the N episodes with any alarm.
 
     Example:
         >>> usual, other = np.array([[0.0, 1, 0, 0], [0, 0, 3, 0]]), np.array([[0.0, 0, 1, 4]])
         >>> figures(usual, other, threshold=2, onset=2)
-        {'found': 1.0, 'delay': 2.0, 'auroc': 1.0, 'false alarms': 0.5}
+        {'found': 1.0, 'delay': 2.0, 'auroc': 1.0, 'fpr at 95% tpr': 0.0, 'false alarms': 0.5}
     """
     alarms = other > threshold
     found = alarms.any(1) & ~alarms[:, :onset].any(1)
     delays = alarms[found].argmax(1) - onset + 1
     largest = np.concatenate([usual[:, onset:].max(1), other[:, onset:].max(1)])
     is_other = np.arange(len(largest)) >= len(usual)
+    fpr, tpr, _ = roc_curve(is_other, largest)
     return {
         "found": float(found.mean()),
         "delay": float(np.median(delays)) if len(delays) else None,
         "auroc": float(roc_auc_score(is_other, largest)),
+        "fpr at 95% tpr": float(fpr[np.argmax(tpr >= 0.95)]),
         "false alarms": float((usual > threshold).any(1).mean()),
     }
 
 
-def along(monitor: Monitor, scores: Array) -> Array:
-    """A calibrated monitor's statistic `(N, T)` along episodes' scores `(N, T)`."""
+def along(monitor: Monitor, episodes: Episodes) -> Array:
+    """A calibrated monitor's statistic `(N, T)` along whole episodes."""
     assert monitor.threshold is not None
-    steps = np.arange(scores.shape[1])
-    return monitor.statistic.along([monitor.threshold.standardise(row, steps) for row in scores])
+    seen = [monitor.seen(episode).numpy() for episode in episodes.features]
+    steps = np.arange(len(seen[0]))
+    return monitor.statistic.along([monitor.threshold.standardise(row, steps) for row in seen])
 
 
-def play(
-    env: gym.Env[Any, Any], policy: Policy, episodes: int, seed: int, *, first: int = 0
-) -> Episodes:
-    """Plays whole episodes, of which number i starts from the i-th of the seed's states."""
-    features, rewards = [], []
-    for number in range(first, first + episodes):
-        (own,) = np.random.SeedSequence([seed, number]).generate_state(1)
-        before, _ = env.reset(seed=int(own))
-        steps, gains, ended = [], [], False
-        while not ended:
-            action = policy(before)
-            after, reward, terminated, truncated, _ = env.step(action)
-            steps.append(np.concatenate([before, action, after]))
-            gains.append(float(reward))
-            before, ended = after, terminated or truncated
-        features.append(torch.from_numpy(np.stack(steps)))
-        rewards.append(gains)
-    return Episodes(features, np.array(rewards))
+def _changed(
+    task: Task, shift: str, severity: Severity, onset: int, seed: int, std: Array
+) -> gym.Env[Any, Any]:
+    return shifted(make_env(task), shift, severity, onset, seed, observation_std=std)
 
 
-def train(task: Task, steps: int, file: Path) -> None:
-    """Trains PPO on the task's own reward, and writes its policy and how it sees."""
-    torch.set_num_threads(1)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        isolated_randomness(0),
-        closing(VecNormalize(make_vec_env(task, PPO_ENVS, 0))) as normalised,
-    ):
-        agent = make_agent("PPO", normalised, task, 0)
-        if steps:
-            agent.learn(steps)
-        seen: Any = normalised.obs_rms
-        tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
-        tensors |= {"mean": torch.from_numpy(seen.mean), "var": torch.from_numpy(seen.var)}
-        with whole(file) as beside:
-            save_file(tensors, beside)
-
-
-def load_policy(task: Task, file: Path) -> Policy:
-    """What `train` wrote, as a function from one observation to the mean of its actions."""
-    tensors = load_file(file)
-    with isolated_randomness(0), closing(VecNormalize(make_vec_env(task, 1, 0))) as normalised:
-        agent = make_agent("PPO", normalised, task, 0)
-    seen: Any = normalised.obs_rms
-    seen.mean, seen.var = (tensors.pop(name).numpy() for name in ("mean", "var"))
-    agent.policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items()})
-
-    def policy(observation: Array) -> Array:
-        inputs: Any = normalised.normalize_obs(observation[None].astype(np.float32))
-        return agent.predict(inputs, deterministic=True)[0][0]
-
-    return policy
-
-
-def _worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Severity]) -> list[str]:
+def worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Severity]) -> list[str]:
     """The shifts to study; all that the task can feel, where none are named."""
     env, felt = make_env(task), []
     std = np.ones(env.observation_space.shape or ())
@@ -301,16 +239,16 @@ def _worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Sever
     return felt
 
 
-def _parts(every: Episodes, *sizes: int) -> list[Episodes]:
-    ends = [0, *np.cumsum(sizes).tolist(), len(every.features)]
-    return [Episodes(every.features[a:b], every.rewards[a:b]) for a, b in pairwise(ends)]
+def make_detector(name: str, observation_size: int, seed: int) -> OODDetector:
+    """A detector by its name or import path, of transitions between observations of that size.
 
+    Raises:
+        UnknownName: There is none.
 
-def _scores(detector: OODDetector, episodes: Episodes) -> Array:
-    return np.stack([detector.score(episode).numpy() for episode in episodes.features])
-
-
-def _detector(name: str, observation_size: int, seed: int) -> OODDetector:
+    Example:
+        >>> make_detector("DynamicsEnsemble", 17, seed=1).seed
+        1
+    """
     cls = found_class("detector", name, DETECTORS, OODDetector)
     given = {"observation_size": observation_size, "seed": seed}
     wanted = inspect.signature(cls).parameters

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from experiments.cli import main
+from experiments.guard_episodes import Episodes, play
 from experiments.shifts import shifted
 from experiments.studies import guard as study
 from experiments.studies.guard_tables import tables
@@ -18,8 +19,12 @@ from rewardmodels import InvalidInput, UnknownName
 SHORT = replace(TASKS["Reacher"], horizon=20)
 
 
-def act(observation):
-    return np.tanh(observation[:2])
+def ordinary():
+    return make_env(SHORT)
+
+
+def act(observations, noise):
+    return np.tanh(observations[:, :2] + 0.1 * noise)
 
 
 def test_an_alarm_before_the_onset_finds_nothing():
@@ -31,13 +36,20 @@ def test_an_alarm_before_the_onset_finds_nothing():
     other[2, 5] = 5.0
     found = study.figures(usual, other, 2.0, onset=3)
     assert found == {
-        "found": pytest.approx(2 / 3), "delay": 2.0, "auroc": 1.0, "false alarms": 0.25,
+        "found": pytest.approx(2 / 3), "delay": 2.0, "auroc": 1.0, "fpr at 95% tpr": 0.0,
+        "false alarms": 0.25,
     }  # fmt: skip
 
 
 def test_nothing_found_has_no_delay():
     found = study.figures(np.zeros((2, 4)), np.zeros((2, 4)), 1.0, onset=2)
-    assert found == {"found": 0.0, "delay": None, "auroc": 0.5, "false alarms": 0.0}
+    assert found == {
+        "found": 0.0,
+        "delay": None,
+        "auroc": 0.5,
+        "fpr at 95% tpr": 1.0,
+        "false alarms": 0.0,
+    }
 
 
 def test_auroc_counts_the_pairs_of_which_the_shifted_is_larger():
@@ -48,9 +60,8 @@ def test_auroc_counts_the_pairs_of_which_the_shifted_is_larger():
 
 
 def test_episodes_pair_up_until_the_onset():
-    every = study.play(make_env(SHORT), act, 4, seed=3)
-    world = shifted(make_env(SHORT), "mass", "severe", 12, 0)
-    other = study.play(world, act, 2, seed=3, first=2)
+    every = play(ordinary, act, 4, seed=3)
+    other = play(lambda: shifted(ordinary(), "mass", "severe", 12, 0), act, 2, seed=3, first=2)
     for usual, changed in zip(every.features[2:], other.features, strict=True):
         assert usual.shape == (20, 10 + 2 + 10)
         np.testing.assert_array_equal(usual[:12], changed[:12])
@@ -62,32 +73,20 @@ def test_episodes_pair_up_until_the_onset():
     assert len(starts) == 4
 
 
+def test_fpr_by_hand():
+    draw = np.random.default_rng(0)
+    usual, other = draw.normal(size=(50, 10)), draw.normal(0.5, size=(40, 10))
+    level = np.sort(other[:, 4:].max(1))[2]  # 38 of 40 are at or above it
+    expected = (usual[:, 4:].max(1) >= level).mean()
+    assert study.figures(usual, other, 9.0, onset=4)["fpr at 95% tpr"] == pytest.approx(expected)
+
+
 def test_statistics_are_those_of_a_monitor_that_watches_step_by_step():
-    episodes = study.play(make_env(SHORT), act, 30, seed=0).features
+    episodes = play(ordinary, act, 30, seed=0).features
     monitor = Monitor(Mahalanobis().fit(torch.cat(episodes[:10])), CUSUM())
     monitor.calibrate(episodes[10:28], alpha=0.1)
-    scores = np.stack([monitor.detector.score(episode).numpy() for episode in episodes[28:]])
     expected = [scores_along(monitor, episode).statistic for episode in episodes[28:]]
-    np.testing.assert_allclose(study.along(monitor, scores), expected)
-
-
-def test_a_saved_policy_acts_as_it_did(tmp_path, monkeypatch):
-    kept = {}
-    make = study.make_agent
-
-    def watched(*arguments):
-        kept.setdefault("agent", make(*arguments))
-        return kept["agent"] if len(kept) == 1 else make(*arguments)
-
-    monkeypatch.setattr(study, "make_agent", watched)
-    study.train(SHORT, 64, tmp_path / "agent.safetensors")
-    agent, normalised = kept["agent"], kept["agent"].get_vec_normalize_env()
-    kept["done"] = True
-    policy = study.load_policy(SHORT, tmp_path / "agent.safetensors")
-    assert normalised.obs_rms.count > 1
-    for seen in np.random.default_rng(0).normal(size=(5, 10)).astype(np.float32):
-        expected = agent.predict(normalised.normalize_obs(seen[None]), deterministic=True)[0][0]
-        np.testing.assert_array_equal(policy(seen), expected)
+    np.testing.assert_allclose(study.along(monitor, Episodes(episodes[28:], np.zeros(0))), expected)
 
 
 @pytest.fixture
@@ -121,15 +120,17 @@ def test_a_study_has_a_row_of_everything_and_goes_on_where_it_stopped(settings, 
 
 def test_tables_average_over_seeds_by_hand():
     common = {"detector": "KNN", "statistic": "CUSUM", "shift": "mass", "severity": "mild",
-              "auroc": 0.5, "false alarms": 0.0, "return": 10.0}  # fmt: skip
+              "auroc": 0.5, "fpr at 95% tpr": 0.25, "false alarms": 0.0,
+              "return": 10.0}  # fmt: skip
     rows = [
         {**common, "seed": 0, "found": 1.0, "delay": 4.0, "shifted return": 7.0},
         {**common, "seed": 1, "found": 0.0, "delay": None, "shifted return": 8.0},
     ]
     lines = tables(rows, 0.1).splitlines()
     assert (
-        "| KNN | CUSUM | 0.50 (0.00 to 1.00) | 0.50 (0.50 to 0.50) | 0.00 (0.00 to 0.00) |" in lines
-    )
+        "| KNN | CUSUM | 0.50 (0.00 to 1.00) | 0.50 (0.50 to 0.50) | 0.25 (0.25 to 0.25) | "
+        "0.00 (0.00 to 0.00) |"
+    ) in lines
     assert "| mass | mild | 2.5 of 10.0 | 0.50 (4) |" in lines
 
 
@@ -151,7 +152,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_made(settings, change
 
 
 def test_shifts_that_a_task_cannot_feel_are_left_out_unless_named():
-    assert set(study._worlds(TASKS["Reacher"], None, ["middle"])) == {
+    assert set(study.worlds(TASKS["Reacher"], None, ["middle"])) == {
         "mass", "damping", "strength", "dead_actuator", "noise", "bias", "frozen_sensor", "delay",
         "push",
     }  # fmt: skip

@@ -67,6 +67,24 @@ class TestEveryDetector:
         assert float(detector.score(far)) > float(detector.score(frames()).quantile(0.98))
         assert float(detector.score(torch.full((1, 5), 1e30))) >= float(detector.score(far))
 
+    def test_signed_numbers_depend_on_their_frame_alone_and_are_about_zero(self, make):
+        detector, new = make().fit(frames()), frames(30, seed=1)
+        signed = detector.signed(new)
+        assert signed.shape[0] == 30
+        assert signed.dtype == torch.double
+        alone = torch.cat([detector.signed(row[None]) for row in new])
+        torch.testing.assert_close(alone, signed, rtol=1e-5, atol=1e-5)
+        if type(detector)._signed is OODDetector._signed:
+            torch.testing.assert_close(signed[:, 0], detector.score(new))
+        else:
+            usual = detector.signed(frames())
+            torch.testing.assert_close(usual.mean(0), 0 * usual[0], atol=0.01, rtol=0)
+            torch.testing.assert_close(usual.var(0), 1 + 0 * usual[0], atol=0.02, rtol=0)
+            errors = usual[:, :2] if isinstance(detector, DynamicsEnsemble) else usual
+            torch.testing.assert_close(
+                errors.T.cov(), torch.eye(errors.shape[1]).double(), atol=0.02, rtol=0
+            )
+
     def test_explains_with_one_share_a_feature(self, make):
         detector, new = make().fit(frames()), frames(7, seed=1)
         explained = detector.explain(new)

@@ -11,6 +11,7 @@ from ood import (
     CUSUM,
     EWMA,
     KNN,
+    MEWMA,
     DynamicsEnsemble,
     Joint,
     Mahalanobis,
@@ -20,8 +21,10 @@ from ood import (
     RelativeMahalanobis,
     SklearnDetector,
     Spike,
+    StaleThreshold,
     Statistic,
     Threshold,
+    agent_fingerprint,
     load_monitor,
     save_monitor,
 )
@@ -56,9 +59,10 @@ def edited(path, change):
     save_file(arrays, path, {"ood": json.dumps(about)})
 
 
+@pytest.mark.parametrize("statistic", [EWMA(0.3), MEWMA(0.2, 2.5)], ids=["scores", "signed"])
 @pytest.mark.parametrize("make", DETECTORS.values(), ids=DETECTORS)
-def test_comes_back_the_same(make, tmp_path):
-    monitor, path = calibrated(make(), EWMA(0.3)), tmp_path / "monitor.safetensors"
+def test_comes_back_the_same(make, statistic, tmp_path):
+    monitor, path = calibrated(make(), statistic), tmp_path / "monitor.safetensors"
     save_monitor(monitor, path)
     loaded = load_monitor(path)
     assert loaded.fingerprint == monitor.fingerprint
@@ -144,3 +148,21 @@ def test_refuses_files_that_are_not_what_was_saved(tmp_path):
     path.write_bytes(b"\x80\x04N.")
     with pytest.raises(UnreadableFile):
         load_monitor(path)
+
+
+def test_belongs_to_its_agent(tmp_path):
+    for name, content in (("one", b"policy"), ("two", b"policy, trained further")):
+        (tmp_path / name).write_bytes(content)
+    one, two = (agent_fingerprint(tmp_path / name) for name in ("one", "two"))
+    assert agent_fingerprint(tmp_path / "one", tmp_path / "two") != agent_fingerprint(
+        tmp_path / "two", tmp_path / "one"
+    )
+    monitor, path = calibrated(Mahalanobis()), tmp_path / "monitor"
+    save_monitor(monitor, path, agent=one)
+    assert load_monitor(path, agent=one).fingerprint == monitor.fingerprint
+    assert load_monitor(path).fingerprint == monitor.fingerprint
+    with pytest.raises(StaleThreshold, match="of another agent, or of this one before more"):
+        load_monitor(path, agent=two)
+    save_monitor(monitor, path)
+    with pytest.raises(StaleThreshold):
+        load_monitor(path, agent=one)

@@ -1,0 +1,224 @@
+"""Whether a guard keeps its promise, what it finds, and what it costs."""
+
+from __future__ import annotations
+
+import json as json_
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.benchmarks.guard_cost import SCALED, scale_cost, step_cost
+from experiments.benchmarks.guard_promise import ALPHA, false_alarm_rates, highest_rate
+from experiments.benchmarks.guard_selective import selective_cell
+from experiments.guard_episodes import train
+from experiments.pools import make_pool
+from experiments.run import versions, write_atomically
+from experiments.shifts import Severity
+from experiments.studies.guard import guard_cell, worlds
+from experiments.study import run_study
+from experiments.tasks import find_task
+from ood import DynamicsEnsemble
+from ood.saving import DETECTORS
+from rewardmodels import InvalidInput
+
+TASKS = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer")
+DETECTOR, STATISTIC = "DynamicsEnsemble", "MEWMA"
+COSTLY = 0.2
+"""A shift matters that takes this share of the return after its onset."""
+
+_STEPS = 300_000
+_QUICK_STEPS = 10_240
+_PROMISE = {"calibrations": 10, "calibration": 52, "tests": 100, "familiar": 40, "horizon": 200}
+_QUICK_PROMISE = {"calibrations": 4, "calibration": 26, "tests": 10, "familiar": 5, "horizon": 50}
+_DETECTION = {
+    "horizon": 400, "onset": 150, "familiar": 100, "calibration": 132, "tests": 20,
+}  # fmt: skip
+_QUICK_DETECTION = {"horizon": 150, "onset": 75, "familiar": 10, "calibration": 40, "tests": 5}
+_SEVERITY: Severity = "middle"
+_SMALL = f"{__name__}.SmallDynamics"
+
+
+class SmallDynamics(DynamicsEnsemble):
+    """A detector that learns in a second, for trends.
+
+    Args:
+        observation_size: As its parent's.
+        seed: As its parent's.
+    """
+
+    def __init__(self, observation_size: int, seed: int = 0) -> None:
+        super().__init__(observation_size, members=2, hidden=(64, 64), steps=500, seed=seed)
+
+
+def benchmark_guard(
+    quick: bool = False,
+    json: Path | None = None,
+    tasks: Sequence[str] = TASKS,
+    jobs: int = 1,
+    pools: Path = Path("runs/pools"),
+    out: Path = Path("runs/benchmark-guard"),
+) -> dict[str, Any]:
+    """Measures false alarms against their promise, shifts found, and time.
+
+    Args:
+        quick: In about two minutes, for trends: HalfCheetah, and little of everything.
+        json: File for the figures; they are printed too.
+        tasks: Of which one agent each is trained on the task's own reward.
+        jobs: Processes side by side.
+        pools: Where the episodes of unseen policies are kept.
+        out: Where agents and cells are kept; a second call goes on with those that are there.
+
+    Returns:
+        Flat keys. `false_alarm_rate.<Task>` of the default detector and statistic at 0.05,
+        `false_alarm_rates.<Task>` of all, `false_alarm_limit`, which one that keeps the promise
+        exceeds in one case of 20; per task and over all `found` (share of shifted episodes, of
+        middle severity, of shifts that cost 20% of the return or more), `delay` (median steps) and
+        `auroc` (mean), `shifts.<Task>` with each one's own figures, those that cost less included;
+        `step_us` and `share_of_step`; `fit_seconds_1m`, `score_us_1m` and `memory_mb_1m`, by
+        detector; `confident_wrong_passed`, the share of confident mispredictions on clips of
+        unseen policies that are given at 80% coverage.
+
+    Raises:
+        InvalidInput: No tasks, less than one job, or a file in no directory.
+        UnknownName: A task that there isn't.
+    """
+    if jobs < 1 or not tasks:
+        raise InvalidInput(f"jobs, tasks: expected at least one of each, got {jobs}, {tasks}.")
+    if json is not None and not Path(json).absolute().parent.is_dir():
+        raise InvalidInput(f"json: expected a file in a directory that exists, got {json}.")
+    tasks = tasks[:1] if quick else tasks
+    for task in tasks:
+        find_task(task)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) if quick else Path(out)
+        steps = _QUICK_STEPS if quick else _STEPS
+        agents = {task: out / f"{task}-{steps}-steps.safetensors" for task in tasks}
+        for task, agent in agents.items():
+            if not agent.exists():
+                train(find_task(task), steps, agent)
+        figures = cost(agents[tasks[0]], tasks[0], quick)
+        figures |= detection(agents, out, jobs, quick)
+        figures |= promise(agents, out, jobs, quick)
+        figures |= selection(tasks, Path(folder) if quick else pools, out, jobs, quick)
+    figures["versions"] = versions()
+    text = json_.dumps(figures, indent=2)
+    print(text)
+    if json is not None:
+        write_atomically(Path(json), text + "\n")
+    return figures
+
+
+def cost(agent: Path, task: str, quick: bool) -> dict[str, Any]:
+    """Microseconds a step, and what a million frames cost; a tenth of them if quick."""
+    step = step_cost(task, agent, steps=300 if quick else 3000)
+    figures: dict[str, Any] = {name: step[name] for name in ("step_us", "share_of_step")}
+    small = {"Mahalanobis": SCALED["Mahalanobis"], "KNN": SCALED["KNN"],
+             "SmallDynamics": lambda: SmallDynamics(17)}  # fmt: skip
+    scaled = {
+        name: scale_cost(make, 10**5 if quick else 10**6)
+        for name, make in (small if quick else SCALED).items()
+    }
+    for name in ("fit_seconds", "score_us", "memory_mb"):
+        figures[f"{name}_1m"] = {detector: each[name] for detector, each in scaled.items()}
+    return figures
+
+
+def promise(agents: dict[str, Path], out: Path, jobs: int, quick: bool) -> dict[str, Any]:
+    """False alarms of every detector and statistic, on each task."""
+    settings = _QUICK_PROMISE if quick else _PROMISE
+    names = [_SMALL, "Mahalanobis"] if quick else sorted(set(DETECTORS) - {"Joint"})
+    cells = [
+        {"task": task, "agent": str(agent), "detector": name, **settings}
+        for task, agent in agents.items() for name in names
+    ]  # fmt: skip
+    found = run_study(promise_cell, cells, out / "promise", jobs=jobs)
+    figures: dict[str, Any] = {}
+    for cell, rates in zip(cells, found, strict=True):
+        figures.setdefault(f"false_alarm_rates.{cell['task']}", {}).update(rates)
+    for task in agents:
+        rates = figures[f"false_alarm_rates.{task}"]
+        figures[f"false_alarm_rate.{task}"] = rates[f"{_SMALL if quick else DETECTOR} {STATISTIC}"]
+    numbers = (settings[name] for name in ("calibrations", "calibration", "tests"))
+    return figures | {"alpha": ALPHA, "false_alarm_limit": highest_rate(*numbers)}
+
+
+def promise_cell(task: str, agent: str, detector: str, **settings: int) -> dict[str, float]:
+    """One detector's rates on one task."""
+    torch.set_num_threads(1)
+    return false_alarm_rates(task, Path(agent), [detector], **settings)
+
+
+def detection(agents: dict[str, Path], out: Path, jobs: int, quick: bool) -> dict[str, Any]:
+    """What the default detector and statistic find, by task and over all."""
+    settings, name = (_QUICK_DETECTION, _SMALL) if quick else (_DETECTION, DETECTOR)
+    cells = [
+        {"task": task, "detector": name, "seed": 0, "statistics": [STATISTIC],
+         "shifts": worlds(replace(find_task(task), horizon=settings["horizon"]), None, [_SEVERITY]),
+         "severities": [_SEVERITY], "alpha": ALPHA, "agent": str(agent), **settings}
+        for task, agent in agents.items()
+    ]  # fmt: skip
+    results = run_study(guard_cell, cells, out / "cells", jobs=jobs)
+    figures: dict[str, Any] = {}
+    every: list[dict[str, Any]] = []
+    for cell, result in zip(cells, results, strict=True):
+        task, shifts = cell["task"], {}
+        for row in result["rows"]:
+            lost = (row["return"] - row["shifted return"]) / abs(row["return"])
+            shifts[row["shift"]] = {
+                "lost": lost,
+                **{name: row[name] for name in ("found", "delay", "auroc")},
+            }
+        figures[f"shifts.{task}"] = shifts
+        figures |= {f"{k}.{task}": v for k, v in summary(list(shifts.values())).items()}
+        every += shifts.values()
+    return figures | summary(every)
+
+
+def selection(
+    tasks: Sequence[str], pools: Path, out: Path, jobs: int, quick: bool
+) -> dict[str, Any]:
+    """Confident mispredictions, and how many are given, over all tasks and seeds."""
+    made: dict[str, Any] = {"steps": _QUICK_STEPS, "episodes": 2} if quick else {}
+    for task in tasks:
+        make_pool(task, folder=pools, **made)
+    cells = [
+        {"task": task, "seed": seed, "tests": 200 if quick else 5000, "pools": str(pools), **made}
+        for task in tasks for seed in range(1 if quick else 3)
+    ]  # fmt: skip
+    results = run_study(selective_cell, cells, out / "selective", jobs=jobs)
+    wrong, passed, given = (
+        sum(result[name] for result in results)
+        for name in ("confident_errors", "confident_errors_given", "given")
+    )
+    return {
+        "confident_wrong_passed": passed / wrong if wrong else None,
+        "confident_wrong_of_given": passed / given, "confident_wrong": wrong,
+    }  # fmt: skip
+
+
+def summary(shifts: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Figures of the shifts that matter, and how often an alarm followed those that don't.
+
+    Args:
+        shifts: With `lost`, the share of the return, `found`, `delay` and `auroc`.
+
+    Example:
+        >>> one = {"lost": 0.5, "found": 1.0, "delay": 4.0, "auroc": 1.0}
+        >>> summary([one, {**one, "lost": 0.1}, {**one, "found": 0.0, "delay": None}])
+        {'found': 0.5, 'delay': 4.0, 'auroc': 1.0, 'found_harmless': 1.0}
+    """
+    costly = [shift for shift in shifts if shift["lost"] >= COSTLY]
+    others = [shift["found"] for shift in shifts if shift["lost"] < COSTLY]
+    delays = [shift["delay"] for shift in costly if shift["delay"] is not None]
+    return {
+        "found": float(np.mean([shift["found"] for shift in costly])) if costly else None,
+        "delay": float(np.median(delays)) if delays else None,
+        "auroc": float(np.mean([shift["auroc"] for shift in costly])) if costly else None,
+        "found_harmless": float(np.mean(others)) if others else None,
+    }
