@@ -16,6 +16,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from ood import Monitor
 from ood.features import Features, named
+from ood.monitor import Stream
 from rewardmodels import InvalidInput
 
 Array = NDArray[Any]
@@ -77,7 +78,8 @@ class PauseOnAlarm(BaseCallback):
             raise InvalidInput(f"share: expected a share of the copies in (0, 1], got {share}.")
         self.features, self.share = named(features), share
         self.paused = False
-        self.alarmed: NDArray[np.bool_] | None = None
+        self.alarmed = np.zeros(0, bool)
+        self._stream: Stream | None = None
         self.watch(monitor)
 
     def watch(self, monitor: Monitor) -> None:
@@ -89,22 +91,28 @@ class PauseOnAlarm(BaseCallback):
         """
         monitor.check()
         self.monitor = monitor
-        self._stream = None if self.alarmed is None else self._follow(self._stream.steps)
+        if self._stream is not None:
+            self._follow(self._stream.steps)
 
-    def _follow(self, steps: NDArray[np.int64]) -> Any:
-        """A new stream of copies that are in the middle of their episodes."""
-        stream = self.monitor.stream(len(steps))
-        stream.steps[:] = steps
+    def _follow(self, steps: NDArray[np.int64]) -> None:
+        """Begins a stream of copies that have come so far in their episodes."""
+        self._stream = self.monitor.stream(len(steps))
+        self._stream.steps[:] = steps
         self.alarmed = np.zeros(len(steps), bool)
-        return stream
 
     def _on_training_start(self) -> None:
         self.paused = False
-        if self._stream is None or self.num_timesteps == 0:
-            self._stream = self._follow(np.zeros(self.training_env.num_envs, np.int64))
-        self._before = self._seen(self.model._last_obs)
+        now, copies = self._seen(self.model._last_obs), self.training_env.num_envs
+        if self._stream is None or len(self._stream.steps) != copies:
+            self._follow(np.zeros(copies, np.int64))
+        else:  # a copy that isn't where it was left was reset meanwhile
+            moved = (now != self._before).reshape(copies, -1).any(1)
+            self._stream.reset(moved)
+            self.alarmed[moved] = False
+        self._before = now
 
     def _on_step(self) -> bool:
+        assert self._stream is not None
         ended = self.locals["dones"]
         after = self._seen(self.locals["new_obs"])
         led_to = after.copy()
