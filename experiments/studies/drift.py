@@ -247,7 +247,7 @@ class _Training:
             latest = self.latest()
             due = schedule.comparisons_by(
                 self.agent.num_timesteps,
-                total_steps=steps,
+                total_steps=max(1, steps - self.round_steps),  # the last round asks nothing
                 budget=more,
                 answered=answered,
                 belief=lambda clips=latest: self.model.posterior(clips),

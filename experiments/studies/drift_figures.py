@@ -75,13 +75,20 @@ def drift_kept(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def kept(rows: Sequence[Row]) -> Values:
-    """`(N,)`: the final policy's true return over the best that any round of training had.
+    """`(N,)`: the final policy's true return over the best that it had at any time.
+
+    NaN where the best isn't above zero, of which there is no share to keep.
 
     Example:
         >>> kept([{"start": 10.0, "true": [40.0, 30.0], "final": 20.0}]).tolist()
         [0.5]
     """
-    return numbers(rows, lambda row: row["final"] / max(row["start"], *row["true"]))
+    return numbers(rows, lambda row: row["final"] / best(row) if best(row) > 0 else np.nan)
+
+
+def best(row: Row) -> float:
+    """The highest true return of a cell: before training, in any round of it, or after it."""
+    return max(row["start"], *row["true"], row["final"])
 
 
 def sentence(rows: Sequence[Row]) -> str:
@@ -157,9 +164,7 @@ def on_one_grid(rows: Sequence[Row], name: str) -> tuple[Values, Values]:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    frozen_best = {
-        row["seed"]: max(row["start"], *row["true"]) for row in rows if row["arm"] == "frozen"
-    }
+    frozen_best = {row["seed"]: best(row) for row in rows if row["arm"] == "frozen"}
     lines = []
     for arm, some in by(rows, "arm").items():
         against = numbers(
