@@ -80,6 +80,7 @@ class PauseOnAlarm(BaseCallback):
         self.paused = False
         self.alarmed = np.zeros(0, bool)
         self._stream: Stream | None = None
+        self._before: Array = np.zeros(0)
         self.watch(monitor)
 
     def watch(self, monitor: Monitor) -> None:

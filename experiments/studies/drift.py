@@ -47,7 +47,15 @@ from experiments.study import Result, run_study
 from experiments.tasks import Task, find_task
 from experiments.vecenvs import make_vec_env
 from ood import Mahalanobis, Monitor
-from rewardmodels import Clips, Comparisons, InvalidInput, RewardModel, UnknownName, fit
+from rewardmodels import (
+    Clips,
+    Comparisons,
+    InvalidInput,
+    ReturnPosterior,
+    RewardModel,
+    UnknownName,
+    fit,
+)
 from rewardmodels.clips import cut
 
 Arm = Literal["frozen", "continued", "when unsure", "pessimistic", "guarded"]
@@ -57,21 +65,22 @@ _EPOCHS = 100
 _CANDIDATES = 120  # clips among which pairs are chosen
 _PLAYED = 64  # episodes of a policy: half to ask about, half to calibrate on
 _SHOWN = 250  # frames of a video
+_LEARNING_RATE = 1e-3  # three times that of `learn`, so that long training takes fewer steps
 
 
 def study_drift(
-    task: str = "HalfCheetah",
+    task: str = "Hopper",
     arms: Sequence[Arm] = ARMS,
     predictor: str = "DeepEnsemble",
-    comparisons: int = 20,
+    comparisons: int = 10,
     more: int = 100,
-    batch: int = 10,
-    length: int = 10,
+    batch: int = 20,
+    length: int = 25,
     kappa: float = 2.0,
     level: float = 0.05,
     alpha: float = 0.05,
-    before: int = 100_000,
-    steps: int = 100_000,
+    before: int = 150_000,
+    steps: int = 65_536,
     horizon: int = 256,
     seeds: int = 5,
     jobs: int = 1,
@@ -131,7 +140,7 @@ def study_drift(
         for seed in range(seeds) for arm in arms
     ]  # fmt: skip
     found = run_study(drift_cell, cells, out / "cells", jobs=jobs, backend=backend, address=address)
-    rows = [{**cell, **result} for cell, result in zip(cells, found, strict=True)]
+    rows: list[Row] = [{**cell, **result} for cell, result in zip(cells, found, strict=True)]
     print(write_tables(rows, out))
     return rows
 
@@ -192,7 +201,7 @@ class _Training:
         self.history = History(task.horizon, PPO_ENVS)
         self.env = RewardWrapper(make_vec_env(task, PPO_ENVS, seed), self.history, None)
         self.normalised = VecNormalize(self.env)
-        self.agent = make_agent("PPO", self.normalised, task, seed)
+        self.agent = make_agent("PPO", self.normalised, task, seed, learning_rate=_LEARNING_RATE)
         tensors = load_file(agent)
         seen: Any = self.normalised.obs_rms
         seen.mean, seen.var = (tensors.pop(name).numpy() for name in ("mean", "var"))
@@ -245,12 +254,16 @@ class _Training:
                 continue
             answered = self.asked - first
             latest = self.latest()
+
+            def belief(clips: Clips = latest) -> ReturnPosterior:
+                return self.model.posterior(clips)
+
             due = schedule.comparisons_by(
                 self.agent.num_timesteps,
                 total_steps=max(1, steps - self.round_steps),  # the last round asks nothing
                 budget=more,
                 answered=answered,
-                belief=lambda clips=latest: self.model.posterior(clips),
+                belief=belief,
             )
             if due > answered and self.agent.num_timesteps < steps:
                 self.ask(latest, due - answered)
