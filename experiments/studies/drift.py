@@ -65,6 +65,9 @@ _EPOCHS = 100
 _CANDIDATES = 120  # clips among which pairs are chosen
 _PLAYED = 64  # episodes of a policy: half to ask about, half to calibrate on
 _SHOWN = 250  # frames of a video
+_SHARE = (
+    0.25  # of the copies, whose alarms pause training: by chance in a fifth of episodes at most
+)
 _LEARNING_RATE = 1e-3  # three times that of `learn`, so that long training takes fewer steps
 
 
@@ -72,7 +75,7 @@ def study_drift(
     task: str = "Hopper",
     arms: Sequence[Arm] = ARMS,
     predictor: str = "DeepEnsemble",
-    comparisons: int = 10,
+    comparisons: int = 6,
     more: int = 100,
     batch: int = 20,
     length: int = 25,
@@ -81,7 +84,7 @@ def study_drift(
     alpha: float = 0.05,
     before: int = 150_000,
     steps: int = 65_536,
-    horizon: int = 256,
+    horizon: int = 250,
     seeds: int = 5,
     jobs: int = 1,
     backend: Literal["loky", "ray", "dask"] = "loky",
@@ -276,7 +279,7 @@ class _Training:
         Returns:
             Steps at which there were alarms.
         """
-        pause = PauseOnAlarm(self.monitor(first, alpha))
+        pause = PauseOnAlarm(self.monitor(first, alpha), share=_SHARE)
         alarms = []
         while self.agent.num_timesteps < steps:
             self.agent.learn(self.round_steps, callback=pause, reset_num_timesteps=False)
