@@ -94,7 +94,7 @@ def test_what_is_left_behind(tmp_path):
     assert "| guarded | 188 (" in text
     assert "| 50% (4" in text
     assert "No video of frozen" in text
-    lines = list(csv.DictReader((tmp_path / "curves.csv").open()))
+    lines = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
     assert len(lines) == 30
     last = [line for line in lines if line["arm"] == "guarded" and line["step"] == "30"]
     assert {line["alarms"] for line in last} == {"2"}

@@ -41,7 +41,7 @@ def envs(tables):
 
 
 def ppo(env, n_steps=8):
-    return PPO("MlpPolicy", env, n_steps=n_steps, batch_size=16, n_epochs=1, device="cpu", seed=0)
+    return PPO("MlpPolicy", env, n_steps=n_steps, batch_size=4, n_epochs=1, device="cpu", seed=0)
 
 
 def usual(rng, *shape):
