@@ -109,15 +109,15 @@ def sentence(rows: Sequence[Row]) -> str:
             f" On the frozen reward, {lost} of {len(frozen)} policies lost 30% or more, while the "
             f"return that the reward predicts went up for {gained}."
         )
-    return text
+    return f"{text} Dots are alarms; the dotted line is the return before training."
 
 
 def curves(rows: Sequence[Row]) -> Figure:
     """Predicted return above, true return below, over steps: a colour an arm, a dot an alarm.
 
     Thick lines are interquartile means over seeds, thin ones the seeds. Predicted returns are those
-    by each arm's own reward at the time, whose scale is one standard deviation of a frame. A dotted
-    line goes on from where a guard ended training.
+    by each arm's own reward at the time, whose scale is one standard deviation of a frame. The last
+    true return is that of the final policy.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 6.2), layout="constrained")
@@ -127,7 +127,8 @@ def curves(rows: Sequence[Row]) -> Figure:
         for arm, some in by(rows, "arm").items():
             colour = _COLOURS.get(arm, GREY)
             for axes, name in ((above, "predicted"), (below, "true")):
-                steps, each = on_one_grid(some, name)
+                shown = [_whole(row) for row in some] if name == "true" else some
+                steps, each = on_one_grid(shown, name)
                 middle = interquartile_mean(each, axis=0)
                 for line in each:
                     axes.plot(steps, line, color=colour, linewidth=0.5, alpha=0.35)
@@ -147,6 +148,12 @@ def curves(rows: Sequence[Row]) -> Figure:
         for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
             patch.set_alpha(0)
         return named(figure, ends)  # type: ignore[arg-type]
+
+
+def _whole(row: Row) -> Row:
+    """True return with the policy's before training, and the final one's, at either end."""
+    step, true = row["step"], row["true"]
+    return {"step": [0, *step, step[-1] + 1], "true": [row["start"], *true, row["final"]]}
 
 
 def on_one_grid(rows: Sequence[Row], name: str) -> tuple[Values, Values]:

@@ -87,6 +87,8 @@ def test_the_figure_names_every_arm_and_marks_every_alarm():
     assert sum(map(len, dots)) == 10
     drawn = [line.get_ydata().tolist() for line in above.lines if line.get_linewidth() > 2]
     assert drawn == [[0, 50, 90], [0, 50, 90]]
+    true = [line.get_ydata().tolist() for line in below.lines if line.get_linewidth() > 2]
+    assert true == [[100, 150, 200, 92, 100], [100, 150, 180, 190, 188]]
 
 
 def test_what_is_left_behind(tmp_path):
