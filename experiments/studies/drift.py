@@ -65,9 +65,9 @@ _EPOCHS = 100
 _CANDIDATES = 120  # clips among which pairs are chosen
 _PLAYED = 64  # episodes of a policy: half to ask about, half to calibrate on
 _SHOWN = 250  # frames of a video
-_SHARE = (
-    0.25  # of the copies, whose alarms pause training: by chance in a fifth of episodes at most
-)
+# With the settings below 4 of 5 Hoppers lost 30% or more. A HalfCheetah that was trained beforehand
+# got better even on a reward from 8 comparisons.
+_SHARE = 0.25  # of copies, whose alarms pause training: by chance in a fifth of episodes at most
 _LEARNING_RATE = 1e-3  # three times that of `learn`, so that long training takes fewer steps
 
 
