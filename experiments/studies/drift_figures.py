@@ -1,0 +1,216 @@
+"""What the study of drift leaves behind: a figure, its sentence, tables, curves and two videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from experiments.figures import STYLE, save
+from experiments.labelling import named
+from experiments.rendering import RenderingUnavailable, render_states
+from experiments.results import GREY
+from experiments.run import write_atomically
+from experiments.sentences import number, percent
+from experiments.statistics import Values, bootstrap_interval, interquartile_mean
+from experiments.studies.summary import Row, as_csv, by, markdown, numbers
+from experiments.tasks import find_task
+from experiments.video import write_video
+
+_CURVES = ("step", "true", "predicted", "std", "comparisons")
+_COLOURS = {
+    "frozen": "#b34b00",
+    "continued": "#0072b2",
+    "when unsure": "#56b4e9",
+    "pessimistic": "#7f3c8d",
+    "guarded": "#009e73",
+}
+_SHOWN = ("frozen", "guarded")  # those of which there are videos
+_FRAMES_A_SECOND = 25
+
+
+def write_tables(rows: Sequence[Row], out: Path) -> str:
+    """Writes tables, curves as CSV, the figure and the videos; returns the tables.
+
+    Args:
+        rows: Of `experiments.studies.drift.study_drift`.
+        out: The study's directory.
+    """
+    lines = [
+        {name: row[name] for name in ("task", "arm", "seed")}
+        | dict(zip(_CURVES, values, strict=True))
+        | {"alarms": sum(alarm <= values[0] for alarm in row["alarms"])}
+        for row in rows
+        for values in zip(*(row[name] for name in _CURVES), strict=True)
+    ]
+    write_atomically(out / "curves.csv", as_csv(lines))
+    save(curves(rows), out / "drift")
+    text = f"{sentence(rows)}\n\n{_table(rows)}"
+    for arm, some in by(rows, "arm").items():
+        if arm in _SHOWN and (note := _film(some[0], out / f"{arm}.mp4")):
+            text += f"\n\nNo video of {arm}: {note}"
+    write_atomically(out / "tables.md", text + "\n")
+    return text
+
+
+def drift_kept(rows: Sequence[Row]) -> dict[str, float]:
+    """Final over best true return, interquartile mean over seeds, as figures of a benchmark.
+
+    Args:
+        rows: Of `experiments.studies.drift.study_drift`.
+
+    Returns:
+        `drift_frozen_kept` and `drift_guard_kept`, of those arms that are there.
+    """
+    names = {"frozen": "drift_frozen_kept", "guarded": "drift_guard_kept"}
+    of = by(rows, "arm")
+    return {
+        name: float(interquartile_mean(kept(of[arm]))) for arm, name in names.items() if arm in of
+    }
+
+
+def kept(rows: Sequence[Row]) -> Values:
+    """`(N,)`: the final policy's true return over the best that it had at any time.
+
+    NaN where the best isn't above zero, of which there is no share to keep.
+
+    Example:
+        >>> kept([{"start": 10.0, "true": [40.0, 30.0], "final": 20.0}]).tolist()
+        [0.5]
+    """
+    return numbers(rows, lambda row: row["final"] / best(row) if best(row) > 0 else np.nan)
+
+
+def best(row: Row) -> float:
+    """The highest true return of a cell: before training, in any round of it, or after it."""
+    return max(row["start"], *row["true"], row["final"])
+
+
+def sentence(rows: Sequence[Row]) -> str:
+    """What the figure shows, in words, from the numbers under it."""
+    of, parts = by(rows, "arm"), []
+    for arm, some in of.items():
+        parts.append(f"{percent(_middle(kept(some)))} {arm}")
+    seeds = len(by(rows, "seed"))
+    text = (
+        f"{rows[0]['task']}, {seeds} seed{'s' if seeds > 1 else ''}: the final policy keeps of the "
+        f"best true return of its training is {'; '.join(parts)}."
+    )
+    if "frozen" in of:
+        frozen = of["frozen"]
+        lost = sum(kept(frozen) <= 0.7)
+        gained = sum(row["predicted"][-1] > row["predicted"][0] for row in frozen)
+        text += (
+            f" On the frozen reward, {lost} of {len(frozen)} policies lost 30% or more, while the "
+            f"return that the reward predicts went up for {gained}."
+        )
+    return f"{text} Dots are alarms; the dotted line is the return before training."
+
+
+def curves(rows: Sequence[Row]) -> Figure:
+    """Predicted return above, true return below, over steps: a colour an arm, a dot an alarm.
+
+    Thick lines are interquartile means over seeds, thin ones the seeds. Predicted returns are those
+    by each arm's own reward at the time, whose scale is one standard deviation of a frame. The last
+    true return is that of the final policy.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 6.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        above, below = figure.subplots(2, 1, sharex=True)
+        ends: dict[object, list[tuple[float, float, str, str]]] = {above: [], below: []}
+        for arm, some in by(rows, "arm").items():
+            colour = _COLOURS.get(arm, GREY)
+            for axes, name in ((above, "predicted"), (below, "true")):
+                shown = [_whole(row) for row in some] if name == "true" else some
+                steps, each = on_one_grid(shown, name)
+                middle = interquartile_mean(each, axis=0)
+                for line in each:
+                    axes.plot(steps, line, color=colour, linewidth=0.5, alpha=0.35)
+                axes.plot(steps, middle, color=colour, linewidth=2.4)
+                ends[axes].append((float(steps[-1]), float(middle[-1]), arm, colour))
+            for row in some:
+                at = np.array(row["alarms"], float)
+                below.plot(
+                    at, np.interp(at, row["step"], row["true"]), "o", color=colour,
+                    markersize=3.5, markeredgecolor="white", markeredgewidth=0.4,
+                )  # fmt: skip
+        below.axhline(numbers(rows, "start").mean(), color=GREY, linestyle=":", linewidth=1.2)
+        above.set_ylabel("predicted return per episode\n(the learned reward's units)")
+        below.set_ylabel("true return per episode\n(the task's reward units)")
+        below.set_xlabel("environment steps on the learned reward")
+        below.xaxis.set_major_formatter(EngFormatter(sep=""))
+        for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+            patch.set_alpha(0)
+        return named(figure, ends)  # type: ignore[arg-type]
+
+
+def _whole(row: Row) -> Row:
+    """True return with the policy's before training, and the final one's, at either end."""
+    step, true = row["step"], row["true"]
+    return {"step": [0, *step, step[-1] + 1], "true": [row["start"], *true, row["final"]]}
+
+
+def on_one_grid(rows: Sequence[Row], name: str) -> tuple[Values, Values]:
+    """`(M,)` steps and `(N, M)` values at them, linear in between; what ended early stays.
+
+    Example:
+        >>> steps, values = on_one_grid(
+        ...     [{"step": [1, 3], "true": [5.0, 7.0]}, {"step": [1, 2], "true": [1.0, 2.0]}], "true"
+        ... )
+        >>> steps.tolist(), values.tolist()
+        ([1.0, 2.0, 3.0], [[5.0, 6.0, 7.0], [1.0, 2.0, 2.0]])
+    """
+    steps = np.unique(np.concatenate([row["step"] for row in rows])).astype(float)
+    return steps, np.stack([np.interp(steps, row["step"], row[name]) for row in rows])
+
+
+def _table(rows: Sequence[Row]) -> str:
+    frozen_best = {row["seed"]: best(row) for row in rows if row["arm"] == "frozen"}
+    lines = []
+    for arm, some in by(rows, "arm").items():
+        against = numbers(
+            [row for row in some if row["seed"] in frozen_best],
+            lambda row: row["final"] / frozen_best[row["seed"]],
+        )
+        lines.append([
+            arm, _figure(numbers(some, "final"), number), _figure(kept(some), percent),
+            _figure(against, percent) if len(against) else "",
+            number(_middle(numbers(some, lambda row: row["comparisons"][-1]))),
+            number(_middle(numbers(some, lambda row: len(row["alarms"])))),
+        ])  # fmt: skip
+    return "\n\n".join([
+        f"**After training on the learned reward**, {len(by(rows, 'seed'))} seeds: interquartile "
+        f"mean and its 95% interval. Before it the policy's true return was "
+        f"{number(float(numbers(rows, 'start').mean()))}.",
+        markdown(
+            ["arm", "true return", "of its own best", "of the frozen arm's best", "comparisons",
+             "alarms"], lines,
+        ),
+    ])  # fmt: skip
+
+
+def _figure(values: Values, said: object) -> str:
+    low, high = bootstrap_interval(interquartile_mean, values)
+    return f"{said(_middle(values))} ({said(low)} to {said(high)})"  # type: ignore[operator]
+
+
+def _middle(values: Values) -> float:
+    return float(interquartile_mean(values))
+
+
+def _film(row: Row, path: Path) -> str | None:
+    """Writes a video of a final policy; where that can't be done, returns why."""
+    if not row["states"]:
+        return f"{row['task']} doesn't show the simulator's state."
+    try:
+        pictures = render_states(find_task(row["task"]), np.array(row["states"], np.float32))
+    except RenderingUnavailable as error:
+        return str(error)
+    write_video(pictures, path, _FRAMES_A_SECOND)
+    return None

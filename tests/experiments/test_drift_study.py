@@ -1,0 +1,180 @@
+"""The study of drift: its arithmetic by hand, and its arms on a task of a few rollouts."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from experiments.studies.drift import drift_cell, study_drift
+from experiments.studies.drift_figures import (
+    curves,
+    drift_kept,
+    kept,
+    on_one_grid,
+    sentence,
+    write_tables,
+)
+from experiments.studies.guard import train
+from experiments.tasks import Task, find_task
+from ood import Mahalanobis, Monitor
+from ood.conformal import Threshold
+from rewardmodels import InvalidInput, UnknownName
+
+
+def made_up(arm, seed, true, final, alarms=(), predicted=(0.0, 50.0, 90.0)):
+    return {
+        "task": "Hopper", "arm": arm, "seed": seed, "start": 100.0, "final": final,
+        "step": [10, 20, 30], "true": list(true), "predicted": list(predicted),
+        "std": [1.0, 1.0, 1.0], "comparisons": [12, 12, 12 + 10 * len(alarms)],
+        "asked": 12 + 10 * len(alarms), "alarms": list(alarms), "states": [],
+    }  # fmt: skip
+
+
+ROWS = [
+    *(made_up("frozen", s, (150, 200, 90 + s), 80.0 + 10 * s) for s in range(5)),
+    *(made_up("guarded", s, (150, 180, 190), 190.0 - s, alarms=(12, 25)) for s in range(5)),
+]
+
+
+def test_what_is_kept_by_hand():
+    frozen, guarded = ROWS[:5], ROWS[5:]
+    assert kept(frozen).tolist() == [0.4, 0.45, 0.5, 0.55, 0.6]
+    assert kept(guarded)[1] == 189 / 190
+    figures = drift_kept(ROWS)
+    assert figures["drift_frozen_kept"] == pytest.approx(stats.trim_mean(kept(frozen), 0.25))
+    assert figures["drift_guard_kept"] == pytest.approx(188 / 190)
+    assert drift_kept(frozen).keys() == {"drift_frozen_kept"}
+
+
+def test_the_start_and_the_end_count_as_best_too():
+    assert kept([made_up("frozen", 0, (40, 30, 20), 50.0)]).tolist() == [0.5]
+    assert kept([made_up("frozen", 0, (40, 30, 20), 120.0)]).tolist() == [1.0]
+
+
+def test_nothing_is_kept_of_what_is_no_gain():
+    row = made_up("frozen", 0, (-40, -30, -20), -50.0) | {"start": -10.0}
+    assert np.isnan(kept([row])).all()
+
+
+def test_the_sentence_says_what_the_rows_say():
+    text = sentence(ROWS)
+    assert "Hopper, 5 seeds" in text
+    assert "50% frozen" in text
+    assert "99% guarded" in text
+    assert "5 of 5 policies lost 30% or more" in text
+    assert "went up for 5" in text
+
+
+def test_curves_of_other_steps_are_brought_together():
+    rows = [
+        {"step": [1, 4], "true": [0.0, 30.0]},
+        {"step": [2, 3], "true": [7.0, 9.0]},  # ended early, and stays as it was
+    ]
+    steps, values = on_one_grid(rows, "true")
+    assert steps.tolist() == [1, 2, 3, 4]
+    assert values.tolist() == [[0, 10, 20, 30], [7, 7, 9, 9]]
+
+
+def test_the_figure_names_every_arm_and_marks_every_alarm():
+    figure = curves(ROWS)
+    above, below = figure.axes
+    assert {text.get_text() for text in below.texts} == {"frozen", "guarded"}
+    dots = [line.get_xdata().tolist() for line in below.lines if line.get_marker() == "o"]
+    assert sum(map(len, dots)) == 10
+    drawn = [line.get_ydata().tolist() for line in above.lines if line.get_linewidth() > 2]
+    assert drawn == [[0, 50, 90], [0, 50, 90]]
+    true = [line.get_ydata().tolist() for line in below.lines if line.get_linewidth() > 2]
+    assert true == [[100, 150, 200, 92, 100], [100, 150, 180, 190, 188]]
+
+
+def test_what_is_left_behind(tmp_path):
+    text = write_tables(ROWS, tmp_path)
+    assert "| guarded | 188 (" in text
+    assert "| 50% (4" in text
+    assert "No video of frozen" in text
+    lines = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
+    assert len(lines) == 30
+    last = [line for line in lines if line["arm"] == "guarded" and line["step"] == "30"]
+    assert {line["alarms"] for line in last} == {"2"}
+    assert (tmp_path / "drift.pdf").stat().st_size > 1000
+    assert (tmp_path / "drift.svg").exists()
+
+
+@pytest.fixture(scope="module")
+def agent(tmp_path_factory):
+    file = tmp_path_factory.mktemp("agent") / "agent.safetensors"
+    task = find_task("HalfCheetah")
+    train(Task(task.name, task.env_id, 64), 0, file)
+    return str(file)
+
+
+def cell(agent, arm, **settings):
+    return drift_cell(
+        **{
+            "task": "HalfCheetah", "arm": arm, "seed": 3, "predictor": "LaplaceHead",
+            "comparisons": 8, "more": 8, "batch": 4, "length": 5, "kappa": 2.0, "level": 0.0,
+            "alpha": 0.05, "steps": 3 * 2048, "horizon": 64, "agent": agent,
+        } | settings
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", ["frozen", "continued", "when unsure"])
+def test_arms_ask_as_they_say(agent, arm):
+    found = cell(agent, arm)
+    assert found["step"] == [2048, 4096, 6144]
+    wanted = {"frozen": [8, 8, 8], "continued": [8, 12, 16], "when unsure": [8, 12, 16]}
+    assert found["comparisons"] == wanted[arm]
+    assert found["alarms"] == []
+    assert np.shape(found["states"]) == (64, 18)
+
+
+def test_arms_start_alike_and_repeat(agent):
+    frozen, again = cell(agent, "frozen", steps=2048), cell(agent, "frozen", steps=2048)
+    assert frozen == again
+    pessimistic = cell(agent, "pessimistic", steps=2048)
+    assert pessimistic["start"] == frozen["start"]
+    assert pessimistic["true"] == frozen["true"], "the first rollout knows no reward yet"
+    assert pessimistic["predicted"] != frozen["predicted"]
+
+
+def test_a_guard_that_is_never_alarmed_changes_nothing(agent):
+    frozen, guarded = cell(agent, "frozen", steps=4096), cell(agent, "guarded", steps=4096)
+    assert guarded["alarms"] == []
+    assert guarded["true"] == frozen["true"]
+    assert guarded["final"] == frozen["final"]
+
+
+def test_a_guard_asks_until_the_budget_is_spent(agent, monkeypatch):
+    """Every frame is strange: each alarm costs a batch, the one after the last ends it."""
+
+    def always(training, episodes, alpha):
+        frames = torch.cat([episodes.observations, episodes.actions], -1)
+        return Monitor(Mahalanobis().fit(frames[0]), threshold=Threshold(-1e9))
+
+    monkeypatch.setattr("experiments.studies.drift._Training.monitor", always)
+    found = cell(agent, "guarded")
+    assert found["alarms"] == [32, 64, 96], "at the first step of each copy"
+    assert found["step"] == [32, 64, 96]
+    assert found["comparisons"] == [8, 12, 16]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"seeds": 0}, InvalidInput),
+        ({"steps": 0}, InvalidInput),
+        ({"batch": 9, "more": 8}, InvalidInput),
+        ({"kappa": -1}, InvalidInput),
+        ({"arms": ["thawed"]}, UnknownName),
+        ({"predictor": "Oracle"}, UnknownName),
+        ({"task": "Croquet"}, UnknownName),
+    ],
+)
+def test_refuses_before_it_trains(tmp_path, settings, error):
+    with pytest.raises(error):
+        study_drift(out=tmp_path, **settings)
+    assert not list(tmp_path.iterdir())
