@@ -220,6 +220,10 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         "compare detectors and statistics: which changes of the world they find, and how soon",
         _from("experiments.studies.guard:study_guard"),
     ),
+    "study drift": (
+        "train on a reward learned once: frozen, asked on, pessimistic or guarded",
+        _from("experiments.studies.drift:study_drift"),
+    ),
     "benchmark predictors": (
         "measure calibration, uncertainty and cost of every predictor",
         _from(

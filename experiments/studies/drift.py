@@ -36,12 +36,13 @@ from torch import Tensor
 from active import BALD, Constant, Schedule, SyntheticTeacher, WhenUnsure, all_pairs
 from experiments.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
 from experiments.evaluation import play
+from experiments.guard_episodes import train
 from experiments.history import History
 from experiments.pausing import PauseOnAlarm
 from experiments.rewarding import LearnedReward, RewardWrapper
 from experiments.studies.drift_figures import write_tables
-from experiments.studies.guard import train
 from experiments.studies.predictors import maker
+from experiments.studies.report import about_cells, command_line
 from experiments.studies.summary import Row
 from experiments.study import Result, run_study
 from experiments.tasks import Task, find_task
@@ -114,13 +115,14 @@ def study_drift(
         out: Where results and the agent are kept; a second call goes on with those there.
 
     Returns:
-        The cells of `drift_cell`; `out` has the curves as CSV, with `tables.md`, the figure and
-        two videos.
+        The cells of `drift_cell`; `out` has the curves as CSV, with `report.html`, its figures
+        and two videos.
 
     Raises:
         InvalidInput: A number out of range.
         UnknownName: A task, predictor or arm that there isn't.
     """
+    settings = dict(locals())
     for name, value, least in (
         ("comparisons", comparisons, 2), ("batch", batch, 1), ("more", more, batch),
         ("length", length, 1), ("horizon", horizon, length), ("before", before, 0),
@@ -144,7 +146,15 @@ def study_drift(
     ]  # fmt: skip
     found = run_study(drift_cell, cells, out / "cells", jobs=jobs, backend=backend, address=address)
     rows: list[Row] = [{**cell, **result} for cell, result in zip(cells, found, strict=True)]
-    print(write_tables(rows, out))
+    flags = {k: v for k, v in settings.items() if k not in ("jobs", "backend", "address")}
+    about = about_cells(
+        rows,
+        out / "cells",
+        command=command_line("study drift", flags),
+        seeds=seeds,
+        settings={name: value for name, value in flags.items() if name != "out"},
+    )
+    print(write_tables(rows, out, about))
     return rows
 
 

@@ -11,14 +11,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from experiments.figures import STYLE, save
+from experiments.figures import STYLE
 from experiments.labelling import named
 from experiments.rendering import RenderingUnavailable, render_states
 from experiments.results import GREY
 from experiments.run import write_atomically
 from experiments.sentences import number, percent
 from experiments.statistics import Values, bootstrap_interval, interquartile_mean
-from experiments.studies.summary import Row, as_csv, by, markdown, numbers
+from experiments.studies.report import (
+    About,
+    Section,
+    Table,
+    as_markdown,
+    plural,
+    write_report,
+)
+from experiments.studies.summary import Row, as_csv, by, numbers
 from experiments.tasks import find_task
 from experiments.video import write_video
 
@@ -34,12 +42,13 @@ _SHOWN = ("frozen", "guarded")  # those of which there are videos
 _FRAMES_A_SECOND = 25
 
 
-def write_tables(rows: Sequence[Row], out: Path) -> str:
-    """Writes tables, curves as CSV, the figure and the videos; returns the tables.
+def write_tables(rows: Sequence[Row], out: Path, about: About) -> str:
+    """Writes the report, curves as CSV and the videos; returns what the report says.
 
     Args:
         rows: Of `experiments.studies.drift.study_drift`.
         out: The study's directory.
+        about: How the cells were made.
     """
     lines = [
         {name: row[name] for name in ("task", "arm", "seed")}
@@ -49,13 +58,17 @@ def write_tables(rows: Sequence[Row], out: Path) -> str:
         for values in zip(*(row[name] for name in _CURVES), strict=True)
     ]
     write_atomically(out / "curves.csv", as_csv(lines))
-    save(curves(rows), out / "drift")
-    text = f"{sentence(rows)}\n\n{_table(rows)}"
+    told = [sentence(rows)]
     for arm, some in by(rows, "arm").items():
-        if arm in _SHOWN and (note := _film(some[0], out / f"{arm}.mp4")):
-            text += f"\n\nNo video of {arm}: {note}"
-    write_atomically(out / "tables.md", text + "\n")
-    return text
+        if arm in _SHOWN:
+            note = _film(some[0], out / f"{arm}.mp4")
+            told.append(f"No video of {arm}: {note}" if note else f"Its policy: {arm}.mp4.")
+    sections = [
+        Section("Return while training on the learned reward", told, curves(rows)),
+        Section("After training on the learned reward", [_before(rows)], table=_table(rows)),
+    ]
+    write_report(out, "What becomes of a policy on a learned reward", sections, about)
+    return f"{told[0]}\n\n{as_markdown(sections)}"
 
 
 def drift_kept(rows: Sequence[Row]) -> dict[str, float]:
@@ -95,7 +108,7 @@ def sentence(rows: Sequence[Row]) -> str:
     """What the figure shows, in words, from the numbers under it."""
     of, parts = by(rows, "arm"), []
     for arm, some in of.items():
-        parts.append(f"{percent(_middle(kept(some)))} {arm}")
+        parts.append(f"{arm} {percent(_middle(kept(some)))}")
     seeds = len(by(rows, "seed"))
     text = (
         f"{rows[0]['task']}, {seeds} seed{'s' if seeds > 1 else ''}: the final policy keeps of the "
@@ -170,7 +183,7 @@ def on_one_grid(rows: Sequence[Row], name: str) -> tuple[Values, Values]:
     return steps, np.stack([np.interp(steps, row["step"], row[name]) for row in rows])
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row]) -> Table:
     frozen_best = {row["seed"]: best(row) for row in rows if row["arm"] == "frozen"}
     lines = []
     for arm, some in by(rows, "arm").items():
@@ -179,20 +192,25 @@ def _table(rows: Sequence[Row]) -> str:
             lambda row: row["final"] / frozen_best[row["seed"]],
         )
         lines.append([
-            arm, _figure(numbers(some, "final"), number), _figure(kept(some), percent),
-            _figure(against, percent) if len(against) else "",
+            arm, _figure(numbers(some, "final"), number), _figure(kept(some), _share),
+            _figure(against, _share) if len(against) else "",
             number(_middle(numbers(some, lambda row: row["comparisons"][-1]))),
             number(_middle(numbers(some, lambda row: len(row["alarms"])))),
         ])  # fmt: skip
-    return "\n\n".join([
-        f"**After training on the learned reward**, {len(by(rows, 'seed'))} seeds: interquartile "
-        f"mean and its 95% interval. Before it the policy's true return was "
-        f"{number(float(numbers(rows, 'start').mean()))}.",
-        markdown(
-            ["arm", "true return", "of its own best", "of the frozen arm's best", "comparisons",
-             "alarms"], lines,
-        ),
-    ])  # fmt: skip
+    header = ["", "true return", "of its own best", "of the frozen arm's best", "comparisons"]
+    return Table([*header, "alarms"], lines)
+
+
+def _before(rows: Sequence[Row]) -> str:
+    before = number(float(numbers(rows, "start").mean()))
+    return (
+        f"Interquartile mean over {plural(len(by(rows, 'seed')), 'seed', 'seeds')}, and its 95% "
+        f"interval. Before it the policy's true return was {before}."
+    )
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def _figure(values: Values, said: object) -> str:

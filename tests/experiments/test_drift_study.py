@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from experiments.guard_episodes import train
 from experiments.studies.drift import drift_cell, study_drift
 from experiments.studies.drift_figures import (
     curves,
@@ -18,7 +19,7 @@ from experiments.studies.drift_figures import (
     sentence,
     write_tables,
 )
-from experiments.studies.guard import train
+from experiments.studies.report import About
 from experiments.tasks import Task, find_task
 from ood import Mahalanobis, Monitor
 from ood.conformal import Threshold
@@ -92,16 +93,17 @@ def test_the_figure_names_every_arm_and_marks_every_alarm():
 
 
 def test_what_is_left_behind(tmp_path):
-    text = write_tables(ROWS, tmp_path)
+    text = write_tables(ROWS, tmp_path, About("rewardmodels study drift", 5, {}))
     assert "| guarded | 188 (" in text
-    assert "| 50% (4" in text
-    assert "No video of frozen" in text
+    assert "| 0.500 (0.4" in text
+    assert "No video of frozen" in (tmp_path / "report.html").read_text()
     lines = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
     assert len(lines) == 30
     last = [line for line in lines if line["arm"] == "guarded" and line["step"] == "30"]
     assert {line["alarms"] for line in last} == {"2"}
-    assert (tmp_path / "drift.pdf").stat().st_size > 1000
-    assert (tmp_path / "drift.svg").exists()
+    name = "return-while-training-on-the-learned-reward"
+    assert (tmp_path / "figures" / f"{name}.pdf").stat().st_size > 1000
+    assert (tmp_path / "figures" / f"{name}.svg").exists()
 
 
 @pytest.fixture(scope="module")
