@@ -16,7 +16,7 @@ from experiments.labelling import named
 from experiments.rendering import RenderingUnavailable, render_states
 from experiments.results import GREY
 from experiments.run import write_atomically
-from experiments.sentences import number, percent
+from experiments.sentences import number
 from experiments.statistics import Values, bootstrap_interval, interquartile_mean
 from experiments.studies.report import (
     About,
@@ -108,7 +108,7 @@ def sentence(rows: Sequence[Row]) -> str:
     """What the figure shows, in words, from the numbers under it."""
     of, parts = by(rows, "arm"), []
     for arm, some in of.items():
-        parts.append(f"{arm} {percent(_middle(kept(some)))}")
+        parts.append(f"{arm} {_middle(kept(some)):.1%}")
     seeds = len(by(rows, "seed"))
     text = (
         f"{rows[0]['task']}, {seeds} seed{'s' if seeds > 1 else ''}: the final policy keeps of the "

@@ -64,8 +64,8 @@ def test_nothing_is_kept_of_what_is_no_gain():
 def test_the_sentence_says_what_the_rows_say():
     text = sentence(ROWS)
     assert "Hopper, 5 seeds" in text
-    assert "50% frozen" in text
-    assert "99% guarded" in text
+    assert "frozen 50.0%" in text
+    assert "guarded 98.9%" in text
     assert "5 of 5 policies lost 30% or more" in text
     assert "went up for 5" in text
 
