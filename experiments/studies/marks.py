@@ -163,7 +163,8 @@ def marks_cell(
     oracle = SyntheticTeacher()
     every = Comparisons(shown, asked, oracle.answer(shown, asked))
     right = oracle.answer(test, tested)
-    assert shown.rewards is not None and test.rewards is not None
+    assert shown.rewards is not None
+    assert test.rewards is not None
     person = SyntheticMarker(stretch, stands_out * float(shown.rewards.std()), mistake_rate)
     marks = person.mark(shown, draw)
     # The first clip of a pair is as random as the second.

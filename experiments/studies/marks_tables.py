@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -100,15 +101,14 @@ def worth(own: Values, alone: Values, counts: Values, marks: Values, place: int)
         (0.5, 0.5, 0.5)
     """
     seeds = len(own)
-    drawn = np.random.default_rng(0).integers(seeds, size=(_RESAMPLES, seeds))
-    values = []
-    for some in [np.arange(seeds), *drawn]:
-        with_, without = (interquartile_mean(of[some], axis=0) for of in (own, alone))
-        needed = labels_needed(without, counts, float(with_[place]))
-        if needed <= counts[0] and with_[place] < without[place]:
-            needed = counts[0]  # at most: fewer weren't tried
-        values.append((needed - counts[place]) / max(marks[some, place].mean(), 1))
-    found = np.nan_to_num(np.array(values), nan=np.inf)
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([np.arange(seeds)[None], rng.integers(seeds, size=(_RESAMPLES, seeds))])
+    reached = interquartile_mean(own[drawn, place], axis=1)
+    curves = interquartile_mean(alone[drawn], axis=1)
+    given = np.maximum(marks[drawn, place].mean(1), 1)
+    needed = [labels_needed(*of) for of in zip(curves, repeat(counts), reached, strict=False)]
+    values = (np.array(needed) - counts[place]) / given
+    found = np.nan_to_num(values, nan=np.inf)
     low, high = np.quantile(found[1:], [0.025, 0.975], method="inverted_cdf")
     return float(found[0]), float(low), float(high)
 
@@ -148,7 +148,7 @@ def _task(task: str, cells: Sequence[Row]) -> Section:
     counts = np.array(cells[0]["counts"], float)
     saved = {marked: marks_saving(cells, marked)[task] for marked in _compared(cells)}
     for marked, ends in saved.items():
-        _, at, own, alone = _beside(cells, marked)
+        _, at, own, _ = _beside(cells, marked)
         marks = _of(cells, marked, "marks")
         sure = verdict(*ends[1:], len(own), below="marks cost comparisons", above="they save")
         beyond = " and a quarter for sure" if ends[1] >= TARGET and sure == "they save" else ""
@@ -163,8 +163,9 @@ def _task(task: str, cells: Sequence[Row]) -> Section:
             one = "" if not marked else _shown(
                 *worth(*_beside(cells, marked)[2:], counts, _of(cells, marked, "marks"), place)
             )  # fmt: skip
+            given = _of(cells, marked, "marks")[:, place].mean()
             lines.append([
-                _NAMES[marked], f"{count:.0f}", f"{_of(cells, marked, 'marks')[:, place].mean():.0f}",
+                _NAMES[marked], f"{count:.0f}", f"{given:.0f}",
                 f"{interquartile_mean(accuracy[:, place]):.3f}",
                 f"{interquartile_mean(frames[:, place]):.2f}", one,
             ])  # fmt: skip
