@@ -12,6 +12,7 @@ from active.acquisition import (
     preference_variance,
 )
 from active.feedback import Counts, FeedbackStore, Query
+from active.markers import SyntheticMarker
 from active.pairs import all_pairs
 from active.query_strategy import QueryStrategy
 from active.rules import BatchRule, Candidates, Power, TopK
@@ -68,6 +69,7 @@ __all__ = [
     "QueryStrategy",
     "Schedule",
     "ScoredStrategy",
+    "SyntheticMarker",
     "SyntheticTeacher",
     "Teacher",
     "Thompson",

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from active import SyntheticTeacher
-from active.markers import SyntheticMarker
+from active import SyntheticMarker, SyntheticTeacher
 from experiments.limits import check_least, check_tasks
 from experiments.minari_pools import find_pool
 from experiments.studies.marks_tables import write_tables

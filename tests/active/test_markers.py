@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from active.markers import SyntheticMarker
+from active import SyntheticMarker
 from rewardmodels import Clips, InvalidInput
 
 
