@@ -25,6 +25,8 @@ from experiments.studies.summary import Row, as_csv, by, pooled
 
 _RESAMPLES = 2000
 _NAMES = {0: "comparisons alone", 1: "one clip marked", 2: "both clips marked"}
+_LEVEL = 0.8  # of the comparisons there were; whose accuracy has to be reached
+_NEVER = 1 - 2 / _LEVEL  # as if it had been reached with twice the comparisons there were
 TARGET = 0.25
 """Share of the comparisons that marks were to save."""
 
@@ -73,8 +75,7 @@ def marks_saving(rows: Sequence[Row], marked: int = 2) -> dict[str, Interval]:
     for task, cells in by(rows, "task").items():
         if marked in _compared(cells):
             counts, at, own, alone = _beside(cells, marked)
-            least = 1 - 2 * counts[-1] / at
-            ratio, low, high = (max(1 - r, least) for r in labels_ratio(own, alone, counts, at))
+            ratio, low, high = (max(1 - r, _NEVER) for r in labels_ratio(own, alone, counts, at))
             found[task] = ratio, high, low
     return found
 
@@ -135,7 +136,13 @@ def _beside(cells: Sequence[Row], marked: int) -> tuple[Values, float, Values, V
     with_ = {row["seed"] for row in cells if row["marked"] == marked}
     both = [row for row in cells if row["marked"] == marked or row["seed"] in with_]
     own, alone = (_of(both, which, "accuracy") for which in (marked, 0))
-    return counts, 0.8 * counts[-1], own, alone
+    return counts, _LEVEL * counts[-1], own, alone
+
+
+def _share(ends: Interval) -> str:
+    """A saving in percent, its interval behind it."""
+    value, low, high = ("never" if x <= _NEVER else f"{x:.0%}" for x in ends)
+    return f"{value} ({low} to {high})".replace("-", "−")
 
 
 def _shown(value: float, low: float, high: float, form: str = ".2f") -> str:
@@ -154,8 +161,8 @@ def _task(task: str, cells: Sequence[Row]) -> Section:
         beyond = " and a quarter for sure" if ends[1] >= TARGET and sure == "they save" else ""
         said.append(
             f"On {task}, with {_NAMES[marked]} ({marks[:, -1].mean() / counts[-1]:.1f} marks a "
-            f"comparison), what {at:.0f} comparisons alone reach takes {_shown(*ends)} fewer of "
-            f"them, as a share (95% interval, {plural(len(own), 'seed', 'seeds')}): {sure}{beyond}."
+            f"comparison), marks save {_share(ends)} of the comparisons that the accuracy of {at:.0f} "
+            f"alone takes (95% interval, {plural(len(own), 'seed', 'seeds')}): {sure}{beyond}."
         )
     for marked in (0, *saved):
         accuracy, frames = (_of(cells, marked, n) for n in ("accuracy", "frame correlation"))
@@ -190,9 +197,9 @@ def _together(tasks: Mapping[str, Sequence[Row]], marked: int) -> Section | None
     ]
     savings = {task: marks_saving(of, marked)[task] for task, of in own.items()}
     enough = sum(low >= TARGET for _, low, _ in savings.values())
-    each = ", ".join(f"{ends[0]:.0%} on {task}" for task, ends in savings.items())
+    each = ", ".join(f"{_share(ends)} on {task}" for task, ends in savings.items())
     said = (
-        f"With {_NAMES[marked]} marks save {each.replace('-', '−')} of the comparisons; a quarter "
+        f"With {_NAMES[marked]} marks save {each} of the comparisons; a quarter "
         f"or more for sure on {enough} of {plural(len(own), 'task', 'tasks')} "
         f"({plural(seeds, 'seed', 'seeds')} at least)."
     )

@@ -66,12 +66,13 @@ def test_a_mark_is_worth_the_comparisons_that_it_stands_for():
 
 def test_the_report_says_what_was_saved(tmp_path):
     said = write_tables(rows(2.0), tmp_path, about())
-    assert "save 50% on A, 50% on B" in said
+    assert "save 50% (50% to 50%) on A, 50% (50% to 50%) on B of" in said
     assert "a quarter or more for sure on 2 of 2 tasks" in said
     assert "they save and a quarter for sure" in said
     assert {file.name for file in tmp_path.iterdir()} >= {
         "report.html", "tables.md", "curves.csv", "figures",
     }  # fmt: skip
+    assert "never (never to never) on A" in write_tables(rows(0.2), tmp_path, about())
     assert "marks cost comparisons" in write_tables(rows(0.8), tmp_path, about())
 
 
