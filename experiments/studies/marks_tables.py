@@ -157,12 +157,13 @@ def _task(task: str, cells: Sequence[Row]) -> Section:
     for marked, ends in saved.items():
         _, at, own, _ = _beside(cells, marked)
         marks = _of(cells, marked, "marks")
+        seeds = plural(len(own), "seed", "seeds")
         sure = verdict(*ends[1:], len(own), below="marks cost comparisons", above="they save")
         beyond = " and a quarter for sure" if ends[1] >= TARGET and sure == "they save" else ""
         said.append(
             f"On {task}, with {_NAMES[marked]} ({marks[:, -1].mean() / counts[-1]:.1f} marks a "
             f"comparison), marks save {_share(ends)} of the comparisons that the accuracy "
-            f"of {at:.0f} alone takes (95% interval, {plural(len(own), 'seed', 'seeds')}): {sure}{beyond}."
+            f"of {at:.0f} alone takes (95% interval, {seeds}): {sure}{beyond}."
         )
     for marked in (0, *saved):
         accuracy, frames = (_of(cells, marked, n) for n in ("accuracy", "frame correlation"))
