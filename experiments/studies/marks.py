@@ -5,8 +5,8 @@ and pairs drawn at random are answered by the true return. For some counts of co
 predictor is made anew and taught these, or these and marks: a synthetic person who has been shown
 a pair also marks one of its clips, or both, the stretch with the best true reward as good and the
 worst as bad (`active.SyntheticMarker`), mistakes one for the other as often as asked, and leaves
-a clip alone where no stretch stands out. Accuracy is that on pairs of clips from other episodes. Clips,
-pairs, tests and initial weights depend on the task and the seed alone.
+a clip alone where no stretch stands out. Accuracy is that on pairs of clips from other episodes.
+Clips, pairs, tests and initial weights depend on the task and the seed alone.
 """
 
 from __future__ import annotations
