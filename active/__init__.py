@@ -14,6 +14,7 @@ from active.acquisition import (
 from active.database import Conflict, Missing
 from active.export import export_feedback, import_feedback
 from active.feedback import Counts, FeedbackStore, Query
+from active.markers import SyntheticMarker
 from active.marks import Mark, Rating
 from active.pairs import all_pairs
 from active.query_strategy import QueryStrategy
@@ -75,6 +76,7 @@ __all__ = [
     "Rating",
     "Schedule",
     "ScoredStrategy",
+    "SyntheticMarker",
     "SyntheticTeacher",
     "Teacher",
     "Thompson",

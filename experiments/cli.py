@@ -216,6 +216,10 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         "measure how many comparisons are needed, by schedule and by teacher",
         _from("experiments.studies.feedback:study_feedback"),
     ),
+    "study marks": (
+        "measure how many comparisons marks of parts of clips save",
+        _from("experiments.studies.marks:study_marks"),
+    ),
     "study guard": (
         "compare detectors and statistics: which changes of the world they find, and how soon",
         _from("experiments.studies.guard:study_guard"),

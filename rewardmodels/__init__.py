@@ -19,6 +19,7 @@ from rewardmodels.frames import FrameSpec
 from rewardmodels.gp import GPHead
 from rewardmodels.laplace import LaplaceHead
 from rewardmodels.likelihood import negative_log_likelihood, preference_probability
+from rewardmodels.marks import Marks, Ratings
 from rewardmodels.model import FitReport, PairBatch, RewardModel, SampledRewardModel
 from rewardmodels.posterior import (
     Difference,
@@ -46,8 +47,10 @@ __all__ = [
     "InvalidInput",
     "LaplaceHead",
     "MCDropout",
+    "Marks",
     "NotFitted",
     "PairBatch",
+    "Ratings",
     "ReturnPosterior",
     "RewardModel",
     "RewardModelsError",

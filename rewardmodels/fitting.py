@@ -1,4 +1,4 @@
-"""fit: teaches any RewardModel from comparisons, with Lightning's Trainer underneath."""
+"""fit: teaches any RewardModel from answers, with Lightning's Trainer underneath."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from rewardmodels.answers import Answers
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import FitDiverged, InvalidInput
+from rewardmodels.marks import Marks, Ratings
 from rewardmodels.model import FitReport, PairBatch, RewardModel
 
 AnyModel = TypeVar("AnyModel", bound=RewardModel)
@@ -28,8 +30,10 @@ _MIN_HELD_OUT = 5  # fewer held-out answers than this say nothing about when to 
 
 def fit(
     model: AnyModel,
-    comparisons: Comparisons,
+    comparisons: Comparisons | None = None,
     *,
+    marks: Marks | None = None,
+    ratings: Ratings | None = None,
     trainer: L.Trainer | None = None,
     epochs: int = 200,
     patience: int = 20,
@@ -38,25 +42,30 @@ def fit(
     groups: Sequence[int] | Tensor | None = None,
     seed: int = 0,
 ) -> AnyModel:
-    """Fits a model to comparisons, and goes on from where it is if it was fitted before.
+    """Fits a model to answers, and goes on from where it is if it was fitted before.
 
-    A share of the comparisons is kept back; training stops when they have not been predicted
+    Answers are comparisons, marks of good and bad parts of clips, and ratings of clips, in any
+    mixture: each counts as one comparison (`Marks` and `Ratings` say of what).
+
+    A share of the answers is kept back; training stops when they have not been predicted
     better for `patience` epochs, and the best weights are kept. Which ones are kept back
-    depends on their place and the seed alone, so that one kept back stays so when answers are
-    added; none are while they would be fewer than five. What happened stands in
-    `model.fit_report`. Interrupted (Ctrl-C), it keeps the best weights so far and raises
-    KeyboardInterrupt.
+    depends on their place among those of their kind and the seed alone, so that one kept back
+    stays so when answers are added; none are while they would be fewer than five. Marks of one
+    clip are kept back together. What happened stands in `model.fit_report`. Interrupted
+    (Ctrl-C), it keeps the best weights so far and raises KeyboardInterrupt.
 
     Args:
         model: Any predictor.
-        comparisons: Q answers.
+        comparisons: Q answers to which of two clips is better; None for none.
+        marks: Parts of clips that are good or bad.
+        ratings: How good single clips are.
         trainer: A Lightning Trainer, for other devices, loggers or callbacks, which find the
             numbers of `FitReport` under their names at the end of each epoch. Its own
             `max_epochs` then holds instead of `epochs`. It counts the epochs of earlier fits
             too, so give each fit a new one.
-        epochs: The most passes over the comparisons.
+        epochs: The most passes over the answers.
         patience: Epochs without a better held-out log loss before stopping.
-        batch_size: Comparisons per step.
+        batch_size: Answers per step.
         held_out: Share kept back, from 0 (none: all epochs are run) to below 1.
         groups: A number for each comparison. Those of one number are kept back together, such as
             all answers of one person: else the answers kept back say little of new people.
@@ -67,7 +76,7 @@ def fit(
         The same model.
 
     Raises:
-        InvalidInput: Too few comparisons, clips of other shapes than the model has learned, a
+        InvalidInput: Too few answers, clips of other shapes than the model has learned, a
             number out of range, or a trainer that has no epoch left.
         FitDiverged: The loss or the belief stopped being finite; the model before this fit, or the
             best epoch's, is back in place.
@@ -83,39 +92,40 @@ def fit(
         >>> model.posterior(clips).mean.shape
         torch.Size([20])
     """
-    if len(comparisons) < MIN_COMPARISONS:
-        raise InvalidInput(
-            f"comparisons: expected at least {MIN_COMPARISONS} answers to learn from, got "
-            f"{len(comparisons)}."
-        )
     for name, number in (("epochs", epochs), ("patience", patience), ("batch_size", batch_size)):
         if number < 1:
             raise InvalidInput(f"{name}: expected at least 1, got {number}.")
     if not 0 <= held_out < 1:
         raise InvalidInput(f"held_out: expected a share from 0 to below 1, got {held_out}.")
-    kept_back = _draw(len(comparisons), held_out, groups, seed)
+    answers = Answers.gather(
+        comparisons, marks, ratings, held_out=held_out, groups=groups, seed=seed
+    )
+    said, kept_back = answers.said, answers.kept_back
+    if len(said) < MIN_COMPARISONS:
+        raise InvalidInput(
+            f"comparisons: expected at least {MIN_COMPARISONS} answers to learn from, got "
+            f"{len(said)}."
+        )
     if kept_back.sum() < _MIN_HELD_OUT:
         kept_back[:] = False
     if kept_back.all():
         raise InvalidInput(
-            f"held_out: expected a share that leaves some of the {len(comparisons)} comparisons to "
-            f"learn from, got {held_out}."
+            f"held_out: expected a share that leaves some of the {len(said)} answers to learn "
+            f"from, got {held_out}."
         )
 
     with isolated_randomness(seed), _quiet():
-        model.initialise(comparisons.clips)
-        keeper = _KeepBest(
-            model, comparisons[~kept_back].compact(), comparisons[kept_back].compact(), patience
-        )
+        model.initialise(said.clips)
+        keeper = _KeepBest(model, said[~kept_back].compact(), said[kept_back].compact(), patience)
         keeper.logs = trainer is not None  # nobody reads what our own would log
-        model.observe(comparisons.compact().clips)
+        model.observe(said.compact().clips)
         model.train()
         trainer = trainer or L.Trainer(max_epochs=epochs, **_PLAIN)
         # First, so that the caller's callbacks find what it logs.
         trainer.callbacks.insert(0, keeper)  # type: ignore[attr-defined]
-        answers = _Answers(comparisons, (~kept_back).nonzero().squeeze(1))
+        batches = answers.batches((~kept_back).nonzero().squeeze(1))
         # Lightning's type wants batches put together one by one.
-        loader = DataLoader(answers, batch_size, shuffle=True, collate_fn=_as_is)  # type: ignore[arg-type]
+        loader = DataLoader(batches, batch_size, shuffle=True, collate_fn=_as_is)  # type: ignore[arg-type]
         try:
             with _interruptible():
                 trainer.fit(model, loader)
@@ -136,20 +146,6 @@ def fit(
     return model
 
 
-def _draw(n: int, share: float, groups: Sequence[int] | Tensor | None, seed: int) -> Tensor:
-    """`(n,)` bool, which comparisons are kept back."""
-    draws = np.random.default_rng(seed).random(n)
-    if groups is not None:
-        if len(groups) != n:
-            raise InvalidInput(
-                f"groups: expected a number for each of {n} comparisons, got {len(groups)}."
-            )
-        # A group's draw is that of its first comparison, so that it stays when answers are added.
-        _, first, group = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
-        draws = draws[first[group.reshape(-1)]]
-    return torch.from_numpy(draws < share)
-
-
 @contextmanager
 def isolated_randomness(seed: int) -> Iterator[None]:
     """Seeds torch's global generators inside the block, and puts them back after it."""
@@ -157,22 +153,6 @@ def isolated_randomness(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-class _Answers(Dataset[PairBatch]):
-    """Serves whole minibatches by index, so that nothing is collated one by one."""
-
-    def __init__(self, comparisons: Comparisons, rows: Tensor) -> None:
-        self.comparisons, self.rows = comparisons, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, places: list[int]) -> PairBatch:
-        index = self.rows[places]
-        first, second = self.comparisons.pairs[index].T
-        clips = self.comparisons.clips
-        return PairBatch(clips[first], clips[second], self.comparisons.preference[index], index)
 
 
 class _KeepBest(L.Callback):

@@ -1,4 +1,8 @@
-"""How a teacher's answer depends on the returns of the two clips."""
+"""How a teacher's answer depends on the returns of the two clips.
+
+Every kind of answer has this likelihood: a mark of a part of a clip and a rating of a clip are
+comparisons, too, of clips that `rewardmodels.marks` makes of them.
+"""
 
 from __future__ import annotations
 

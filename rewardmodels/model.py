@@ -35,13 +35,13 @@ class FitReport:
     """How a fit went.
 
     Attributes:
-        epochs: Passes over the training comparisons that the kept weights have had in this fit.
-        train_log_loss: Mean loss of the last of them, nats per comparison.
-        held_out_log_loss: That of the belief's answers to the comparisons kept back; NaN without
-            any.
+        epochs: Passes over the training answers that the kept weights have had in this fit.
+        train_log_loss: Mean loss of the last of them, nats per answer.
+        held_out_log_loss: That of what is believed of the answers kept back, of every kind; NaN
+            without any.
         held_out_accuracy: Share of decided (not tied) held-out answers that were predicted;
             NaN without any.
-        held_out: How many comparisons were kept back.
+        held_out: How many answers were kept back.
     """
 
     epochs: int
@@ -59,7 +59,8 @@ class PairBatch:
         first: Q clips that were written first.
         second: The Q clips they were compared with.
         preference: `(Q,)`, probability that the second is preferred.
-        index: `(Q,)` long, which of all comparisons these are.
+        index: `(Q,)` long, the place of each among all answers of its kind: comparisons, marks or
+            ratings.
     """
 
     first: Clips
@@ -78,7 +79,7 @@ class PairBatch:
 
 
 class RewardModel(L.LightningModule, ABC):
-    """A belief about rewards, learned from comparisons by `rewardmodels.fit`.
+    """A belief about rewards, learned from comparisons and their like by `rewardmodels.fit`.
 
     A subclass says how it is built (`build`), what it minimises (`loss`), what follows each epoch
     (`settle`) and, where it needs to, the last (`conclude`), and what it believes of clips
@@ -195,7 +196,8 @@ class RewardModel(L.LightningModule, ABC):
         Called once a fit, without gradients, in eval mode and after `settle`.
 
         Args:
-            comparisons: Those that were trained on; none that were kept back.
+            comparisons: Those that were trained on, and what marks and ratings came to; none that
+                were kept back.
         """
 
     @abstractmethod

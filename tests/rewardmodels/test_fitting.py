@@ -23,8 +23,8 @@ from rewardmodels import (
     InvalidInput,
     PairBatch,
     fit,
-    fitting,
 )
+from rewardmodels.answers import Answers
 
 
 def some(n: int = 60, seed: int = 0, shift: float = 0.0) -> Comparisons:
@@ -131,7 +131,8 @@ def test_minibatches_hold_every_row_once_an_epoch():
 
 def test_a_minibatch_is_the_rows_it_says():
     answers = some(10)
-    batch = fitting._Answers(answers, torch.tensor([2, 4, 9])).__getitems__([2, 0])
+    gathered = Answers.gather(answers, None, None, held_out=0, groups=None, seed=0)
+    batch = gathered.batches(torch.tensor([2, 4, 9])).__getitems__([2, 0])
     assert batch.index.tolist() == [9, 2]
     clips = answers.clips.observations
     assert torch.equal(batch.first.observations, clips[answers.pairs[[9, 2], 0]])
@@ -384,16 +385,20 @@ def test_a_gpu_learns_the_same_and_leaves_its_generator():
     assert there.rsample(3, torch.Generator().manual_seed(0)).is_cuda
 
 
+def kept_back(n: int, groups: torch.Tensor | None) -> torch.Tensor:
+    return Answers.gather(some(n), None, None, held_out=0.3, groups=groups, seed=1).kept_back
+
+
 def test_groups_are_kept_back_together_and_stay_so():
     groups = torch.arange(60) // 6 % 7
-    kept = fitting._draw(60, 0.3, groups, seed=1)
+    kept = kept_back(60, groups)
     for group in range(7):
         assert len(kept[groups == group].unique()) == 1
     assert 0 < kept.sum() < 60
     longer = torch.cat([groups, torch.arange(20)])
-    assert torch.equal(fitting._draw(80, 0.3, longer, seed=1)[:60], kept)
+    assert torch.equal(kept_back(80, longer)[:60], kept)
     # Each comparison by itself is the same as no groups.
     each = torch.arange(60)
-    assert torch.equal(fitting._draw(60, 0.3, each, 1), fitting._draw(60, 0.3, None, 1))
+    assert torch.equal(kept_back(60, each), kept_back(60, None))
     with pytest.raises(InvalidInput, match="groups: expected a number for each of 60"):
         fit(small(), some(60), groups=groups[:3])

@@ -1,0 +1,278 @@
+"""Marks and ratings are the answers they are said to be, and every predictor learns from them."""
+
+import math
+
+import pytest
+import torch
+
+from rewardmodels import (
+    Clips,
+    Comparisons,
+    DeepEnsemble,
+    Epinet,
+    GPHead,
+    InvalidInput,
+    LaplaceHead,
+    Marks,
+    MCDropout,
+    Ratings,
+    RewardModel,
+    fit,
+    negative_log_likelihood,
+)
+from rewardmodels.answers import Answers
+
+WORTH = torch.tensor([1.0, -2.0])  # of a frame's inputs
+
+
+def drawn(n: int = 8, length: int = 12, seed: int = 0) -> Clips:
+    draw = torch.Generator().manual_seed(seed)
+    frames = torch.randn(n, length, 2, generator=draw)
+    return Clips(frames, torch.zeros(n, length, 1), rewards=frames @ WORTH)
+
+
+def best_and_worst(clips: Clips, length: int = 3) -> Marks:
+    """The best stretch of each clip marked good, the worst bad."""
+    windows = clips.rewards.unfold(1, length, 1).sum(2)
+    rows = [
+        [clip, start, start + length - 1, good]
+        for clip, of in enumerate(windows)
+        for good, start in ((1, int(of.argmax())), (0, int(of.argmin())))
+    ]
+    return Marks(clips, torch.tensor(rows))
+
+
+def test_a_mark_sets_the_mean_of_the_stretch_against_that_of_the_rest():
+    clips = drawn()
+    halves = torch.tensor([[0, 0, 5, 1], [3, 6, 11, 0], [5, 2, 7, 1]])
+    said = Marks(clips, halves).comparisons()
+    first, second = said.clips.returns[said.pairs].T
+    for row, (clip, start, end, _) in enumerate(halves.tolist()):
+        rewards = clips.rewards[clip].tolist()
+        inside, rest = rewards[start : end + 1], rewards[:start] + rewards[end + 1 :]
+        expected = 12 * (sum(inside) / 6 - sum(rest) / 6)
+        assert float(second[row] - first[row]) == pytest.approx(expected, rel=1e-4)
+    assert said.preference.tolist() == [1, 0, 1]
+
+
+def test_a_mean_is_close_where_frames_do_not_divide_a_clip():
+    time = torch.linspace(0, 6, 25)
+    smooth = torch.sin(time + torch.arange(50.0)[:, None])
+    clips = Clips(smooth[..., None], smooth[..., None], rewards=smooth)
+    rows = torch.tensor([[clip, clip % 21, clip % 21 + 4, 1] for clip in range(50)])
+    said = Marks(clips, rows).comparisons()
+    first, second = said.clips.returns[said.pairs].T
+    inside = torch.stack([smooth[clip, a : b + 1].mean() for clip, a, b, _ in rows.tolist()])
+    rest = (smooth.sum(1) - 5 * inside) / 20
+    exact = 25 * (inside - rest)
+    assert float((second - first - exact).abs().max()) < 0.1 * float(exact.abs().mean())
+
+
+@pytest.mark.parametrize(
+    ("first", "last"), [(0, 0), (0, 4), (3, 7), (10, 11), (11, 11), (1, 11), (0, 10)]
+)
+def test_frames_count_as_evenly_as_can_be(first, last):
+    number = torch.arange(12.0).reshape(1, 12, 1)
+    said = Marks(Clips(number, number), torch.tensor([[0, first, last, 1]])).comparisons()
+    rest, stretch = said.clips.observations.squeeze(2).long()
+    inside = set(range(first, last + 1))
+    for shown, frames in ((stretch, inside), (rest, set(range(12)) - inside)):
+        counts = torch.bincount(shown, minlength=12)
+        assert set(counts.nonzero().squeeze(1).tolist()) == frames
+        few = math.floor(12 / len(frames))
+        assert all(few <= counts[f] <= few + (12 % len(frames) > 0) for f in frames)
+
+
+def test_a_padded_clip_says_what_it_says_alone():
+    clips = drawn(2)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 7:] = False
+    padded = Clips(clips.observations, clips.actions, mask, clips.rewards)
+    alone = Clips(clips.observations[1:, :7], clips.actions[1:, :7], rewards=clips.rewards[1:, :7])
+    among = Marks(padded, torch.tensor([[0, 2, 5, 1], [1, 4, 6, 0]])).comparisons()
+    single = Marks(alone, torch.tensor([[0, 4, 6, 0]])).comparisons()
+    assert among.clips.lengths.tolist() == [12, 7, 12, 7]
+    torch.testing.assert_close(
+        among.clips.returns[among.pairs[1]], single.clips.returns[single.pairs[0]]
+    )
+
+
+def test_a_constant_added_to_every_frame_changes_nothing():
+    clips = drawn()
+    more = Clips(clips.observations, clips.actions, rewards=clips.rewards + 100)
+    rows = torch.tensor([[0, 0, 4, 1], [1, 5, 5, 0], [2, 1, 11, 1]])
+    for one, other in zip(*(Marks(of, rows).comparisons().clips.returns.view(2, 3).T
+                            for of in (clips, more)), strict=True):  # fmt: skip
+        assert float(one.diff()) == pytest.approx(float(other.diff()), abs=1e-3)
+
+
+def test_a_mark_of_a_whole_clip_is_passed_over():
+    clips = drawn()
+    marks = Marks(clips, torch.tensor([[0, 0, 11, 1], [1, 0, 10, 1], [2, 0, 11, 0]]))
+    assert marks.places().tolist() == [1]
+    assert len(marks.comparisons()) == 1
+    assert len(marks[:1].comparisons()) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (torch.tensor([[0, 1, 2]]), "expected integers of shape"),
+        (torch.tensor([[0.0, 1, 2, 1]]), "got torch.float32"),
+        (torch.tensor([[0, 1, 2, 1], [8, 1, 2, 1]]), "clips from 0 to 7 .* got 8 in row 1"),
+        (torch.tensor([[0, 3, 2, 1]]), "got 3 to 2 in row 0"),
+        (torch.tensor([[0, -1, 2, 1]]), "got -1 to 2"),
+        (torch.tensor([[0, 1, 12, 1]]), "frames from 0 to 11.* got 1 to 12"),
+        (torch.tensor([[0, 1, 2, 2]]), "1 for good or 0 for bad, got 2"),
+    ],
+)
+def test_marks_that_cannot_be_are_refused(rows, said):
+    with pytest.raises(InvalidInput, match=said):
+        Marks(drawn(), rows)
+
+
+def test_a_rating_is_set_beside_the_last_that_differs_of_the_same_person():
+    which, rating = torch.tensor([0, 1, 2, 3, 4, 5]), torch.tensor([0.5, 0.9, 0.5, 0.5, 0.5, 0.1])
+    raters = torch.tensor([7, 7, 3, 7, 7, 3])
+    said = Ratings(drawn(), which, rating, raters).comparisons()
+    # By hand: 7 says 0.5, 0.9, 0.5, 0.5 of clips 0, 1, 3, 4, and 3 says 0.5, 0.1 of 2, 5.
+    assert said.pairs.tolist() == [[0, 1], [1, 3], [1, 4], [2, 5]]
+    assert said.preference.tolist() == [1, 0, 0, 0]
+
+
+def test_the_last_rating_of_a_clip_is_meant():
+    said = Ratings(drawn(), torch.tensor([0, 1, 0]), torch.tensor([0.1, 0.5, 0.9]))
+    assert said.comparisons().pairs.tolist() == [[1, 0]]
+    assert said.comparisons().preference.tolist() == [1]
+    assert said.places().tolist() == [2]
+
+
+def test_ratings_all_alike_say_nothing():
+    said = Ratings(drawn(), torch.tensor([0, 1, 2]), torch.ones(3)).comparisons()
+    assert said.pairs.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("which", "rating", "said"),
+    [
+        (torch.tensor([0.5]), torch.ones(1), "which: expected integers"),
+        (torch.tensor([0, 1]), torch.ones(3), "rating: expected shape"),
+        (torch.tensor([0, 9]), torch.ones(2), "got 9 in row 1"),
+        (torch.tensor([0]), torch.tensor([math.nan]), "rating: expected finite numbers, got nan"),
+    ],
+)
+def test_ratings_that_cannot_be_are_refused(which, rating, said):
+    with pytest.raises(InvalidInput, match=said):
+        Ratings(drawn(), which, rating)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        DeepEnsemble(members=3, hidden=(16,), learning_rate=1e-2),
+        MCDropout(hidden=(16,), learning_rate=1e-2),
+        Epinet(hidden=(16,), learning_rate=1e-2),
+        LaplaceHead(hidden=(16,), learning_rate=1e-2),
+        GPHead(hidden=(), inducing=16, random_features=64),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_every_predictor_learns_from_marks_alone(model: RewardModel):
+    fit(model, marks=best_and_worst(drawn(40)), epochs=30)
+    fresh = drawn(100, seed=1)
+    frames = fresh.observations.flatten(0, 1)
+    believed = model.frame_posterior(frames, torch.zeros(len(frames), 1)).mean
+    true = fresh.rewards.flatten()
+    assert float(torch.corrcoef(torch.stack([believed, true]))[0, 1]) > 0.85
+
+
+def test_the_likelihood_is_that_of_the_means_in_dense_algebra():
+    """A linear reward on one-hot frames, fitted by Newton's method on weights of the frames."""
+    marks = best_and_worst(drawn(30), length=6)  # half a clip, so that frames count alike
+    design = torch.zeros(len(marks), 2, dtype=torch.double)
+    for row, (clip, first, last, _) in enumerate(marks.rows.tolist()):
+        frames = marks.clips.observations[clip].double()
+        inside = torch.zeros(12, dtype=torch.bool)
+        inside[first : last + 1] = True
+        design[row] = 12 * (frames[inside].mean(0) - frames[~inside].mean(0))
+    good = marks.rows[:, 3].double()
+    good[::7] = 1 - good[::7]  # mistakes, else the optimum is at infinity
+    weights = torch.zeros(2, dtype=torch.double)
+    for _ in range(50):
+        p = torch.sigmoid(design @ weights)
+        hessian = design.T @ (design * (p * (1 - p))[:, None])
+        weights += torch.linalg.solve(hessian, design.T @ (good - p))
+    rows = marks.rows.clone()
+    rows[:, 3] = good.long()
+    model = LaplaceHead(hidden=(), learning_rate=0.05, weight_decay=0.0, reward_of="observation")
+    fit(model, marks=Marks(marks.clips, rows), held_out=0.0, epochs=300, batch_size=100)
+    learned = model.network.last.weight[0].detach().double()
+    scale = model.frame_inputs.norm.scale.double()
+    torch.testing.assert_close(learned / scale, weights, rtol=0.02, atol=0.02)
+    nll = negative_log_likelihood(design @ weights, good).mean()
+    assert model.fit_report.train_log_loss == pytest.approx(float(nll), abs=1e-3)
+    # What is uncertain is the inverse of the same Hessian, with the prior's precision added.
+    dense = hessian / scale.outer(scale) + float(model.precision) * torch.eye(2)
+    root = model.root[:2].double()
+    torch.testing.assert_close(root @ root.T, torch.linalg.inv(dense), rtol=0.05, atol=1e-4)
+
+
+def some(n: int = 60) -> Comparisons:
+    clips = drawn(2 * n, seed=3)
+    pairs = torch.arange(2 * n).view(n, 2)
+    first, second = clips.returns[pairs].T
+    return Comparisons(clips, pairs, (second > first).float())
+
+
+def gathered(comparisons: Comparisons | None, marks: Marks, ratings: Ratings) -> Answers:
+    return Answers.gather(comparisons, marks, ratings, held_out=0.3, groups=None, seed=1)
+
+
+def test_marks_of_a_clip_are_kept_back_together_and_stay_so():
+    clips = drawn(40)
+    marks = best_and_worst(clips)
+    ratings = Ratings(clips, torch.arange(40), clips.returns)
+    few, more = gathered(some(20), marks, ratings), gathered(some(60), marks, ratings)
+    alone = gathered(None, marks, ratings)
+    for answers, before in ((few, 20), (more, 60), (alone, 0)):
+        of_marks = answers.kept_back[before : before + 80].view(40, 2)
+        assert torch.equal(of_marks[:, 0], of_marks[:, 1])
+        assert torch.equal(answers.kept_back[before:], alone.kept_back)
+        assert torch.equal(answers.index[before:], alone.index)
+    assert torch.equal(more.kept_back[:20], few.kept_back[:20])
+    assert 0 < int(alone.kept_back[:80].sum()) < 80
+
+
+def test_comparisons_alone_are_fitted_as_with_no_marks():
+    none = Marks(drawn(), torch.zeros(0, 4, dtype=torch.long))
+    fits = [
+        fit(DeepEnsemble(members=2, hidden=(4,)), some(), **given, epochs=3)
+        for given in ({}, {"marks": none})
+    ]
+    one, other = (model.posterior(drawn()).mean for model in fits)
+    assert torch.equal(one, other)
+
+
+def test_all_kinds_go_into_one_fit():
+    clips = drawn(30)
+    model = LaplaceHead(hidden=(8,))
+    ratings = Ratings(clips, torch.arange(30), clips.returns)
+    fit(model, some(), marks=best_and_worst(clips), ratings=ratings, epochs=3, held_out=0.2)
+    everything = gathered(some(), best_and_worst(clips), ratings)
+    assert len(everything.said) == 60 + 60 + 29
+    report = model.fit_report
+    assert report is not None
+    assert report.held_out > 5
+
+
+def test_nothing_to_learn_from_is_refused():
+    with pytest.raises(InvalidInput, match="answers of some kind"):
+        fit(LaplaceHead())
+    whole = Marks(drawn(), torch.tensor([[0, 0, 11, 1], [1, 0, 11, 1]]))
+    with pytest.raises(InvalidInput, match="at least 2 answers"):
+        fit(LaplaceHead(), marks=whole)
+    with pytest.raises(InvalidInput, match="groups: expected none"):
+        fit(LaplaceHead(), marks=best_and_worst(drawn()), groups=[0])
+    other = Marks(Clips(torch.zeros(1, 5, 9), torch.zeros(1, 5, 1)), torch.tensor([[0, 0, 1, 1]]))
+    with pytest.raises(InvalidInput, match="observations of one shape"):
+        fit(LaplaceHead(), some(), marks=other)
