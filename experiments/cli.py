@@ -128,11 +128,11 @@ def _learn(words: str, arguments: list[str]) -> None:
     )
 
 
-def _from(path: str, *, quick: str = "") -> Command:
+def _from(path: str, *, quick: str = "", positional: bool = False) -> Command:
     """A command that calls the function at `module:name`.
 
-    What the function needs comes first, and whatever has a default is a flag. `quick` is the help
-    of its `--quick`, if it has one.
+    Every argument is a flag, save those without a default if they are `positional`. `quick` is the
+    help of its `--quick`, if it has one.
     """
 
     def command(words: str, arguments: list[str]) -> None:
@@ -142,7 +142,7 @@ def _from(path: str, *, quick: str = "") -> Command:
         if quick:
             parser.add_argument("--quick", action="store_true", help=quick)
         skip: set[str | int] | None = {"quick"} if quick else None
-        parser.add_function_arguments(function, as_positional=True, skip=skip)
+        parser.add_function_arguments(function, as_positional=positional, skip=skip)
         settings = _parse(parser, arguments)
         again = shlex.join(["rewardmodels", *words.split(), *arguments])
         with _interruptible(lambda: f"The same command goes on: {again}"):
@@ -186,19 +186,19 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "label": (
         "serve the page on which people answer a run's questions",
-        _from("experiments.labelling_page.command:label"),
+        _from("experiments.labelling_page.command:label", positional=True),
     ),
     "guard": (
         "run a trained agent under a guard, which is calibrated once and kept beside it",
-        _from("experiments.guarding:guard_run"),
+        _from("experiments.guarding:guard_run", positional=True),
     ),
     "export": (
         "write all answers, marks and ratings of a run as CSV or Parquet",
-        _from("active.export:export_feedback"),
+        _from("active.export:export_feedback", positional=True),
     ),
     "import": (
         "read what export wrote into a new store of answers",
-        _from("active.export:import_feedback"),
+        _from("active.export:import_feedback", positional=True),
     ),
     "pool": (
         "record an agent at every stage of its training, as a Minari data set",

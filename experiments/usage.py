@@ -45,6 +45,8 @@ def refusal(message: str, parser: ArgumentParser) -> RewardModelsError:
         return _unknown_flag(found[1], parser)
     if found := re.search(r"argument (\S+): expected one argument", text):
         return InvalidInput(f"{found[1]}: expected a value, got none.")
+    if found := re.search(r"the following arguments are required: (\S+)", text):
+        return InvalidInput(f"{found[1].rstrip(',')}: expected a value, got none.")
     if found := re.search(r"[Oo]ption '([\w.]+)' is not accepted", text):
         if path := re.search(r"class_path '([^']+)'", text):
             return _unknown_option(argument, found[1], path[1])

@@ -82,12 +82,11 @@ def refused(capsys, words) -> str:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("", "command: expected one of learn, demo, pool, study predictors, study strategies, "
-         "study feedback, study guard, benchmark predictors, benchmark queries, benchmark learn; "
-         "got 'none'."),
+        ("", "command: expected one of learn, demo, label, guard, "),
+        ("guard", "run: expected a value, got none."),
         ("lern", "got 'lern'. Did you mean 'learn'?"),
         ("--nonsense", "got '--nonsense'"),
-        ("benchmark", "got 'benchmark'. Did you mean 'benchmark learn'?"),
+        ("benchmark", "got 'benchmark'. Did you mean 'benchmark page'?"),
         ("learn positional", "arguments: expected flags, such as --seed 1, got 'positional'."),
         ("learn --sed 3", "--sed: expected a flag of `rewardmodels learn`, got an unknown one. Did "
          "you mean --seed?"),
