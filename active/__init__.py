@@ -11,7 +11,10 @@ from active.acquisition import (
     predictive_entropy,
     preference_variance,
 )
+from active.database import Conflict, Missing
+from active.export import export_feedback, import_feedback
 from active.feedback import Counts, FeedbackStore, Query
+from active.marks import Mark, Rating
 from active.pairs import all_pairs
 from active.query_strategy import QueryStrategy
 from active.rules import BatchRule, Candidates, Power, TopK
@@ -51,6 +54,7 @@ __all__ = [
     "BatchRule",
     "BestVsWorst",
     "Candidates",
+    "Conflict",
     "Constant",
     "Counts",
     "DOptimal",
@@ -63,9 +67,12 @@ __all__ = [
     "GreedyLogDet",
     "Hyperbolic",
     "KCenter",
+    "Mark",
+    "Missing",
     "Power",
     "Query",
     "QueryStrategy",
+    "Rating",
     "Schedule",
     "ScoredStrategy",
     "SyntheticTeacher",
@@ -80,6 +87,8 @@ __all__ = [
     "d_optimal",
     "difference_variance",
     "expected_best",
+    "export_feedback",
+    "import_feedback",
     "mean_information",
     "mutual_information",
     "predictive_entropy",

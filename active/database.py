@@ -1,4 +1,4 @@
-"""The feedback store's file: its schema, and opening it without harming what isn't ours."""
+"""The feedback store's file: opening it without harming what isn't ours, and writing it whole."""
 
 from __future__ import annotations
 
@@ -9,45 +9,72 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from active.schema import STEPS
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
-VERSION: Final = 1
+VERSION: Final = len(STEPS)
 APPLICATION: Final = 0x52574D46  # "RWMF" in the file's header: what tells our files from others
 
 _MAGIC: Final = b"SQLite format 3\x00"
 
-_SCHEMA: Final = """
-CREATE TABLE clips (
-    id INTEGER PRIMARY KEY,
-    sha256 BLOB NOT NULL,
-    twin INTEGER NOT NULL,
-    data BLOB NOT NULL
-);
-CREATE UNIQUE INDEX clip_once ON clips (sha256, twin);
-CREATE TABLE queries (
-    id INTEGER PRIMARY KEY,
-    round INTEGER NOT NULL,
-    first INTEGER NOT NULL REFERENCES clips,
-    second INTEGER NOT NULL REFERENCES clips,
-    put_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
-    CHECK (first <> second)
-);
-CREATE INDEX query_round ON queries (round);
-CREATE TABLE answers (
-    id INTEGER PRIMARY KEY,
-    query INTEGER NOT NULL REFERENCES queries,
-    preference REAL CHECK (preference BETWEEN 0 AND 1),
-    teacher TEXT NOT NULL,
-    answered_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))
-);
-CREATE UNIQUE INDEX answer_once ON answers (query);
-"""
-# An index, where UNIQUE in the table would do, can be dropped by a later version.
 
-_APPEND_ONLY: Final = """
-CREATE TRIGGER {table}_{verb} BEFORE {verb} ON {table}
-BEGIN SELECT RAISE(ABORT, 'the feedback store is append-only'); END;
-"""
+class Missing(InvalidInput):
+    """Something was asked about, by its id, that isn't in the store."""
+
+
+class Conflict(InvalidInput):
+    """Somebody was quicker, or it was done already; nothing was changed."""
+
+
+class Database:
+    """An open feedback store: its connection, and transactions that are all or nothing.
+
+    Args:
+        path: The file; made if there is none (or an empty one), brought up to date if it is of
+            an earlier version.
+
+    Raises:
+        InvalidInput: A folder that doesn't exist.
+        UnreadableFile: Not a feedback store of this version or an earlier one, or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.connection = connect(path)
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Writes everything in the block, or nothing; on disk when the block ends."""
+        with refuse_damage(self.path):
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.connection
+                self.connection.execute("COMMIT")
+            except BaseException:
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Reads, with damage said in our words."""
+        with refuse_damage(self.path):
+            yield self.connection
+
+    def know(self, query_id: int) -> tuple[int, int]:
+        """Ids of the first and second clip of a query.
+
+        Raises:
+            Missing: An unknown query.
+        """
+        with self.reading() as db:
+            sql = "SELECT first, second FROM queries WHERE id = ?"
+            found = db.execute(sql, (query_id,)).fetchone()
+        if found is None:
+            raise Missing(
+                f"query_id: expected a query in {self.path}, got {query_id}, which isn't."
+            )
+        return int(found[0]), int(found[1])
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -69,7 +96,7 @@ def connect(path: Path) -> sqlite3.Connection:
     with refuse_damage(path):
         db = _open(path, "rwc")
         try:
-            _make(db)
+            _bring_up_to_date(db)
             if interrupted:
                 _check(path, db)
             db.execute("PRAGMA journal_mode = WAL")
@@ -132,19 +159,16 @@ def _open(path: Path, mode: str) -> sqlite3.Connection:
     return db
 
 
-def _make(db: sqlite3.Connection) -> None:
-    """Writes the schema into an empty file, all or nothing, whoever comes first."""
+def _bring_up_to_date(db: sqlite3.Connection) -> None:
+    """Takes the steps from the file's version to ours, all or nothing, whoever comes first."""
     db.execute("BEGIN IMMEDIATE")
     try:
         if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-            triggers = [
-                _APPEND_ONLY.format(table=table, verb=verb)
-                for table in ("clips", "queries", "answers")
-                for verb in ("UPDATE", "DELETE")
-            ]
-            for statement in [*_SCHEMA.strip().split(";\n"), *triggers]:
-                db.execute(statement)
             db.execute(f"PRAGMA application_id = {APPLICATION}")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version < VERSION:
+            for statement in (s for step in STEPS[version:] for s in step):
+                db.execute(statement)
             db.execute(f"PRAGMA user_version = {VERSION}")
         db.execute("COMMIT")
     except BaseException:

@@ -1,29 +1,36 @@
 """The durable store of clips, queries and answers: one SQLite file, only ever added to.
 
 People's answers are the dearest data in a study, so an answer that was acknowledged survives a
-killed process and a power cut, and a query is on disk with both its clips or not at all.
+killed process and a power cut, and a query is on disk with both its clips or not at all. What is
+taken back is marked so, and stays.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Final, Literal, NamedTuple, Self, get_args
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from active.database import connect, refuse_damage
+from active.clip_table import ClipTable, pack
+from active.database import Conflict, Database, Missing
+from active.leases import Leases
+from active.marks import Marks
 from active.pairs import check_pairs
+from active.repeats import Repeats
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
-from rewardmodels.errors import InvalidInput, UnreadableFile
+from rewardmodels.errors import InvalidInput, UnknownName
+
+Declined = Literal["unsure", "skip"]
+"""Why there is no preference: the person looked and can't tell, or didn't want to say."""
+
+_TABLE: Final = {"answer": "answers", "mark": "marks", "rating": "ratings"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,13 @@ class FeedbackStore:
     each, however many queries show them, as safetensors with every number as it came.
 
     Args:
-        path: The file; made if there is none (or an empty one).
+        path: The file; made if there is none (or an empty one), brought up to date if an earlier
+            version wrote it.
+
+    Attributes:
+        leases: Who is being asked what just now.
+        marks: Marks and ratings of single clips.
+        repeats: Queries put a second time, to see whether answers agree.
 
     Raises:
         UnreadableFile: A file that is damaged, isn't a feedback store, or was written by a
@@ -76,15 +89,22 @@ class FeedbackStore:
         >>> path = Path(tempfile.mkdtemp()) / "answers.sqlite"
         >>> with FeedbackStore(path) as store:
         ...     ids = store.add_queries(clips, torch.tensor([[0, 1], [2, 1]]), round=0)
-        ...     store.answer(ids[0], 1.0, teacher="ann")
-        ...     store.answer(ids[1], None, teacher="ann")
+        ...     anns = store.answer(ids[0], 1.0, teacher="ann")
+        ...     _ = store.answer(ids[1], None, teacher="ann")
+        ...     _ = store.withdraw("answer", anns, teacher="ann")
+        ...     _ = store.answer(ids[0], 0.5, teacher="ann")
         ...     store.counts(), store.comparisons().preference
-        (Counts(put=2, answered=1, skipped=1), tensor([1.]))
+        (Counts(put=2, answered=1, skipped=1), tensor([0.5000]))
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._db = connect(self.path)
+        self._file = Database(self.path)
+        self._db = self._file.connection
+        self._clips = ClipTable(self._file)
+        self.leases = Leases(self._file)
+        self.marks = Marks(self._file)
+        self.repeats = Repeats(self._file)
 
     def add_queries(self, clips: Clips, pairs: Tensor, *, round: int) -> list[int]:
         """Stores queries, and those of the clips that they show, in one transaction.
@@ -112,18 +132,27 @@ class FeedbackStore:
         if round < 0:
             raise InvalidInput(f"round: expected at least 0, got {round}.")
         used = sorted({clip for row in rows for clip in row})
-        self._check_frames(clips)
-        blobs = {clip: _pack(clips, clip) for clip in used}
-        with self._transaction():
+        self._clips.check_frames(clips)
+        blobs = {clip: pack(clips, clip) for clip in used}
+        with self._file.transaction():
             ids = []
             for first, second in rows:
                 twins = blobs[first] == blobs[second]
-                shown = self._clip(blobs[first], 0), self._clip(blobs[second], int(twins))
+                shown = self._clips.put(blobs[first], 0), self._clips.put(blobs[second], int(twins))
                 sql = "INSERT INTO queries (round, first, second) VALUES (?, ?, ?) RETURNING id"
                 ids.append(int(self._db.execute(sql, (round, *shown)).fetchone()[0]))
         return ids
 
-    def answer(self, query_id: int, preference: float | None, teacher: str) -> None:
+    def answer(
+        self,
+        query_id: int,
+        preference: float | None,
+        teacher: str,
+        *,
+        seconds: float | None = None,
+        declined: Declined = "skip",
+        holder: str | None = None,
+    ) -> int:
         """Stores an answer; it is on disk when this returns.
 
         Args:
@@ -131,10 +160,18 @@ class FeedbackStore:
             preference: Probability that the second clip is better: 0, 1, 0.5 for "the same",
                 or anything between; None or NaN for a skipped query.
             teacher: Who answered.
+            seconds: How long they took; None if nobody looked at the clock.
+            declined: Why there is no preference, where there is none.
+            holder: Whose lease has to hold, and ends with the answer; None to answer without one.
+
+        Returns:
+            The answer's id, for `withdraw`.
 
         Raises:
-            InvalidInput: An unknown query, one that has its answer already (answers are never
-                changed), a preference outside [0, 1], or an empty teacher.
+            Missing: An unknown query.
+            Conflict: A query that has its answer already (answers are never changed), or whose
+                lease isn't the holder's any more.
+            InvalidInput: A preference outside [0, 1], negative seconds, or an empty teacher.
         """
         if preference is not None and math.isnan(preference):
             preference = None
@@ -143,38 +180,82 @@ class FeedbackStore:
                 "preference: expected a probability from 0 to 1, or None for a skipped query, "
                 f"got {preference}."
             )
+        if seconds is not None and not 0 <= seconds < math.inf:
+            raise InvalidInput(f"seconds: expected a number of at least 0, got {seconds}.")
+        if declined not in get_args(Declined):
+            raise UnknownName("declined", declined, get_args(Declined))
         if not teacher:
             raise InvalidInput("teacher: expected the name of who answered, got an empty one.")
-        with self._transaction():
-            (query,) = self._read("WHERE queries.id = ?", (query_id,)) or (None,)
-            if query is None:
-                raise InvalidInput(
-                    f"query_id: expected a query in {self.path}, got {query_id}, which isn't."
-                )
-            if query.teacher is not None:
-                raise InvalidInput(
+        row = (
+            (query_id, None, teacher, seconds, declined)
+            if preference is None
+            else (query_id, float(preference), teacher, seconds, None)
+        )
+        with self._file.transaction() as db:
+            self._file.know(query_id)
+            sql = "SELECT teacher FROM standing WHERE query = ?"
+            if said := db.execute(sql, (query_id,)).fetchone():
+                raise Conflict(
                     f"query_id: expected a query without an answer, got {query_id}, which "
-                    f"{query.teacher!r} has answered; answers are never changed."
+                    f"{said[0]!r} has answered; answers are never changed."
                 )
-            self._db.execute(
-                "INSERT INTO answers (query, preference, teacher) VALUES (?, ?, ?)",
-                (query_id, None if preference is None else float(preference), teacher),
-            )
+            if holder is not None:
+                self.leases.check(query_id, holder)
+            db.execute("DELETE FROM leases WHERE query = ?", (query_id,))
+            sql = """INSERT INTO answers (query, preference, teacher, seconds, declined)
+                     VALUES (?, ?, ?, ?, ?) RETURNING id"""
+            return int(db.execute(sql, row).fetchone()[0])
+
+    def withdraw(
+        self, kind: Literal["answer", "mark", "rating"], id: int, teacher: str
+    ) -> int | None:
+        """Takes back what somebody said; it stays in the file, and no longer counts.
+
+        A query whose answer is withdrawn is open again.
+
+        Args:
+            kind: What it is.
+            id: Its number.
+            teacher: Who said it: nobody else may take it back.
+
+        Returns:
+            The query that is open again, where it was an answer.
+
+        Raises:
+            Missing: There is no such thing, or somebody else said it.
+            Conflict: It is withdrawn already.
+            UnknownName: Another kind.
+        """
+        if kind not in _TABLE:
+            raise UnknownName("kind", kind, _TABLE)
+        with self._file.transaction() as db:
+            about = "query" if kind == "answer" else "NULL"
+            sql = f"SELECT {about} FROM {_TABLE[kind]} WHERE id = ? AND teacher = ?"
+            found = db.execute(sql, (id, teacher)).fetchone()
+            if found is None:
+                raise Missing(f"id: expected the id of {kind} by {teacher!r}, got {id}.")
+            if db.execute(f"SELECT 1 FROM withdrawals WHERE {kind} = ?", (id,)).fetchone():
+                raise Conflict(f"id: expected what stands, got {kind} {id}, withdrawn already.")
+            db.execute(f"INSERT INTO withdrawals ({kind}) VALUES (?)", (id,))
+            return None if found[0] is None else int(found[0])
 
     def queries(self, round: int | None = None, unanswered: bool = False) -> list[Query]:
-        """Lists queries by id.
+        """Lists queries by id, repeats aside.
 
         Args:
             round: Only those of this round.
             unanswered: Only those that nobody has answered or skipped.
         """
-        conditions = ["TRUE"]
+        conditions = ["repeats IS NULL"]
         if round is not None:
             conditions.append("queries.round = :round")
         if unanswered:
-            conditions.append("answers.query IS NULL")
-        with refuse_damage(self.path):
-            return self._read("WHERE " + " AND ".join(conditions), {"round": round})
+            conditions.append("standing.query IS NULL")
+        sql = f"""SELECT queries.id, round, teacher, preference
+                  FROM queries LEFT JOIN standing ON standing.query = queries.id
+                  WHERE {" AND ".join(conditions)} ORDER BY queries.id"""
+        with self._file.reading() as db:
+            return [Query(*row) for row in db.execute(sql, {"round": round})]
 
     def comparisons(self) -> Comparisons | None:
         """All answers but skipped ones, by query id, each clip once; None if there are none."""
@@ -201,25 +282,39 @@ class FeedbackStore:
         if not query_ids:
             raise InvalidInput("query_ids: expected at least one, got none.")
         place: dict[int, int] = {}  # of a clip's id among the clips returned
-        pairs = []
-        with refuse_damage(self.path):
-            for query_id in query_ids:
-                sql = "SELECT first, second FROM queries WHERE id = ?"
-                shown = self._db.execute(sql, (query_id,)).fetchone()
-                if shown is None:
-                    raise InvalidInput(
-                        f"query_ids: expected queries in {self.path}, got {query_id}, which isn't."
-                    )
-                pairs.append([place.setdefault(clip, len(place)) for clip in shown])
-            clips = Clips.cat([self._load(clip) for clip in place])
-        return clips, torch.tensor(pairs)
+        pairs = [
+            [place.setdefault(clip, len(place)) for clip in self.shown(query_id)]
+            for query_id in query_ids
+        ]
+        return self.clips(list(place)), torch.tensor(pairs)
+
+    def shown(self, query_id: int) -> tuple[int, int]:
+        """Ids of the first and second clip of a query.
+
+        Raises:
+            Missing: An unknown query.
+        """
+        return self._file.know(query_id)
+
+    def clips(self, ids: Sequence[int]) -> Clips:
+        """Clips by id, such as those that marks and ratings speak of, in the order of the ids.
+
+        Raises:
+            InvalidInput: No ids.
+            Missing: One that isn't in the store.
+            UnreadableFile: A clip that is no longer what was stored.
+        """
+        if not ids:
+            raise InvalidInput("ids: expected at least one, got none.")
+        return Clips.cat([self._clips.load(clip) for clip in ids])
 
     def counts(self) -> Counts:
-        """How many queries were put, answered (skips aside) and skipped."""
+        """How many queries were put, answered (skips aside) and skipped; repeats don't count."""
         sql = """SELECT count(*), count(preference), count(query) - count(preference)
-                 FROM queries LEFT JOIN answers ON answers.query = queries.id"""
-        with refuse_damage(self.path):
-            return Counts(*self._db.execute(sql).fetchone())
+                 FROM queries LEFT JOIN standing ON standing.query = queries.id
+                 WHERE repeats IS NULL"""
+        with self._file.reading() as db:
+            return Counts(*db.execute(sql).fetchone())
 
     def close(self) -> None:
         """Closes the file; closing twice does no harm."""
@@ -235,73 +330,3 @@ class FeedbackStore:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with refuse_damage(self.path):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    def _read(self, where: str, values: tuple[int, ...] | dict[str, int | None]) -> list[Query]:
-        sql = f"""SELECT queries.id, round, teacher, preference
-                  FROM queries LEFT JOIN answers ON answers.query = queries.id
-                  {where} ORDER BY queries.id"""
-        return [Query(*row) for row in self._db.execute(sql, values)]
-
-    def _clip(self, blob: bytes, twin: int) -> int:
-        """The id of a clip, stored now if it isn't yet.
-
-        Two clips of a query may hold the same frames; the second is then kept as a twin, since
-        a query of a clip against itself is what every reader refuses.
-        """
-        key = (hashlib.sha256(blob).digest(), twin)
-        sql = "INSERT INTO clips (sha256, twin, data) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
-        self._db.execute(sql, (*key, blob))
-        sql = "SELECT id FROM clips WHERE sha256 = ? AND twin = ?"
-        return int(self._db.execute(sql, key).fetchone()[0])
-
-    def _load(self, clip: int) -> Clips:
-        sql = "SELECT sha256, data FROM clips WHERE id = ?"
-        digest, blob = self._db.execute(sql, (clip,)).fetchone()
-        if hashlib.sha256(blob).digest() != digest:
-            raise UnreadableFile(
-                f"{self.path}: expected clip {clip} as it was stored, got other bytes (its "
-                "checksum differs); restore the file from a copy."
-            )
-        return Clips(**{name: v[None] for name, v in safetensors.torch.load(blob).items()})
-
-    def _check_frames(self, clips: Clips) -> None:
-        # Clips of two shapes can't be one data set: refused now, not after people have answered.
-        with refuse_damage(self.path):
-            known = self._db.execute("SELECT min(id) FROM clips").fetchone()[0]
-            stored = None if known is None else self._load(known)
-        for name in () if stored is None else ("observations", "actions", "states"):
-            old, new = getattr(stored, name), getattr(clips, name)
-            if old is not None and new is not None and old.shape[2:] != new.shape[2:]:
-                raise InvalidInput(
-                    f"clips.{name}: expected frames of shape {tuple(old.shape[2:])} like those "
-                    f"in {self.path}, got {tuple(new.shape[2:])}; use another file for another "
-                    "task."
-                )
-
-
-def _pack(clips: Clips, index: int) -> bytes:
-    """One clip as safetensors, cut after its last real frame: padding is nobody's data."""
-    end = int(clips.mask[index].nonzero().max()) + 1
-    named = {
-        name: getattr(clips, name)
-        for name in ("observations", "actions", "mask", "rewards", "states")
-    }
-    return safetensors.torch.save(
-        {
-            name: value[index, :end].detach().cpu().contiguous().clone()
-            for name, value in named.items()
-            if value is not None
-        }
-    )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from ctypes.util import find_library
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
+import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
 from experiments.tasks import Task, make_env, simulator_state
 from rewardmodels.errors import InvalidInput, RewardModelsError
+
+_Draw = Callable[[NDArray[np.float64], NDArray[np.uint8]], None]
+"""Draws a state into a picture."""
 
 
 class RenderingUnavailable(RewardModelsError, RuntimeError):
@@ -25,14 +28,11 @@ class RenderingUnavailable(RewardModelsError, RuntimeError):
 def render_states(
     task: Task, states: NDArray[np.floating[Any]], width: int = 240, height: int = 240
 ) -> NDArray[np.uint8]:
-    """Pictures of simulator states, drawn off screen.
-
-    MuJoCo's bodies are seen by the model's camera `track`, which moves along with them, and
-    without shadows and reflections, which take nine tenths of the time where no GPU draws.
+    """Pictures of simulator states, drawn off screen; many clips want a `Renderer`.
 
     Args:
         task: Whose states they are.
-        states: `(T, s)`, each `qpos` and `qvel` (or, in classic control, `state`), as `states()`
+        states: `(T, s)`, each `qpos` and `qvel` (or, outside MuJoCo, `state`), as `states()`
             of either backend gives them.
         width: Of a picture, in pixels.
         height: Of a picture, in pixels.
@@ -45,33 +45,96 @@ def render_states(
         RenderingUnavailable: If no OpenGL library (for MuJoCo) or no pygame (for classic
             control) is installed, or the environment's state can't be set.
     """
-    with make_env(task) as env:
-        env.reset(seed=0)
-        simulator: Any = env.unwrapped
-        now = simulator_state(simulator)
-        if now is None:
-            raise RenderingUnavailable(
-                f"task: expected an environment whose state can be set, got {task.name}, which "
-                "has neither set_state(qpos, qvel) nor state."
-            )
+    with Renderer(task, width, height) as renderer:
+        return renderer.draw(states)
+
+
+class Renderer:
+    """Draws states of a task, clip after clip, with one environment and one OpenGL context.
+
+    MuJoCo's bodies are seen by the model's camera `track`, which moves along with them, and
+    without shadows and reflections, which take nine tenths of the time where no GPU draws. Any
+    other environment with `rgb_array` and a `state` that can be set draws its own pictures.
+
+    It belongs to the thread that made it, as OpenGL has it.
+
+    Args:
+        task: Whose states are drawn.
+        width: Of a picture, in pixels.
+        height: Of a picture, in pixels.
+        smooth: Whether MuJoCo's edges are smoothed, which takes more than half of the time where
+            no GPU draws.
+
+    Raises:
+        RenderingUnavailable: If no OpenGL library (for MuJoCo) or no pygame (for classic
+            control) is installed, or the environment's state can't be set.
+    """
+
+    def __init__(
+        self, task: Task, width: int = 240, height: int = 240, *, smooth: bool = True
+    ) -> None:
+        self.task, self._size = task, (height, width)
+        with ExitStack() as stack:
+            env = stack.enter_context(make_env(task))
+            env.reset(seed=0)
+            now = simulator_state(env.unwrapped)
+            if now is None:
+                raise RenderingUnavailable(
+                    f"task: expected an environment whose state can be set, got {task.name}, which "
+                    "has neither set_state(qpos, qvel) nor state."
+                )
+            self._length = len(now)
+            if hasattr(env.unwrapped, "set_state"):
+                self._draw = stack.enter_context(
+                    _mujoco_drawer(env.unwrapped, width, height, smooth)
+                )
+            else:
+                self._draw = stack.enter_context(_own_drawer(task, width, height))
+            self._open = stack.pop_all()
+
+    def draw(self, states: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+        """Pictures of states.
+
+        Args:
+            states: `(T, s)`, as of `render_states`.
+
+        Returns:
+            RGB, `(T, height, width, 3)`.
+
+        Raises:
+            InvalidInput: If `states` isn't `(T, s)` with the task's own `s`.
+        """
         wanted = np.asarray(states, np.float64)
-        if wanted.ndim != 2 or wanted.shape[1] != len(now):
+        if wanted.ndim != 2 or wanted.shape[1] != self._length:
             raise InvalidInput(
-                f"states: expected shape (T, {len(now)}) for {task.name}, got {wanted.shape}."
+                f"states: expected shape (T, {self._length}) for {self.task.name}, got "
+                f"{wanted.shape}."
             )
-        if hasattr(simulator, "set_state"):
-            return _draw_mujoco(simulator, wanted, width, height)
-    return _draw_classic(task, wanted, width, height)
+        frames = np.empty((len(wanted), *self._size, 3), np.uint8)
+        for frame, state in zip(frames, wanted, strict=True):
+            self._draw(state, frame)
+        return frames
+
+    def close(self) -> None:
+        """Gives the environment and the context back; closing twice does no harm."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _draw_mujoco(
-    simulator: Any, states: NDArray[np.float64], width: int, height: int
-) -> NDArray[np.uint8]:
+@contextmanager
+def _mujoco_drawer(simulator: Any, width: int, height: int, smooth: bool) -> Iterator[_Draw]:
     import mujoco
 
     model, data = simulator.model, simulator.data
     model.vis.global_.offwidth, model.vis.global_.offheight = width, height
     model.vis.quality.shadowsize = 0
+    if not smooth:
+        model.vis.quality.offsamples = 0
     camera = mujoco.MjvCamera()
     camera.fixedcamid = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
     if camera.fixedcamid >= 0:
@@ -79,7 +142,6 @@ def _draw_mujoco(
     else:
         mujoco.mjv_defaultFreeCamera(model, camera)
         camera.distance = model.stat.extent  # MuJoCo stands half as far again back
-    frames = np.empty((len(states), height, width, 3), np.uint8)
     whole = mujoco.MjrRect(0, 0, width, height)
     with _opengl(width, height):
         context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
@@ -88,13 +150,19 @@ def _draw_mujoco(
         scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = False
         scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
         everything = mujoco.MjvOption(), None, camera, mujoco.mjtCatBit.mjCAT_ALL, scene
-        for frame, state in zip(frames, states, strict=True):
+        drawn = np.empty((height, width, 3), np.uint8)
+
+        def draw(state: NDArray[np.float64], frame: NDArray[np.uint8]) -> None:
             simulator.set_state(state[: model.nq], state[model.nq :])
             mujoco.mjv_updateScene(model, data, *everything)
             mujoco.mjr_render(whole, scene, context)
-            mujoco.mjr_readPixels(frame, None, whole, context)
-        context.free()
-    return frames[:, ::-1]  # OpenGL counts rows from the bottom
+            mujoco.mjr_readPixels(drawn, None, whole, context)
+            frame[:] = drawn[::-1]  # OpenGL counts rows from the bottom
+
+        try:
+            yield draw
+        finally:
+            context.free()
 
 
 @contextmanager
@@ -122,23 +190,26 @@ def _opengl(width: int, height: int) -> Iterator[None]:
         context.free()
 
 
-def _draw_classic(
-    task: Task, states: NDArray[np.float64], width: int, height: int
-) -> NDArray[np.uint8]:
-    if find_spec("pygame") is None:
-        raise RenderingUnavailable(
-            f"task: expected an environment that can be drawn here, got {task.name}, which needs "
-            "pygame: pip install 'gymnasium[classic-control]'."
-        )
-    frames = np.empty((len(states), height, width, 3), np.uint8)
-    with make_env(task, render_mode="rgb_array") as env:
+@contextmanager
+def _own_drawer(task: Task, width: int, height: int) -> Iterator[_Draw]:
+    try:
+        env = make_env(task, render_mode="rgb_array")
         env.reset(seed=0)
+        env.render()
+    except gym.error.DependencyNotInstalled as error:
+        raise RenderingUnavailable(
+            f"task: expected an environment that can be drawn here, got {task.name}: {error}. "
+            "For classic control: pip install pygame."
+        ) from error
+    with env:
         simulator: Any = env.unwrapped
-        for frame, state in zip(frames, states, strict=True):
+
+        def draw(state: NDArray[np.float64], frame: NDArray[np.uint8]) -> None:
             simulator.state = state
             picture = np.asarray(env.render())
-            # Classic control draws in one size only, far above ours: nearest pixels will do.
+            # Environments draw in a size of their own, mostly above ours: nearest pixels will do.
             rows = np.arange(height) * picture.shape[0] // height
             columns = np.arange(width) * picture.shape[1] // width
             frame[:] = picture[np.ix_(rows, columns)]
-    return frames
+
+        yield draw

@@ -1,0 +1,455 @@
+"use strict";
+// What is on the screen is `pairs[0]`; the others are loaded meanwhile, so that an answer shows the
+// next at once. What people do goes to the server in order, one thing at a time, and is said to be
+// saved only when the server has said so.
+
+const FPS = 25;
+const $ = (id) => document.getElementById(id);
+const stage = $("stage");
+let pairs = [];              // {id, clips, root, videos, since}
+let chosen = 0;              // which of the two clips keys speak of
+let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+let unsaved = 0;             // what was done and isn't acknowledged
+let renewing = 0;
+const gone = new Set();      // queries answered here, whatever an older reply still lists
+const undoable = JSON.parse(sessionStorage.getItem("undoable") || "[]");
+const WORDS = { left: "Left is better", right: "Right is better", same: "The same", unsure: "Can’t tell", skip: "Skipped" };
+
+const DRAWING = "These clips are being drawn…";
+
+function say(text, wrong = false) {
+  $("status").textContent = text;
+  $("status").classList.toggle("wrong", wrong);
+}
+
+class Refused extends Error {
+  constructor(status, reason) { super(reason); this.status = status; }
+}
+
+async function post(path, body) {
+  const reply = await fetch("/api/" + path, {
+    method: "POST", keepalive: true,   // arrives even if the tab is closed just now
+    headers: { "content-type": "application/json" },
+    body: body === undefined ? undefined : JSON.stringify(body),
+  });
+  const said = await reply.json().catch(() => ({}));
+  if (!reply.ok) throw new Refused(reply.status, said.reason || `the server said ${reply.status}`);
+  return said;
+}
+
+// Tries until the server has answered one way or the other: it may be starting anew.
+async function surely(path, body) {
+  for (let pause = 200, tried = false; ; pause = Math.min(2 * pause, 5000), tried = true) {
+    try {
+      return await post(path, body);
+    } catch (error) {
+      if (error instanceof Refused && error.status < 500) {
+        // An earlier try may have come through though its reply didn't.
+        if (tried && error.status === 409) return null;
+        throw error;
+      }
+      say("Not saved yet: no reply from the server. Trying again…", true);
+      await new Promise((done) => setTimeout(done, pause));
+    }
+  }
+}
+
+let line = Promise.resolve();
+function inOrder(job) {
+  unsaved += 1;
+  line = line.then(job).catch((error) => {
+    say(error.message, true);
+    return post("next").then(update).catch(() => {});
+  }).finally(() => { unsaved -= 1; });
+  return line;
+}
+
+function remember(kind, id, query) {
+  undoable.push({ kind, id, query });
+  undoable.splice(0, undoable.length - 50);
+  keepUndoable();
+}
+
+function keepUndoable() {
+  sessionStorage.setItem("undoable", JSON.stringify(undoable));
+  $("undo").disabled = undoable.length === 0 && unsaved === 0;
+}
+
+// ---- what the server says is to be shown
+
+function update(state) {
+  if (!state) return post("next").then(update);
+  const named = state.name !== "";
+  $("welcome").hidden = named;
+  $("work").hidden = !named;
+  if (!named) { $("name").focus(); return; }
+  const wanted = state.queries.filter((query) => !gone.has(query.id));
+  // What somebody looks at stays in front of them; and after an undo, what they took back.
+  const front = state.query || (pairs[0] && pairs[0].id);
+  wanted.sort((a, b) => (b.id === front) - (a.id === front));
+  const have = new Map(pairs.map((pair) => [pair.id, pair]));
+  const before = pairs[0];
+  pairs = wanted.map((query) => have.get(query.id) || load(query));
+  for (const [id, pair] of have) if (!wanted.some((query) => query.id === id)) drop(pair);
+  if (pairs[0] !== before) show();
+  const { same, repeated } = state.agreement;
+  $("how-far").textContent = `${state.answered} of ${state.budget} answered` +
+    (state.declined ? `, ${state.declined} left out` : "") +
+    (repeated ? ` · agreed ${same} of ${repeated} times when asked again` : "");
+  $("progress").max = Math.max(1, state.budget);
+  $("progress").value = state.answered;
+  keepUndoable();
+  clearTimeout(renewing);
+  renewing = setTimeout(renew, pairs.length ? 1000 * state.renew_seconds : 2000);
+}
+
+function renew() {
+  if (unsaved) { renewing = setTimeout(renew, 2000); return; }
+  post("next").then(update).catch((error) => {
+    say(error instanceof Refused ? error.message : "No reply from the server. Trying again…", true);
+    renewing = setTimeout(renew, 3000);
+  });
+}
+
+function load(query) {
+  const root = $("pair").content.firstElementChild.cloneNode(true);
+  root.append(root.firstElementChild.cloneNode(true));
+  root.inert = true;
+  const pair = { id: query.id, clips: query.clips, root, since: 0, seen: false };
+  pair.figures = [...root.querySelectorAll(".clip")];
+  pair.videos = pair.figures.map((figure, side) => prepare(pair, figure, side));
+  stage.append(root);
+  return pair;
+}
+
+function prepare(pair, figure, side) {
+  const name = side ? "Right clip" : "Left clip";
+  const clip = pair.clips[side];
+  const video = figure.querySelector("video");
+  figure.setAttribute("aria-label", name);
+  video.setAttribute("aria-label", `${name}, ${clip.frames} frames`);
+  video.src = `/video/${clip.id}`;
+  video.addEventListener("error", () => { if (video.hasAttribute("src")) why(figure, clip); });
+  video.addEventListener("ended", () => loopInStep(pair));
+  figure.addEventListener("focusin", () => choose(side));
+  figure.addEventListener("pointerdown", () => choose(side));
+  for (const button of figure.querySelectorAll(".hold")) {
+    const good = button.dataset.good === "1";
+    button.setAttribute("aria-label", `Mark as ${good ? "good" : "bad"} while held, ${name.toLowerCase()}`);
+    button.addEventListener("pointerdown", (event) => { button.setPointerCapture(event.pointerId); hold(side, good); });
+    for (const end of ["pointerup", "pointercancel"]) button.addEventListener(end, letGo);
+    button.addEventListener("contextmenu", (event) => event.preventDefault());
+  }
+  for (const lane of figure.querySelectorAll(".lane")) draggable(pair, side, lane);
+  const stars = figure.querySelector(".stars");
+  stars.setAttribute("aria-label", `Rate the ${name.toLowerCase()}`);
+  for (let n = 1; n <= 5; n++) {
+    const star = document.createElement("button");
+    star.textContent = "★";
+    star.setAttribute("aria-label", `${n} of 5`);
+    star.addEventListener("click", () => rate(side, n));
+    stars.append(star);
+  }
+  for (const mark of clip.marks) drawMark(figure, clip, mark);
+  return video;
+}
+
+// A video that is only removed goes on holding its connection, and a browser has six.
+function drop(pair) {
+  for (const video of pair.videos) { video.removeAttribute("src"); video.load(); }
+  pair.root.remove();
+}
+
+async function why(figure, clip) {
+  const note = document.createElement("p");
+  note.className = "why";
+  note.setAttribute("role", "alert");
+  const reply = await fetch(`/video/${clip.id}`).catch(() => null);
+  const said = reply && !reply.ok ? await reply.json().catch(() => ({})) : {};
+  note.textContent = `This clip can’t be shown. ${said.reason || "Its video doesn’t play here."}`;
+  figure.querySelector("video").replaceWith(note);
+}
+
+// ---- the pair on the screen
+
+function show() {
+  const pair = pairs[0];
+  for (const other of stage.children) {
+    other.classList.toggle("now", pair && other === pair.root);
+    other.inert = !(pair && other === pair.root);
+  }
+  $("empty").hidden = Boolean(pair);
+  for (const button of document.querySelectorAll("[data-choice]")) button.disabled = !pair;
+  if (!pair) return;
+  letGo();
+  pair.since = performance.now();
+  choose(0);
+  for (const video of pair.videos) video.currentTime = 0;
+  playOrPause();
+  whenVisible(pair);
+}
+
+// Measured where a person would: both have a picture, and the browser has painted them.
+function whenVisible(pair) {
+  if (pair !== pairs[0]) return;
+  if (pair.videos.some((video) => video.readyState < 2)) {
+    if (performance.now() - pair.since > 500 && $("status").textContent !== DRAWING) say(DRAWING);
+    setTimeout(whenVisible, 4, pair);
+    return;
+  }
+  if ($("status").textContent === DRAWING) say("");
+  pair.seen = true;
+  pair.since = performance.now();   // what somebody waited for isn't what they took
+  requestAnimationFrame(() => requestAnimationFrame(() => performance.mark("pair-shown", { detail: pair.id })));
+}
+
+function playOrPause() {
+  for (const pair of pairs) for (const video of pair.videos) {
+    if (playing && pair === pairs[0] && !video.ended) video.play().catch(() => {});
+    else video.pause();
+  }
+  $("play").setAttribute("aria-pressed", String(!playing));
+  $("play").lastElementChild.textContent = playing ? "Pause" : "Play";
+}
+
+// Neither starts again before both are through: so they stay in step, whatever their lengths.
+function loopInStep(pair) {
+  if (pair !== pairs[0] || pair.videos.some((video) => video.isConnected && !video.ended)) return;
+  for (const video of pair.videos) video.currentTime = 0;
+  playOrPause();
+}
+
+function choose(side) {
+  chosen = side;
+  if (pairs[0]) pairs[0].figures.forEach((figure, i) => figure.classList.toggle("chosen", i === side));
+}
+
+function frameOf(side) {
+  const { videos, clips } = pairs[0];
+  return Math.min(Math.floor(videos[side].currentTime * FPS + 1e-3), clips[side].frames - 1);
+}
+
+function animate() {
+  const pair = pairs[0];
+  if (pair) pair.figures.forEach((figure, side) => {
+    const part = pair.videos[side].currentTime * FPS / pair.clips[side].frames;
+    figure.querySelector(".head").style.left = `${100 * Math.min(1, part)}%`;
+  });
+  if (held) stretch(held);
+  requestAnimationFrame(animate);
+}
+
+// ---- what people do
+
+function answer(choice, event) {
+  const pair = pairs[0];
+  if (!pair) return;
+  // A key too many shouldn't answer what nobody has seen.
+  if (!pair.seen && choice !== "skip") return say("Not answered: these clips aren’t in sight yet.", true);
+  performance.mark("answered", { startTime: event.timeStamp });
+  const seconds = Math.min((performance.now() - pair.since) / 1000, 86400);
+  gone.add(pair.id);
+  pairs.shift();
+  drop(pair);
+  show();
+  inOrder(async () => {
+    const state = await surely("answer", { query: pair.id, choice, seconds });
+    if (state) remember("answer", state.id, pair.id);
+    say(`Saved: ${WORDS[choice].toLowerCase()}.`);
+    await update(state);
+  });
+}
+
+function undo() {
+  inOrder(async () => {
+    const last = undoable.pop();
+    keepUndoable();
+    if (!last) return say("There is nothing to take back.");
+    const state = await surely("undo", { kind: last.kind, id: last.id });
+    if (last.kind === "answer") gone.delete(last.query);
+    else for (const drawn of stage.querySelectorAll(`[data-undo="${last.kind}-${last.id}"]`)) take(drawn);
+    say(`Taken back: your last ${last.kind}.`);
+    await update(state);
+  });
+}
+
+function take(drawn) {
+  if (drawn.classList.contains("mark")) drawn.remove();
+  else { delete drawn.dataset.undo; light(drawn, 0); }
+}
+
+function light(stars, n) {
+  [...stars.children].forEach((star, i) => star.classList.toggle("on", i < n));
+}
+
+function rate(side, stars) {
+  const pair = pairs[0];
+  if (!pair) return;
+  const row = pair.figures[side].querySelector(".stars");
+  light(row, stars);
+  inOrder(async () => {
+    const said = await surely("rate", { query: pair.id, side, stars });
+    if (said) { row.dataset.undo = `rating-${said.id}`; remember("rating", said.id); }
+    say(`Saved: ${stars} of 5 for the ${side ? "right" : "left"} clip.`);
+  });
+}
+
+function drawMark(figure, clip, mark) {
+  const drawn = document.createElement("div");
+  drawn.className = "mark";
+  place(drawn, clip, mark.first, mark.last);
+  if (mark.id) drawn.dataset.undo = `mark-${mark.id}`;
+  figure.querySelector(mark.good ? ".lane.good" : ".lane.bad").append(drawn);
+  return drawn;
+}
+
+function place(drawn, clip, first, last) {
+  drawn.style.left = `${100 * first / clip.frames}%`;
+  drawn.style.width = `${100 * (last - first + 1) / clip.frames}%`;
+}
+
+function saveMark(pair, side, first, last, good, drawn) {
+  inOrder(async () => {
+    try {
+      const said = await surely("mark", { query: pair.id, side, first, last, good });
+      if (!said) return;
+      drawn.dataset.undo = `mark-${said.id}`;
+      remember("mark", said.id);
+      say(`Saved: frames ${first} to ${last} of the ${side ? "right" : "left"} clip are ${good ? "good" : "bad"}.`);
+    } catch (error) {
+      drawn.remove();
+      throw error;
+    }
+  });
+}
+
+let held = null;             // the mark that grows while + or − is held
+function hold(side, good) {
+  if (held || !pairs[0]) return;
+  choose(side);
+  const pair = pairs[0], first = frameOf(side);
+  held = { pair, side, good, first, last: first };
+  held.drawn = drawMark(pair.figures[side], pair.clips[side], { first, last: first, good });
+  if (!playing) { playing = true; playOrPause(); }
+}
+
+function stretch(mark) {
+  const now = frameOf(mark.side);
+  if (now < mark.last) { mark.last = mark.pair.clips[mark.side].frames - 1; letGo(); return; }  // it began anew
+  mark.last = now;
+  place(mark.drawn, mark.pair.clips[mark.side], mark.first, mark.last);
+}
+
+function letGo() {
+  if (!held) return;
+  const { pair, side, good, first, last, drawn } = held;
+  held = null;
+  saveMark(pair, side, first, last, good, drawn);
+}
+
+function draggable(pair, side, lane) {
+  const clip = pair.clips[side], good = lane.classList.contains("good");
+  let drawn = null, from = 0, to = 0;
+  const at = (event) => {
+    const box = lane.getBoundingClientRect();
+    return Math.max(0, Math.min(clip.frames - 1, Math.floor((event.clientX - box.left) / box.width * clip.frames)));
+  };
+  const ends = () => [Math.min(from, to), Math.max(from, to)];
+  lane.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    lane.setPointerCapture(event.pointerId);
+    from = to = at(event);
+    drawn = drawMark(pair.figures[side], clip, { first: from, last: to, good });
+  });
+  lane.addEventListener("pointermove", (event) => {
+    if (!drawn) return;
+    to = at(event);
+    place(drawn, clip, ...ends());
+  });
+  lane.addEventListener("pointerup", () => {
+    if (drawn) saveMark(pair, side, ...ends(), good, drawn);
+    drawn = null;
+  });
+  lane.addEventListener("pointercancel", () => { if (drawn) drawn.remove(); drawn = null; });
+}
+
+const KEYS = {
+  ArrowLeft: (event) => answer("left", event), ArrowRight: (event) => answer("right", event),
+  ArrowUp: (event) => answer("same", event), ArrowDown: (event) => answer("unsure", event),
+  s: (event) => answer("skip", event), u: undo, Backspace: undo,
+  f: () => choose(1 - chosen),
+  " ": () => { playing = !playing; playOrPause(); },
+};
+for (const n of [1, 2, 3, 4, 5]) KEYS[n] = () => rate(chosen, n);
+const SIGNS = { "+": true, "=": true, "-": false, "−": false, "_": false };
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || $("work").hidden) return;
+  if (event.target.closest("input, summary") || (event.key === " " && event.target.closest("button"))) return;
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  if (!(key in KEYS) && !(key in SIGNS)) return;
+  event.preventDefault();
+  if (event.repeat) return;   // a key that stays down is one answer
+  if (key in SIGNS) hold(chosen, SIGNS[key]);
+  else KEYS[key](event);
+});
+document.addEventListener("keyup", (event) => { if (event.key in SIGNS) letGo(); });
+window.addEventListener("blur", letGo);
+for (const button of document.querySelectorAll("[data-choice]"))
+  button.addEventListener("click", (event) => answer(button.dataset.choice, event));
+$("undo").addEventListener("click", undo);
+$("play").addEventListener("click", KEYS[" "]);
+$("welcome").addEventListener("submit", (event) => {
+  event.preventDefault();
+  post("name", { name: $("name").value }).then(update).catch((error) => say(error.message, true));
+});
+window.addEventListener("pagehide", () => { if (!unsaved) navigator.sendBeacon("/api/leave"); });
+window.addEventListener("pageshow", (event) => { if (event.persisted) renew(); });
+
+// ---- what the agent has learned
+
+async function learned() {
+  const reply = await fetch("/api/learned").then((r) => r.ok ? r.json() : null).catch(() => null);
+  if (reply && reply.curve.length) { $("learned").hidden = false; drawCurve(reply.curve); }
+  const best = await fetch("/video/best").catch(() => null);
+  if (best && best.ok) {
+    const video = $("best").querySelector("video"), etag = best.headers.get("etag");
+    if (video.dataset.etag !== etag) {
+      video.dataset.etag = etag;
+      URL.revokeObjectURL(video.src);
+      video.src = URL.createObjectURL(await best.blob());
+      if (playing) video.play().catch(() => {});
+      $("learned").hidden = $("best").hidden = false;
+    }
+  }
+  setTimeout(learned, 20000);
+}
+
+function drawCurve(rows) {
+  const xs = rows.map((row) => row[1]), ys = rows.map((row) => row[2]);
+  const low = Math.min(0, ...ys), high = Math.max(0, ...ys), far = Math.max(1, ...xs);
+  const x = (v) => 50 + 240 * v / far, y = (v) => 130 - 115 * (v - low) / (high - low || 1);
+  const points = xs.map((v, i) => `${x(v).toFixed(1)},${y(ys[i]).toFixed(1)}`);
+  const svg = (name, attributes, text = "") => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.textContent = text;
+    return made;
+  };
+  const number = (v) => Math.round(v).toLocaleString("en");
+  const last = xs.length - 1;
+  $("curve").hidden = false;
+  $("curve").querySelector("g").replaceChildren(
+    svg("line", { x1: 50, x2: 290, y1: y(0), y2: y(0) }),
+    svg("path", { d: "M" + points.join("L") }),
+    svg("circle", { cx: x(xs[last]), cy: y(ys[last]), r: 3 }),
+    ...[...new Set([low, high])].map((v) => svg("text", { x: 44, y: y(v) + 3, "text-anchor": "end" }, number(v))),
+    svg("text", { x: 290, y: 146, "text-anchor": "end" }, `${number(far)} steps`),
+  );
+  $("curve-says").textContent =
+    `Return by the task’s own reward: ${number(ys[last])} after ${number(xs[last])} steps and ${number(rows[last][0])} answers.`;
+}
+
+animate();
+renew();
+setTimeout(learned, 1500);   // after what somebody waits for
