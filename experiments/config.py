@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from active import GreedyInformation, QueryStrategy, Schedule, SyntheticTeacher, Teacher
+from active import Annotator, GreedyInformation, QueryStrategy, Schedule, SyntheticTeacher
 from experiments.settings import known_good
 from experiments.tasks import find_task
 from rewardmodels import DeepEnsemble, InvalidInput, RewardModel
@@ -41,7 +41,8 @@ class LearnConfig:
         model: The reward predictor.
         strategy: Which pairs of clips are asked about.
         schedule: When they are asked about; None takes what is known to be good for the task.
-        teacher: Who answers.
+        teacher: Who answers: a function of two clips, or `human` for people on the page that
+            `rewardmodels label` serves, or `replay FILE` for answers that were recorded.
         algorithm: Any Stable-Baselines3 algorithm, by name.
         pessimism: Standard deviations that are taken off the learned reward.
         warm_up: Rounds of asking and fitting before the policy is trained at all, about an agent
@@ -73,7 +74,7 @@ class LearnConfig:
     model: RewardModel = field(default_factory=default_model)
     strategy: QueryStrategy = field(default_factory=GreedyInformation)
     schedule: Schedule | None = None
-    teacher: Teacher = field(default_factory=SyntheticTeacher)
+    teacher: Annotator = field(default_factory=SyntheticTeacher)
     algorithm: str = "PPO"
     pessimism: float = 0.0
     warm_up: int | None = None

@@ -58,6 +58,21 @@ def play(
     )
 
 
+def counted(task: Task, clips: Clips) -> dict[str, Any]:
+    """What a task counts besides returns, in each whole episode and on average in 1,000 steps.
+
+    Example:
+        >>> from experiments.tasks import find_task
+        >>> counted(find_task("backflip"), Clips(torch.zeros(2, 500, 11), torch.zeros(2, 500, 3)))
+        {'backflips': [0, 0], 'backflips_per_1000_steps': 0.0}
+    """
+    found: dict[str, Any] = {}
+    for name, count in task.counts.items():
+        found[name] = [count(episode) for episode in clips.observations.numpy()]
+        found[f"{name}_per_1000_steps"] = 1000 * sum(found[name]) / clips.mask.numel()
+    return found
+
+
 def show(task: Task, clips: Clips, path: Path, *, frames: int = 200) -> str | None:
     """Writes a video of the first clip; where that can't be done, returns the reason instead."""
     if clips.states is None:

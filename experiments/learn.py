@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,16 @@ from tqdm import tqdm
 
 from active import (
     FeedbackStore,
+    Teacher,
     Uniform,
     all_pairs,
     mean_information,
 )
 from experiments.agents import PPO_ENVS, make_agent
 from experiments.config import LearnConfig
-from experiments.evaluation import play, show, write_frames
+from experiments.evaluation import counted, play, show, write_frames
 from experiments.history import History
+from experiments.people import Human, Replay
 from experiments.report import write_report
 from experiments.rewarding import LearnedReward, RewardWrapper, relabel, unlearned_reward
 from experiments.run import Run, versions, write_atomically
@@ -89,7 +92,7 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
         for round in range(learner.rounds_done, learner.rounds):
             learner.seed(round)
             if config.reward == "learned":
-                learner.ask(round, answers)
+                learner.ask(round, answers, bar.set_postfix_str)
                 learner.fit_reward(answers)
             learner.train_policy(learner.trained_by(round), bar)
             learner.keep(round, answers, bar)
@@ -133,6 +136,8 @@ class Learner:
             self.model.discrete_actions = self.model.discrete_actions or choices
         self.normalised = VecNormalize(self.env)
         self.agent = make_agent(config.algorithm, self.normalised, self.task, config.seed)
+        if isinstance(config.teacher, Replay) and config.reward == "learned":
+            config.teacher.check(self.env.observation_space.shape, self.env.action_space.shape)
         run.restore(self._read)
         self._started = time.monotonic() - self.seconds
 
@@ -148,21 +153,40 @@ class Learner:
         self.rng = np.random.default_rng(number)
         self.generator = torch.Generator().manual_seed(int(number))
 
-    def ask(self, round: int, answers: FeedbackStore) -> None:
-        """Chooses queries among the agent's latest clips, and has the teacher answer them."""
+    def ask(self, round: int, answers: FeedbackStore, tell: Callable[[str], Any] = str) -> None:
+        """Chooses queries among the agent's latest clips, and has the teacher answer them.
+
+        Args:
+            round: Which round this is.
+            answers: Where queries and answers are kept.
+            tell: Shown while people are waited for.
+        """
         if round == 0:
             self._act_at_random()
-        answered = answers.counts().answered
-        n = self._due(round, answered) - answered
-        if n > 0 and not answers.queries(round):  # else they were put before an interruption
-            clips = self._latest_clips(self.config.candidates)
-            pairs = self._choose(clips, min(n, len(clips) * (len(clips) - 1) // 2))
-            answers.add_queries(clips, pairs, round=round)
+        teacher, answered = self.config.teacher, answers.counts().answered
+        due = self._due(round, answered)
+        if isinstance(teacher, Replay):
+            teacher.ask(answers, due, round)
+        elif isinstance(teacher, Human):
+            first = round < self.warm_up
+            teacher.ask(answers, due, lambda n: self._put(n, round, answers), tell, first=first)
+        else:
+            assert isinstance(teacher, Teacher)
+            if due > answered and not answers.queries(round):  # else put before an interruption
+                self._put(due - answered, round, answers)
+            self._have_answered(teacher, round, answers)
+
+    def _put(self, n: int, round: int, answers: FeedbackStore) -> None:
+        clips = self._latest_clips(self.config.candidates)
+        pairs = self._choose(clips, min(n, len(clips) * (len(clips) - 1) // 2))
+        answers.add_queries(clips, pairs, round=round)
+
+    def _have_answered(self, teacher: Teacher, round: int, answers: FeedbackStore) -> None:
         if unanswered := [query.id for query in answers.queries(round, unanswered=True)]:
             clips, pairs = answers.clips_of(unanswered)
-            said = self.config.teacher.answer(clips, pairs, self.generator)
+            said = teacher.answer(clips, pairs, self.generator)
             for query, preference in zip(unanswered, said.tolist(), strict=True):
-                answers.answer(query, preference, type(self.config.teacher).__name__)
+                answers.answer(query, preference, type(teacher).__name__)
 
     def fit_reward(self, answers: FeedbackStore) -> None:
         """Fits the model to all answers so far, and pays by it from now on."""
@@ -223,6 +247,7 @@ class Learner:
             "skipped": skipped,
             "final_return": float(clips.returns.mean()),
             "final_returns": clips.returns.tolist(),
+            **counted(self.task, clips),
             "held_out_accuracy": last.get("held_out_accuracy"),
             "reward_correlation": None,
             "wall_seconds": last["seconds"],
