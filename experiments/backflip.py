@@ -14,56 +14,51 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating[Any]]
 
-_HEALTHY_HEIGHT = 0.7  # of the torso, metres: below it Hopper-v5 calls the agent fallen
-_UPRIGHT = np.cos(np.deg2rad(60))
+_UPRIGHT, _UPSIDE_DOWN = np.cos(np.deg2rad([60, 150]))
 _TOUCHING = 0.01  # metres above the ground; contacts are soft
+_MASS = np.array([3.67, 4.06, 2.78, 5.32])  # kg, of torso, thigh, leg and foot
 
 
-def clearance(poses: Floats) -> Floats:
-    """How high the lowest point of a Hopper is above the ground, from its pose alone.
+def clearances(poses: Floats) -> tuple[Floats, Floats]:
+    """How high a Hopper's body and its foot are above the ground, from its pose alone.
 
-    Its four limbs are capsules in a plane, end to end, so that an end of one of them is lowest.
+    Its four limbs are capsules in a plane, end to end, so that one of their ends is lowest; the
+    ankle never is.
 
     Args:
         poses: `(..., 5)` or wider: height of the torso (metres), and the angles of torso, thigh,
             leg and foot (radians), as Hopper-v5's observations begin.
 
     Returns:
-        Metres, `(...)`; about 0 in contact.
+        Metres, `(...)` each, about 0 in contact: of the lowest point of torso, thigh and leg, and
+        of the foot's.
 
     Example:
         >>> standing = np.array([1.25, 0.0, 0.0, 0.0, 0.0])
-        >>> lifted = standing + np.eye(5)[0]
-        >>> float(clearance(standing).round(3)), float(clearance(lifted).round(3))
-        (0.04, 1.04)
+        >>> [float(lowest.round(3)) for lowest in clearances(standing)]
+        [0.55, 0.04]
     """
     height, torso, thigh, leg, foot = (poses[..., i] for i in range(5))
     hip = height - 0.2 * np.cos(torso)
     knee = hip - 0.45 * np.cos(torso - thigh)
     ankle = knee - 0.5 * np.cos(torso - thigh - leg)
-    along = np.sin(torso - thigh - leg - foot)  # how far the foot's toe points down
-    ends = (
-        height + 0.2 * np.cos(torso) - 0.05,
-        hip - 0.05,
-        knee - 0.05,
-        ankle - 0.04,
-        ankle + 0.13 * along - 0.06,
-        ankle - 0.26 * along - 0.06,
-    )
-    lowest: Floats = np.min(ends, axis=0)
-    return lowest
+    toe_down = np.sin(torso - thigh - leg - foot)
+    head = height + 0.2 * np.cos(torso)
+    body: Floats = np.minimum(np.minimum(head, hip), knee) - 0.05
+    sole: Floats = np.minimum(ankle + 0.13 * toe_down, ankle - 0.26 * toe_down) - 0.06
+    return body, sole
 
 
 def backflips(poses: Floats) -> int:
     """Full backward turns that were completed off the ground and landed on the foot.
 
-    Between two times of standing (the torso above 0.7 m and within 60 degrees of upright, the
-    lowest point on the ground) the torso must have turned backwards once, and been clear of the
-    ground for as long as it was upside down: who rolls over the head hasn't done a backflip. Turns
-    between which nobody stood count together, so a double one counts as two.
+    Between two times on the foot (which alone touches the ground, the torso within 60 degrees of
+    upright) the torso must have turned backwards once, with nothing on the ground whenever it was
+    within 30 degrees of upside down: who rolls over the head hasn't done a backflip. Turns between
+    which nobody was on the foot count together, so a double one counts as two.
 
     Args:
-        poses: `(T, 5)` or wider, as for `clearance`, of one episode in order. The torso's angle
+        poses: `(T, 5)` or wider, as for `clearances`, of one episode in order. The torso's angle
             may be kept within ±pi or not: from one frame to the next it turns by less.
 
     Returns:
@@ -78,30 +73,35 @@ def backflips(poses: Floats) -> int:
         (1, 0, 0)
     """
     angle = np.unwrap(poses[:, 1].astype(np.float64))
-    off_ground = clearance(poses) > _TOUCHING
-    stands = (poses[:, 0] > _HEALTHY_HEIGHT) & (np.cos(angle) > _UPRIGHT) & ~off_ground
-    dived = np.concatenate([[0], np.cumsum((np.cos(angle) < 0) & ~off_ground)])
-    times = np.flatnonzero(stands)
+    body, foot = clearances(poses)
+    on_foot = (foot < _TOUCHING) & (body > _TOUCHING) & (np.cos(angle) > _UPRIGHT)
+    on_ground = np.minimum(body, foot) < _TOUCHING
+    dived = np.concatenate([[0], np.cumsum((np.cos(angle) < _UPSIDE_DOWN) & on_ground)])
+    times = np.flatnonzero(on_foot)
     turns = np.rint((angle[times[:-1]] - angle[times[1:]]) / (2 * np.pi))
     cleanly = dived[times[1:]] == dived[times[:-1]]
     return int(turns[cleanly & (turns > 0)].sum())
 
 
 def progress(observations: Floats, actions: Floats) -> Floats:
-    r"""What a teacher sees of a backflip in one frame: backward turning in the air.
+    r"""What a teacher sees of a backflip in one frame: the body turning backwards in the air.
 
-    $-\omega$ off the ground, $\min(-\omega, 0)$ on it, for the torso's angular velocity
-    $\omega$. Forward turning counts against it everywhere: paid for the air alone, an agent kept
-    kicking its torso back in the air and forth on the ground (2,760 of it in 1,000 steps, for a
-    tenth of a turn).
+    w off the ground and $\min(w, 0)$ on it, plus the torso's height, less 3 where anything but
+    the foot touches the ground; w is the rate at which the body as a whole turns backwards, the
+    mean over its limbs by mass. (Paid for the torso's turning in the air alone, an agent kicked it
+    back in the air and forth on the ground: 22 radians in 1,000 steps, for a tenth of a turn.)
 
     Args:
         observations: `(B, 11)`, Hopper-v5's.
         actions: `(B, 3)`; they don't matter.
 
     Returns:
-        `(B,)`, radians a second.
+        `(B,)`; of turning, radians a second.
     """
-    backwards = -observations[:, 7]
-    in_the_air = clearance(observations) > _TOUCHING
-    return np.where(in_the_air, backwards, np.minimum(backwards, 0))
+    # Each joint turns what hangs on it against what it hangs on.
+    joints = np.cumsum(observations[:, 8:11], 1)
+    turning = (joints @ _MASS[1:]) / _MASS.sum() - observations[:, 7]
+    body, foot = clearances(observations)
+    in_air = np.minimum(body, foot) > _TOUCHING
+    paid: Floats = np.where(in_air, turning, np.minimum(turning, 0)) + observations[:, 0]
+    return paid - 3 * (body < _TOUCHING)

@@ -28,7 +28,10 @@ class KnownGood:
 # teach that falling forwards is good, and a policy that has learned to crawl doesn't get up again.
 _WALKER = KnownGood(lambda: Constant(initial=0.5), warm_up=4, start_over=50)
 
-KNOWN_GOOD: dict[str, KnownGood] = {"Walker2d": _WALKER}
+# Nothing of a backflip is to be seen in a Hopper that has fallen.
+_BACKFLIP = KnownGood(start_over=100)
+
+KNOWN_GOOD: dict[str, KnownGood] = {"Walker2d": _WALKER, "backflip": _BACKFLIP}
 
 
 def known_good(task: str) -> KnownGood:

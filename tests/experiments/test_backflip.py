@@ -5,7 +5,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from experiments.backflip import backflips, clearance, progress
+from experiments.backflip import _MASS, backflips, clearances, progress
 from experiments.tasks import find_task, make_env
 from experiments.vecenvs import make_vec_env
 
@@ -23,7 +23,7 @@ def jump(turns, frames=100, lift=1.5):
 
 def grounded(poses):
     """The same, with the lowest point on the ground all the time."""
-    return poses - clearance(poses)[:, None] * np.eye(5)[0]
+    return poses - np.minimum(*clearances(poses))[:, None] * np.eye(5)[0]
 
 
 def after(*parts):
@@ -65,40 +65,68 @@ def test_only_whole_backward_turns_landed_on_the_foot_count(poses, count, kept):
     assert backflips(kept(poses)) == count
 
 
-def test_a_turn_that_ends_lying_down_does_not_count_until_it_stands():
+def test_a_turn_that_ends_off_the_foot_counts_once_it_stands():
     lying = np.tile([0.1, -2 * np.pi - np.pi / 2, 0.0, 0.0, 0.0], (20, 1))
     fallen = np.concatenate([jump(1)[:-1], lying])
     assert backflips(fallen) == 0
-    # Nor when it then gets up: between standing and standing it went round once, feet first, but
-    # it was never upside down on the ground, so this is a flip with a stumble.
+    sitting = grounded(np.tile([0.3, -2 * np.pi, -2.0, 0.0, 0.0], (20, 1)))
+    assert clearances(sitting)[0].max() < 0.01
+    assert backflips(np.concatenate([jump(1)[:-1], sitting])) == 0
+    # It then gets up: a flip with a stumble, since nothing touched while it was upside down.
     up = np.array([[1.2, -2 * np.pi, 0.0, 0.0, 0.0]])
     assert backflips(np.concatenate([fallen, up])) == 1
 
 
-def test_clearance_is_that_of_mujocos_geometries():
+def test_clearances_are_those_of_mujocos_geometries():
     env = gym.make("Hopper-v5").unwrapped
     model, data = env.model, env.data
     rng = np.random.default_rng(0)
     poses = rng.uniform([0.5, -9, -2.6, -2.6, -0.8], [3, 9, 0, 0, 0.8], (50, 5))
     for pose in poses:
         env.set_state(np.array([rng.normal(), *pose]), np.zeros(6))
-        ends = []
+        lowest = {}
         for geom in range(1, model.ngeom):
             axis = data.geom_xmat[geom].reshape(3, 3)[:, 2]
             radius, half = model.geom_size[geom][:2]
-            ends += [data.geom_xpos[geom][2] + side * half * axis[2] - radius for side in (-1, 1)]
-        assert clearance(pose) == pytest.approx(min(ends), abs=1e-9)
+            height = data.geom_xpos[geom][2] - half * abs(axis[2]) - radius
+            lowest[model.geom(geom).name.removesuffix("_geom")] = height
+        body, foot = clearances(pose)
+        assert foot == pytest.approx(lowest["foot"], abs=1e-9)
+        assert body == pytest.approx(min(lowest["torso"], lowest["thigh"]), abs=1e-9)
+        assert min(body, foot) == pytest.approx(min(lowest.values()), abs=1e-9)
 
 
-def test_progress_pays_for_turning_backwards_off_the_ground_alone():
-    frames = np.zeros((4, 11))
-    frames[:, :5] = STANDING
-    frames[:, 0] = [2.0, 2.0, 1.2, 1.2]
-    frames[:, 7] = [-3.0, 2.0, -3.0, 2.0]
-    paid = progress(frames, np.zeros((4, 3)))
-    np.testing.assert_allclose(paid, [3.0, -2.0, 0.0, -2.0])
-    order = np.array([2, 0, 3, 1])
-    np.testing.assert_array_equal(progress(frames[order], np.zeros((4, 3))), paid[order])
+def test_masses_are_mujocos():
+    model = gym.make("Hopper-v5").unwrapped.model
+    np.testing.assert_allclose(_MASS, model.body_mass[1:], atol=0.005)
+
+
+def frame(**parts):
+    observation = np.zeros(11)
+    observation[:5] = STANDING
+    for name, value in parts.items():
+        at = ["z", "angle", "thigh", "leg", "foot", "x_", "z_", "angle_", "thigh_", "leg_", "foot_"]
+        observation[at.index(name)] = value
+    return observation
+
+
+@pytest.mark.parametrize(
+    ("observation", "paid"),
+    [
+        (frame(z=2.0, angle_=-3.0), 2.0 + 3.0),
+        (frame(z=2.0, angle_=3.0), 2.0 - 3.0),
+        (frame(angle_=-3.0), 1.2),  # on the foot, turning backwards is worth nothing
+        (frame(angle_=3.0), 1.2 - 3.0),
+        (frame(z=0.05, angle=np.pi / 2), 0.05 - 3.0),  # lying
+        # Limbs that turn against each other: only what the body does as a whole counts.
+        (frame(z=2.0, angle_=-12.16, thigh_=-15.83), 2.0),
+        (frame(z=2.0, foot_=5.0), 2.0 + 5.0 * 5.32 / 15.83),
+    ],
+)
+def test_progress_is_the_whole_bodys_turning_in_the_air(observation, paid):
+    others = np.random.default_rng(0).normal(size=(3, 11))
+    batch = np.concatenate([others[:2], observation[None], others[2:]])
+    assert progress(batch, np.zeros((4, 3)))[2] == pytest.approx(paid, abs=1e-6)
 
 
 def test_both_backends_tell_the_same_of_a_frame_and_keep_the_angle_in_bounds():
@@ -114,7 +142,7 @@ def test_both_backends_tell_the_same_of_a_frame_and_keep_the_angle_in_bounds():
             action = rng.uniform(-1, 1, (4, 3)).astype(np.float32)
             observations, rewards, ends, infos = venv.step(action)
             led_to = [i["terminal_observation"] for i in infos] if ends.all() else observations
-            np.testing.assert_allclose(rewards, progress(np.stack(led_to), action), rtol=1e-6)
+            np.testing.assert_allclose(rewards, progress(np.stack(led_to), action), atol=1e-5)
             assert observations.dtype == np.float32
             seen.append(observations)
         assert ends.all()
