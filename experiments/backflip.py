@@ -86,10 +86,11 @@ def backflips(poses: Floats) -> int:
 def progress(observations: Floats, actions: Floats) -> Floats:
     r"""What a teacher sees of a backflip in one frame: the body turning backwards in the air.
 
-    w off the ground and $\min(w, 0)$ on it, plus the torso's height, less 3 where anything but
-    the foot touches the ground; w is the rate at which the body as a whole turns backwards, the
-    mean over its limbs by mass. (Paid for the torso's turning in the air alone, an agent kicked it
-    back in the air and forth on the ground: 22 radians in 1,000 steps, for a tenth of a turn.)
+    $w + z$ off the ground and $\min(w, 0) + 2 \min(\cos\theta, 0) + z$ on it, for the torso's
+    height z and angle $\theta$ from upright, and the rate w at which the body as a whole turns
+    backwards, the mean over its limbs by mass. (Paid for the torso's turning in the air alone, an
+    agent kicked it back in the air and forth on the ground: 22 radians in 1,000 steps, for a tenth
+    of a turn.)
 
     Args:
         observations: `(B, 11)`, Hopper-v5's.
@@ -101,7 +102,7 @@ def progress(observations: Floats, actions: Floats) -> Floats:
     # Each joint turns what hangs on it against what it hangs on.
     joints = np.cumsum(observations[:, 8:11], 1)
     turning = (joints @ _MASS[1:]) / _MASS.sum() - observations[:, 7]
-    body, foot = clearances(observations)
-    in_air = np.minimum(body, foot) > _TOUCHING
-    paid: Floats = np.where(in_air, turning, np.minimum(turning, 0)) + observations[:, 0]
-    return paid - 3 * (body < _TOUCHING)
+    in_air = np.minimum(*clearances(observations)) > _TOUCHING
+    dived = np.minimum(np.cos(observations[:, 1]), 0)
+    rate: Floats = np.where(in_air, turning, np.minimum(turning, 0) + 2 * dived)
+    return rate + observations[:, 0]

@@ -42,9 +42,9 @@ def play(
     venv = make_vec_env(task, episodes, seed)
     seen: Any = venv.reset()
     frames = []
-    policy: Any = agent.policy
     for step in range(task.horizon):
         if getattr(agent, "use_sde", False) and step % agent.sde_sample_freq == 0:
+            policy: Any = agent.policy
             policy.reset_noise(episodes)  # which `predict` leaves alone
         action, _ = agent.predict(normalised.normalize_obs(seen))  # explores, as in training
         states = venv.states()

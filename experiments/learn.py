@@ -113,20 +113,25 @@ class Learner:
         self.task = find_task(config.task)
         self.model = config.model
         self.rounds_done, self.seconds = 0, 0.0
-        assert config.schedule is not None  # the three that __post_init__ filled in
+        assert config.comparisons is not None  # the six that __post_init__ filled in
+        assert config.steps is not None
+        assert config.rounds is not None
+        assert config.schedule is not None
         assert config.warm_up is not None
         assert config.start_over is not None
+        self.comparisons, self.steps = config.comparisons, config.steps
+        self.policy_rounds = config.rounds
         self.schedule = config.schedule
         # Policies that need no answers need none beforehand.
         self.warm_up = config.warm_up if config.reward == "learned" else 1
-        self.rounds = self.warm_up - 1 + config.rounds
+        self.rounds = self.warm_up - 1 + self.policy_rounds
 
         copies = PPO_ENVS if config.algorithm in ("PPO", "A2C") else 1
         self.clip_length = min(config.clip_length, self.task.horizon)
         self.start_over = max(config.start_over, 2 * self.clip_length)
         # Steps of each copy that count as what the policy now does: whole episodes, since copies
         # start together, and a Hopper that fell is a poor sample of one that stood.
-        self.latest = max(config.steps // (config.rounds * copies), self.task.horizon)
+        self.latest = max(self.steps // (self.policy_rounds * copies), self.task.horizon)
         self.history = History(self.latest, copies)
         venv = make_vec_env(self.task, copies, config.seed)
         reward = unlearned_reward(config.reward, config.seed)
@@ -264,17 +269,17 @@ class Learner:
 
     def trained_by(self, round: int) -> int:
         """Steps that the policy will have been trained for after a round."""
-        return max(0, round - self.warm_up + 2) * self.config.steps // self.config.rounds
+        return max(0, round - self.warm_up + 2) * self.steps // self.policy_rounds
 
     def _due(self, round: int, answered: int) -> int:
         """Answers that there should be before a round's training; a timetable's all by the last."""
-        a_round = self.config.steps // self.config.rounds
+        a_round = self.steps // self.policy_rounds
         # In warm-up there is no policy yet to be unsure about.
         judged = self.model.fitted and round >= self.warm_up
         due = self.schedule.comparisons_by(
             max(0, round - self.warm_up + 1) * a_round,
-            total_steps=max(1, (self.config.rounds - 1) * a_round),
-            budget=self.config.comparisons,
+            total_steps=max(1, (self.policy_rounds - 1) * a_round),
+            budget=self.comparisons,
             answered=answered,
             belief=self._belief if judged else None,
         )

@@ -109,11 +109,11 @@ class Replay(Annotator):
                 "isn't there."
             )
 
-    def check(self, observation: Sequence[int], action: Sequence[int]) -> None:
+    def check(self, observation: Sequence[int] | None, action: Sequence[int] | None) -> None:
         """Refuses a recording that a task can't be learned from.
 
         Args:
-            observation: Shape of the task's observations.
+            observation: Shape of the task's observations; None doesn't look at them.
             action: Shape of the task's actions.
 
         Raises:
@@ -126,7 +126,7 @@ class Replay(Annotator):
             clips, _ = store.clips_of([answered[0].id])
         for name, wanted in (("observations", observation), ("actions", action)):
             came = tuple(getattr(clips, name).shape[2:])
-            if came != tuple(wanted):
+            if wanted is not None and came != tuple(wanted):
                 raise InvalidInput(
                     f"file: expected clips whose {name} have the task's shape {tuple(wanted)}, got "
                     f"{came} in {self.file}; pass the task that it was recorded on."

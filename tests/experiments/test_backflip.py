@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -6,8 +7,12 @@ import numpy as np
 import pytest
 
 from experiments.backflip import _MASS, backflips, clearances, progress
+from experiments.benchmarks import backflips as benchmark
+from experiments.config import LearnConfig
+from experiments.learn import learn
 from experiments.tasks import find_task, make_env
 from experiments.vecenvs import make_vec_env
+from rewardmodels import DeepEnsemble
 
 TASK = find_task("backflip")
 STANDING = [1.2, 0.0, 0.0, 0.0, 0.0]
@@ -117,7 +122,9 @@ def frame(**parts):
         (frame(z=2.0, angle_=3.0), 2.0 - 3.0),
         (frame(angle_=-3.0), 1.2),  # on the foot, turning backwards is worth nothing
         (frame(angle_=3.0), 1.2 - 3.0),
-        (frame(z=0.05, angle=np.pi / 2), 0.05 - 3.0),  # lying
+        (frame(z=0.05, angle=np.pi / 2), 0.05),  # lying
+        (frame(z=0.05, angle=2 * np.pi / 3, angle_=-3.0), 0.05 - 1.0),  # on the head
+        (frame(z=2.0, angle=np.pi), 2.0),
         # Limbs that turn against each other: only what the body does as a whole counts.
         (frame(z=2.0, angle_=-12.16, thigh_=-15.83), 2.0),
         (frame(z=2.0, foot_=5.0), 2.0 + 5.0 * 5.32 / 15.83),
@@ -161,3 +168,50 @@ def test_angles_are_wound_and_nothing_else_is():
     others = np.arange(11) != 1
     np.testing.assert_array_equal(wound[:, others], observations[:, others])
     assert find_task("Hopper").wound(observations) is observations
+
+
+def test_a_run_says_how_many_flips_there_are(tmp_path, monkeypatch):
+    counts = iter([3, 1, 5])
+    monkeypatch.setitem(TASK.counts, "backflips", lambda episode: next(counts))
+    config = LearnConfig(
+        task="backflip",
+        steps=64,
+        rounds=1,
+        comparisons=8,
+        epochs=1,
+        candidates=10,
+        evaluate=3,
+        video=False,
+        model=DeepEnsemble(members=2, hidden=(8,)),
+        out=tmp_path / "run",
+    )
+    result = learn(config, progress=False)
+    assert result == json.loads((config.out / "result.json").read_text())
+    assert result["backflips"] == [3, 1, 5]
+    assert result["backflips_per_1000_steps"] == 3
+    page = (config.out / "report.html").read_text()
+    assert "In 1,000 steps of evaluation it does 3 backflips on average, from 1 to 5" in page
+
+
+def test_the_benchmark_is_the_interquartile_mean_over_seeds(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def made_up(config, *, resume, progress):
+        ran.append((config.task, config.seed, config.comparisons, config.steps, resume))
+        return {
+            "backflips_per_1000_steps": config.seed**2,
+            "comparisons": 900 - config.seed,
+            "wall_seconds": 2.0,
+        }
+
+    monkeypatch.setattr(benchmark, "learn", made_up)
+    (tmp_path / "seed-1").mkdir()
+    (tmp_path / "seed-1" / "config.yaml").touch()
+    figures = benchmark.benchmark_backflips(tmp_path / "figures.json", tmp_path)
+    assert ran == [("backflip", seed, 900, 300_000, seed == 1) for seed in range(5)]
+    assert figures["backflips"] == pytest.approx((1 + 4 + 9) / 3)
+    low, high = figures["backflips_interval"]
+    assert 0 <= low < figures["backflips"] < high <= 16
+    assert figures["backflips_comparisons"] == 900
+    assert figures["backflips_wall_seconds"] == 10
+    assert json.loads((tmp_path / "figures.json").read_text())["backflips_by_seed"][4] == 16
