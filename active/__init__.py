@@ -40,7 +40,13 @@ from active.strategies import (
     ScoredStrategy,
     Uniform,
 )
-from active.teachers import TEACHERS, SyntheticTeacher, Teacher, published_threshold
+from active.teachers import (
+    TEACHERS,
+    Annotator,
+    SyntheticTeacher,
+    Teacher,
+    published_threshold,
+)
 from active.thompson import BestVsWorst, Thompson
 from active.variety import EachClipOnce, FarthestFirst, GreedyLogDet
 
@@ -52,6 +58,7 @@ __all__ = [
     "STRATEGIES",
     "TEACHERS",
     "Acquisition",
+    "Annotator",
     "BatchRule",
     "BestVsWorst",
     "Candidates",

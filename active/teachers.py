@@ -18,8 +18,12 @@ from rewardmodels.errors import InvalidInput
 SKIPPED: Final = math.nan
 
 
-class Teacher(ABC):
-    """Somebody, or something, that says which of two clips is better."""
+class Annotator(ABC):  # noqa: B024
+    """Whoever says which of two clips is better, at once (a `Teacher`) or in their own time."""
+
+
+class Teacher(Annotator):
+    """An annotator who answers at once."""
 
     @abstractmethod
     def answer(

@@ -91,8 +91,10 @@ def _run(words: str, arguments: list[str]) -> int:
 def _learn(words: str, arguments: list[str]) -> None:
     from experiments.config import LearnConfig
     from experiments.learn import learn
+    from experiments.people import spelled_out
     from rewardmodels.errors import InvalidInput
 
+    arguments = spelled_out(arguments)
     parser = _parser(words)
     parser.add_argument("--config", action="config", help="YAML with any of these settings")
     parser.add_argument(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from active import GreedyInformation, QueryStrategy, Schedule, SyntheticTeacher, Teacher
+from active import Annotator, GreedyInformation, QueryStrategy, Schedule, SyntheticTeacher
 from experiments.settings import known_good
 from experiments.tasks import find_task
 from rewardmodels import DeepEnsemble, InvalidInput, RewardModel
@@ -31,24 +31,24 @@ class LearnConfig:
     """Settings of one run.
 
     Args:
-        task: HalfCheetah, Hopper, Walker2d, Ant, Swimmer, Reacher, Pendulum, InvertedPendulum, or
-            any Gymnasium id with a time limit.
-        comparisons: Answers to learn from, in all.
+        task: HalfCheetah, Hopper, Walker2d, Ant, Swimmer, Reacher, Pendulum, InvertedPendulum,
+            backflip, or any Gymnasium id with a time limit.
+        comparisons: Answers to learn from, in all. None takes what is known to be good for the
+            task, here and below.
         steps: Environment steps to train the policy for.
         reward: `learned` from comparisons, or one to compare with: the `task`'s own, or a trivial
             one (`zero`, `constant`, `random`), on which many a task is done well already (Shin et
             al. 2023, arXiv 2301.01392).
         model: The reward predictor.
         strategy: Which pairs of clips are asked about.
-        schedule: When they are asked about; None takes what is known to be good for the task.
-        teacher: Who answers.
+        schedule: When they are asked about.
+        teacher: Who answers: a function of two clips, or `human` for people on the page that
+            `rewardmodels label` serves, or `replay FILE` for answers that were recorded.
         algorithm: Any Stable-Baselines3 algorithm, by name.
         pessimism: Standard deviations that are taken off the learned reward.
         warm_up: Rounds of asking and fitting before the policy is trained at all, about an agent
-            that acts at random; they share what the schedule wants first. None takes what is known
-            to be good for the task.
-        start_over: Steps after which an agent that acts at random starts over. None takes what is
-            known to be good for the task.
+            that acts at random; they share what the schedule wants first.
+        start_over: Steps after which an agent that acts at random starts over.
         rounds: Rounds of asking, fitting and training.
         focus: How much more is asked about clips that may be good: a clip counts by the power of
             its rank among the candidates in optimistic return (mean plus standard deviation).
@@ -67,18 +67,18 @@ class LearnConfig:
     """
 
     task: str = "HalfCheetah"
-    comparisons: int = 400
-    steps: int = 300_000
+    comparisons: int | None = None
+    steps: int | None = None
     reward: RewardName = "learned"
     model: RewardModel = field(default_factory=default_model)
     strategy: QueryStrategy = field(default_factory=GreedyInformation)
     schedule: Schedule | None = None
-    teacher: Teacher = field(default_factory=SyntheticTeacher)
+    teacher: Annotator = field(default_factory=SyntheticTeacher)
     algorithm: str = "PPO"
     pessimism: float = 0.0
     warm_up: int | None = None
     start_over: int | None = None
-    rounds: int = 10
+    rounds: int | None = None
     focus: float = 4.0
     clip_length: int = 25
     candidates: int = 300
@@ -92,6 +92,10 @@ class LearnConfig:
     def __post_init__(self) -> None:
         task, good = find_task(self.task), known_good(self.task)
         self.schedule = self.schedule or good.schedule()
+        for name in ("comparisons", "steps", "rounds"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(good, name))
+        assert self.comparisons is not None
         self.warm_up = self.warm_up if self.warm_up is not None else good.warm_up
         if self.start_over is None:
             self.start_over = good.start_over or task.horizon

@@ -42,7 +42,10 @@ def play(
     venv = make_vec_env(task, episodes, seed)
     seen: Any = venv.reset()
     frames = []
-    for _ in range(task.horizon):
+    for step in range(task.horizon):
+        if getattr(agent, "use_sde", False) and step % agent.sde_sample_freq == 0:
+            policy: Any = agent.policy
+            policy.reset_noise(episodes)  # which `predict` leaves alone
         action, _ = agent.predict(normalised.normalize_obs(seen))  # explores, as in training
         states = venv.states()
         seen, rewards, ends, infos = venv.step(action)
@@ -56,6 +59,21 @@ def play(
         rewards=_stack(rewards),
         states=None if states[0] is None else _stack(states),
     )
+
+
+def counted(task: Task, clips: Clips) -> dict[str, Any]:
+    """What a task counts besides returns, in each whole episode and on average in 1,000 steps.
+
+    Example:
+        >>> from experiments.tasks import find_task
+        >>> counted(find_task("backflip"), Clips(torch.zeros(2, 500, 11), torch.zeros(2, 500, 3)))
+        {'backflips': [0, 0], 'backflips_per_1000_steps': 0.0}
+    """
+    found: dict[str, Any] = {}
+    for name, count in task.counts.items():
+        found[name] = [count(episode) for episode in clips.observations.numpy()]
+        found[f"{name}_per_1000_steps"] = 1000 * sum(found[name]) / clips.mask.numel()
+    return found
 
 
 def show(task: Task, clips: Clips, path: Path, *, frames: int = 200) -> str | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,16 @@ from tqdm import tqdm
 
 from active import (
     FeedbackStore,
+    Teacher,
     Uniform,
     all_pairs,
     mean_information,
 )
 from experiments.agents import PPO_ENVS, make_agent
 from experiments.config import LearnConfig
-from experiments.evaluation import play, show, write_frames
+from experiments.evaluation import counted, play, show, write_frames
 from experiments.history import History
+from experiments.people import Human, Replay
 from experiments.report import write_report
 from experiments.rewarding import LearnedReward, RewardWrapper, relabel, unlearned_reward
 from experiments.run import Run, versions, write_atomically
@@ -89,7 +92,7 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
         for round in range(learner.rounds_done, learner.rounds):
             learner.seed(round)
             if config.reward == "learned":
-                learner.ask(round, answers)
+                learner.ask(round, answers, bar.set_postfix_str)
                 learner.fit_reward(answers)
             learner.train_policy(learner.trained_by(round), bar)
             learner.keep(round, answers, bar)
@@ -110,20 +113,25 @@ class Learner:
         self.task = find_task(config.task)
         self.model = config.model
         self.rounds_done, self.seconds = 0, 0.0
-        assert config.schedule is not None  # the three that __post_init__ filled in
+        assert config.comparisons is not None  # the six that __post_init__ filled in
+        assert config.steps is not None
+        assert config.rounds is not None
+        assert config.schedule is not None
         assert config.warm_up is not None
         assert config.start_over is not None
+        self.comparisons, self.steps = config.comparisons, config.steps
+        self.policy_rounds = config.rounds
         self.schedule = config.schedule
         # Policies that need no answers need none beforehand.
         self.warm_up = config.warm_up if config.reward == "learned" else 1
-        self.rounds = self.warm_up - 1 + config.rounds
+        self.rounds = self.warm_up - 1 + self.policy_rounds
 
         copies = PPO_ENVS if config.algorithm in ("PPO", "A2C") else 1
         self.clip_length = min(config.clip_length, self.task.horizon)
         self.start_over = max(config.start_over, 2 * self.clip_length)
         # Steps of each copy that count as what the policy now does: whole episodes, since copies
         # start together, and a Hopper that fell is a poor sample of one that stood.
-        self.latest = max(config.steps // (config.rounds * copies), self.task.horizon)
+        self.latest = max(self.steps // (self.policy_rounds * copies), self.task.horizon)
         self.history = History(self.latest, copies)
         venv = make_vec_env(self.task, copies, config.seed)
         reward = unlearned_reward(config.reward, config.seed)
@@ -133,6 +141,8 @@ class Learner:
             self.model.discrete_actions = self.model.discrete_actions or choices
         self.normalised = VecNormalize(self.env)
         self.agent = make_agent(config.algorithm, self.normalised, self.task, config.seed)
+        if isinstance(config.teacher, Replay) and config.reward == "learned":
+            config.teacher.check(self.env.observation_space.shape, self.env.action_space.shape)
         run.restore(self._read)
         self._started = time.monotonic() - self.seconds
 
@@ -148,21 +158,40 @@ class Learner:
         self.rng = np.random.default_rng(number)
         self.generator = torch.Generator().manual_seed(int(number))
 
-    def ask(self, round: int, answers: FeedbackStore) -> None:
-        """Chooses queries among the agent's latest clips, and has the teacher answer them."""
+    def ask(self, round: int, answers: FeedbackStore, tell: Callable[[str], Any] = str) -> None:
+        """Chooses queries among the agent's latest clips, and has the teacher answer them.
+
+        Args:
+            round: Which round this is.
+            answers: Where queries and answers are kept.
+            tell: Shown while people are waited for.
+        """
         if round == 0:
             self._act_at_random()
-        answered = answers.counts().answered
-        n = self._due(round, answered) - answered
-        if n > 0 and not answers.queries(round):  # else they were put before an interruption
-            clips = self._latest_clips(self.config.candidates)
-            pairs = self._choose(clips, min(n, len(clips) * (len(clips) - 1) // 2))
-            answers.add_queries(clips, pairs, round=round)
+        teacher, answered = self.config.teacher, answers.counts().answered
+        due = self._due(round, answered)
+        if isinstance(teacher, Replay):
+            teacher.ask(answers, due, round)
+        elif isinstance(teacher, Human):
+            first = round < self.warm_up
+            teacher.ask(answers, due, lambda n: self._put(n, round, answers), tell, first=first)
+        else:
+            assert isinstance(teacher, Teacher)
+            if due > answered and not answers.queries(round):  # else put before an interruption
+                self._put(due - answered, round, answers)
+            self._have_answered(teacher, round, answers)
+
+    def _put(self, n: int, round: int, answers: FeedbackStore) -> None:
+        clips = self._latest_clips(self.config.candidates)
+        pairs = self._choose(clips, min(n, len(clips) * (len(clips) - 1) // 2))
+        answers.add_queries(clips, pairs, round=round)
+
+    def _have_answered(self, teacher: Teacher, round: int, answers: FeedbackStore) -> None:
         if unanswered := [query.id for query in answers.queries(round, unanswered=True)]:
             clips, pairs = answers.clips_of(unanswered)
-            said = self.config.teacher.answer(clips, pairs, self.generator)
+            said = teacher.answer(clips, pairs, self.generator)
             for query, preference in zip(unanswered, said.tolist(), strict=True):
-                answers.answer(query, preference, type(self.config.teacher).__name__)
+                answers.answer(query, preference, type(teacher).__name__)
 
     def fit_reward(self, answers: FeedbackStore) -> None:
         """Fits the model to all answers so far, and pays by it from now on."""
@@ -223,6 +252,7 @@ class Learner:
             "skipped": skipped,
             "final_return": float(clips.returns.mean()),
             "final_returns": clips.returns.tolist(),
+            **counted(self.task, clips),
             "held_out_accuracy": last.get("held_out_accuracy"),
             "reward_correlation": None,
             "wall_seconds": last["seconds"],
@@ -239,17 +269,17 @@ class Learner:
 
     def trained_by(self, round: int) -> int:
         """Steps that the policy will have been trained for after a round."""
-        return max(0, round - self.warm_up + 2) * self.config.steps // self.config.rounds
+        return max(0, round - self.warm_up + 2) * self.steps // self.policy_rounds
 
     def _due(self, round: int, answered: int) -> int:
         """Answers that there should be before a round's training; a timetable's all by the last."""
-        a_round = self.config.steps // self.config.rounds
+        a_round = self.steps // self.policy_rounds
         # In warm-up there is no policy yet to be unsure about.
         judged = self.model.fitted and round >= self.warm_up
         due = self.schedule.comparisons_by(
             max(0, round - self.warm_up + 1) * a_round,
-            total_steps=max(1, (self.config.rounds - 1) * a_round),
-            budget=self.config.comparisons,
+            total_steps=max(1, (self.policy_rounds - 1) * a_round),
+            budget=self.comparisons,
             answered=answered,
             belief=self._belief if judged else None,
         )

@@ -66,7 +66,19 @@ def headline(run: RunFiles, references: Sequence[RunFiles] = ()) -> str:
             f": the mean true return of {len(returns)} evaluation episodes, "
             f"from {number(min(returns))} to {number(max(returns))}"
         )
-    return f"{text}.{_share(run, references)}"
+    return f"{text}.{_counts(run)}{_share(run, references)}"
+
+
+def _counts(run: RunFiles) -> str:
+    """What the task counts besides returns, such as backflips."""
+    ending = "_per_1000_steps"
+    counted = [name.removesuffix(ending) for name in run.result if name.endswith(ending)]
+    return "".join(
+        f" In 1,000 steps of evaluation it does {number(run.result[name + ending])} {name} on "
+        f"average, from {number(min(run.result[name]))} to {number(max(run.result[name]))} in an "
+        "episode."
+        for name in counted
+    )
 
 
 def _share(run: RunFiles, references: Sequence[RunFiles]) -> str:

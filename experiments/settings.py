@@ -10,15 +10,21 @@ from active import Constant, Schedule
 
 @dataclass(frozen=True)
 class KnownGood:
-    """How the first answers are gathered, which is where tasks differ most.
+    """Budgets, and how the first answers are gathered, which is where tasks differ most.
 
     Attributes:
+        comparisons: Answers to learn from, in all.
+        steps: Environment steps to train the policy for.
+        rounds: Rounds of asking, fitting and training.
         schedule: Makes the schedule of comparisons.
         warm_up: Rounds of asking and fitting before the policy is trained at all.
         start_over: Steps after which an agent that acts at random starts over; None for the
             task's horizon.
     """
 
+    comparisons: int = 400
+    steps: int = 300_000
+    rounds: int = 10
     schedule: Callable[[], Schedule] = Constant
     warm_up: int = 1
     start_over: int | None = None
@@ -26,9 +32,13 @@ class KnownGood:
 
 # A Walker2d that acts at random has fallen after some 25 of its 1,000 steps. Answers about the rest
 # teach that falling forwards is good, and a policy that has learned to crawl doesn't get up again.
-_WALKER = KnownGood(lambda: Constant(initial=0.5), warm_up=4, start_over=50)
+_WALKER = KnownGood(schedule=lambda: Constant(initial=0.5), warm_up=4, start_over=50)
 
-KNOWN_GOOD: dict[str, KnownGood] = {"Walker2d": _WALKER}
+# As many comparisons as Christiano et al. (2017, §3.2) took. Nothing of a backflip is to be seen in
+# a Hopper that has fallen, as one that acts at random has after some 50 steps.
+_BACKFLIP = KnownGood(comparisons=900, steps=300_000, rounds=20, start_over=100)
+
+KNOWN_GOOD: dict[str, KnownGood] = {"Walker2d": _WALKER, "backflip": _BACKFLIP}
 
 
 def known_good(task: str) -> KnownGood:

@@ -8,7 +8,7 @@ on what happened in it, and every end is a truncation.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.backflip import Floats, backflips, progress
 from rewardmodels.errors import InvalidInput, UnknownName
 
 
@@ -30,6 +31,11 @@ class Task:
         kwargs: What `gymnasium.make` is given besides.
         ends_early: Whether the environment may terminate by itself with no flag against it, so
             that `FixedHorizon` has to play on, which EnvPool can't.
+        reward: From the observations that actions led to, `(B, *obs)`, and the actions, rewards
+            `(B,)` in place of the environment's own.
+        angles: Which observations are angles that go on growing; they are kept within ±pi.
+        counts: What else a policy is judged by, by name: from an episode's observations
+            `(T, *obs)` how often it happened.
 
     Raises:
         InvalidInput: If `horizon` is less than 1.
@@ -40,10 +46,22 @@ class Task:
     horizon: int
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     ends_early: bool = False
+    reward: Callable[[Floats, Floats], Floats] | None = None
+    angles: tuple[int, ...] = ()
+    counts: Mapping[str, Callable[[Floats], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.horizon < 1:
             raise InvalidInput(f"horizon: expected at least 1 step, got {self.horizon}.")
+
+    def wound(self, observations: Floats) -> Floats:
+        """The same observations, `(..., *obs)`, with `angles` within ±pi."""
+        if not self.angles:
+            return observations
+        wound = observations.copy()
+        for i in self.angles:
+            wound[..., i] = np.remainder(wound[..., i] + np.pi, 2 * np.pi) - np.pi
+        return wound
 
 
 _FALLEN_OR_NOT = {"terminate_when_unhealthy": False}
@@ -63,6 +81,16 @@ TASKS: dict[str, Task] = {
         # can't be swung up again: of 1,000 steps 985 taught nothing, and after 106,496 steps of PPO
         # the pole stood for 12; of 100 steps it stood for all.
         Task("InvertedPendulum", "InvertedPendulum-v5", 100, ends_early=True),
+        # Upright is upright after any number of turns, so a policy sees no more of the angle.
+        Task(
+            "backflip",
+            "Hopper-v5",
+            1000,
+            _FALLEN_OR_NOT,
+            reward=progress,
+            angles=(1,),
+            counts={"backflips": backflips},
+        ),
     )
 }
 
@@ -103,6 +131,27 @@ class FixedHorizon(gym.Wrapper[Any, Any, Any, Any]):
         return observation, reward, False, truncated, info
 
 
+class Retold(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment with the angles and the reward of a task."""
+
+    def __init__(self, env: gym.Env[Any, Any], task: Task) -> None:
+        super().__init__(env)
+        self.task = task
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """As `gymnasium.Env.reset`."""
+        observation, info = self.env.reset(**options)
+        return self.task.wound(observation), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """As `gymnasium.Env.step`."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        observation = self.task.wound(observation)
+        if self.task.reward is not None:
+            reward = float(self.task.reward(observation[None], np.asarray(action)[None])[0])
+        return observation, reward, terminated, truncated, info
+
+
 def make_env(task: Task, render_mode: str | None = None) -> gym.Env[Any, Any]:
     """One Gymnasium environment whose every episode lasts `task.horizon` steps."""
     env: gym.Env[Any, Any] = gym.make(
@@ -112,7 +161,8 @@ def make_env(task: Task, render_mode: str | None = None) -> gym.Env[Any, Any]:
         disable_env_checker=True,  # it looks at every reset and step of every copy
         **task.kwargs,
     )
-    return FixedHorizon(env)
+    env = FixedHorizon(env)
+    return Retold(env, task) if task.angles or task.reward else env
 
 
 def simulator_state(simulator: Any) -> NDArray[np.float64] | None:

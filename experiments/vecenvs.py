@@ -154,12 +154,15 @@ class EnvPoolVecEnv(VecEnv):
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Sets the worker threads going."""
+        self._actions = actions
         self._pool.send(actions, self._ids)
 
     def step_wait(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_], list[dict[str, Any]]]:
         """The step's outcome; where an episode ended, with the next one's first observation."""
         observations, rewards, terminated, truncated, info = self._pool.recv()
-        observations = observations.astype(np.float32)
+        observations = self.task.wound(observations.astype(np.float32))
+        if self.task.reward is not None:
+            rewards = self.task.reward(observations, self._actions)
         dones = terminated | truncated
         self._positions = {k: info[k] for k in self._positions}
         infos = self._nothing
@@ -170,7 +173,7 @@ class EnvPoolVecEnv(VecEnv):
                 last = observations[i].copy()
                 infos[i] = {"terminal_observation": last, "TimeLimit.truncated": True}
             first, info = self._pool.reset(ended)
-            observations[info["env_id"]] = first
+            observations[info["env_id"]] = self.task.wound(first)
             for name, position in self._positions.items():
                 position[info["env_id"]] = info[name]
         self._observations = observations

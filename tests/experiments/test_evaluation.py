@@ -57,6 +57,19 @@ def test_returns_are_those_of_episodes_played_one_by_one(task, monkeypatch):
         np.testing.assert_allclose(clips.observations[i], observations, rtol=1e-3, atol=1e-3)
 
 
+def test_noise_that_is_a_function_of_the_state_changes_as_in_training(monkeypatch):
+    drawn = []
+
+    class Agent(Steered):
+        use_sde, sde_sample_freq = True, 8
+
+        class policy:
+            reset_noise = staticmethod(drawn.append)
+
+    play(Agent(), Doubled(), find_task("Pendulum"), episodes=3, seed=5)
+    assert drawn == [3] * 25  # of 200 steps, one draw for each episode
+
+
 def test_frames_are_a_spread_of_those_visited(tmp_path):
     draw = torch.Generator().manual_seed(0)
     clips = Clips(

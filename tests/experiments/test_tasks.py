@@ -11,6 +11,7 @@ from experiments.vecenvs import make_vec_env
 from rewardmodels.errors import InvalidInput, UnknownName
 
 ON_ENVPOOL = sorted(set(TASKS) - {"InvertedPendulum"})
+PLAIN = sorted(set(ON_ENVPOOL) - {"backflip"})  # whose rewards are the environments' own
 
 
 def random_actions(space, n_envs, n_steps, seed=0):
@@ -58,7 +59,7 @@ def test_inverted_pendulums_return_counts_the_steps_for_which_the_pole_is_up():
     assert 0 < sum(rewards) < 100
 
 
-@pytest.mark.parametrize("name", ON_ENVPOOL)
+@pytest.mark.parametrize("name", PLAIN)
 def test_envpool_takes_the_steps_that_gymnasium_takes(name):
     # Across an episode's end too, so that no action is lost to a reset.
     task = replace(TASKS[name], horizon=30)

@@ -1,0 +1,108 @@
+"""The backflip: a Hopper that turns over backwards, off the ground, and lands on its foot.
+
+Nobody has written a reward for it (Christiano et al. 2017, arXiv 1706.03741, §3.2, taught it by 900
+comparisons). What stands in for a person here is `progress`, by which a synthetic teacher
+compares clips; what a policy is judged by is `backflips`, which looks at nothing but whole turns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+
+_UPRIGHT, _UPSIDE_DOWN = np.cos(np.deg2rad([60, 150]))
+_TOUCHING = 0.01  # metres above the ground; contacts are soft
+_MASS = np.array([3.67, 4.06, 2.78, 5.32])  # kg, of torso, thigh, leg and foot
+
+
+def clearances(poses: Floats) -> tuple[Floats, Floats]:
+    """How high a Hopper's body and its foot are above the ground, from its pose alone.
+
+    Its four limbs are capsules in a plane, end to end, so that one of their ends is lowest; the
+    ankle never is.
+
+    Args:
+        poses: `(..., 5)` or wider: height of the torso (metres), and the angles of torso, thigh,
+            leg and foot (radians), as Hopper-v5's observations begin.
+
+    Returns:
+        Metres, `(...)` each, about 0 in contact: of the lowest point of torso, thigh and leg, and
+        of the foot's.
+
+    Example:
+        >>> standing = np.array([1.25, 0.0, 0.0, 0.0, 0.0])
+        >>> [float(lowest.round(3)) for lowest in clearances(standing)]
+        [0.55, 0.04]
+    """
+    height, torso, thigh, leg, foot = (poses[..., i] for i in range(5))
+    hip = height - 0.2 * np.cos(torso)
+    knee = hip - 0.45 * np.cos(torso - thigh)
+    ankle = knee - 0.5 * np.cos(torso - thigh - leg)
+    toe_down = np.sin(torso - thigh - leg - foot)
+    head = height + 0.2 * np.cos(torso)
+    body: Floats = np.minimum(np.minimum(head, hip), knee) - 0.05
+    sole: Floats = np.minimum(ankle + 0.13 * toe_down, ankle - 0.26 * toe_down) - 0.06
+    return body, sole
+
+
+def backflips(poses: Floats) -> int:
+    """Full backward turns that were completed off the ground and landed on the foot.
+
+    Between two times on the foot (which alone touches the ground, the torso within 60 degrees of
+    upright) the torso must have turned backwards once, with nothing on the ground whenever it was
+    within 30 degrees of upside down: who rolls over the head hasn't done a backflip. Turns between
+    which nobody was on the foot count together, so a double one counts as two.
+
+    Args:
+        poses: `(T, 5)` or wider, as for `clearances`, of one episode in order. The torso's angle
+            may be kept within ±pi or not: from one frame to the next it turns by less.
+
+    Returns:
+        How many.
+
+    Example:
+        >>> poses = np.tile([1.25, 0.0, 0.0, 0.0, 0.0], (100, 1))
+        >>> poses[:, 0] += np.sin(np.linspace(0, np.pi, 100))
+        >>> poses[:, 1] = np.linspace(0, -2 * np.pi, 100)
+        >>> poses[[0, -1], 0] = 1.2
+        >>> backflips(poses), backflips(poses[::-1]), backflips(poses[:70])
+        (1, 0, 0)
+    """
+    angle = np.unwrap(poses[:, 1].astype(np.float64))
+    body, foot = clearances(poses)
+    on_foot = (foot < _TOUCHING) & (body > _TOUCHING) & (np.cos(angle) > _UPRIGHT)
+    on_ground = np.minimum(body, foot) < _TOUCHING
+    dived = np.concatenate([[0], np.cumsum((np.cos(angle) < _UPSIDE_DOWN) & on_ground)])
+    times = np.flatnonzero(on_foot)
+    turns = np.rint((angle[times[:-1]] - angle[times[1:]]) / (2 * np.pi))
+    cleanly = dived[times[1:]] == dived[times[:-1]]
+    return int(turns[cleanly & (turns > 0)].sum())
+
+
+def progress(observations: Floats, actions: Floats) -> Floats:
+    r"""What a teacher sees of a backflip in one frame: the body turning backwards in the air.
+
+    $w + z$ off the ground and $\min(w, 0) + 2 \min(\cos\theta, 0) + z$ on it, for the torso's
+    height z and angle $\theta$ from upright, and the rate w at which the body as a whole turns
+    backwards, the mean over its limbs by mass. (Paid for the torso's turning in the air alone, an
+    agent kicked it back in the air and forth on the ground: 22 radians in 1,000 steps, for a tenth
+    of a turn.)
+
+    Args:
+        observations: `(B, 11)`, Hopper-v5's.
+        actions: `(B, 3)`; they don't matter.
+
+    Returns:
+        `(B,)`; of turning, radians a second.
+    """
+    # Each joint turns what hangs on it against what it hangs on.
+    joints = np.cumsum(observations[:, 8:11], 1)
+    turning = (joints @ _MASS[1:]) / _MASS.sum() - observations[:, 7]
+    in_air = np.minimum(*clearances(observations)) > _TOUCHING
+    dived = np.minimum(np.cos(observations[:, 1]), 0)
+    rate: Floats = np.where(in_air, turning, np.minimum(turning, 0) + 2 * dived)
+    return rate + observations[:, 0]
