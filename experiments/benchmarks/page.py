@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json as json_
 import statistics
 import tempfile
 import time
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 
 from active import FeedbackStore, all_pairs
+from experiments.benchmarks.figures import check_settings, publish
 from experiments.benchmarks.page_kills import answer_through_kills
-from experiments.labelling_page.people import page_beside
+from experiments.labelling_page.beside import page_beside
 from experiments.labelling_page.videos import Videos
-from experiments.run import versions, write_atomically
 from experiments.tasks import find_task, make_env, simulator_state
 from rewardmodels import Clips, InvalidInput
 
@@ -50,8 +49,7 @@ def benchmark_page(
     Raises:
         InvalidInput: No such folder, or no Chromium or Playwright to drive it.
     """
-    if json is not None and not Path(json).absolute().parent.is_dir():
-        raise InvalidInput(f"json: expected a file in a directory that exists, got {json}.")
+    check_settings(json)
     if find_spec("playwright") is None or not Path(chromium).is_file():
         raise InvalidInput(
             f"chromium: expected a browser and Playwright to drive it, got {chromium}; on Debian "
@@ -68,12 +66,7 @@ def benchmark_page(
         seconds = asyncio.run(pair_seconds(run / "shown", task))
         figures["pair_render_seconds"] = statistics.median(seconds)
         figures |= waits(run / "shown", task, Path(chromium), answers=8 if quick else 30)
-    figures["versions"] = versions()
-    text = json_.dumps(figures, indent=2)
-    print(text)
-    if json is not None:
-        write_atomically(Path(json), text + "\n")
-    return figures
+    return publish(figures, json)
 
 
 def put_queries(run: Path, task: str, n: int, *, clips: int, length: int = 25) -> list[int]:

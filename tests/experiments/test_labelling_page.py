@@ -18,7 +18,7 @@ from experiments.benchmarks.page import (
     until,
 )
 from experiments.benchmarks.page_kills import answer_through_kills
-from experiments.labelling_page.people import page_beside
+from experiments.labelling_page.beside import page_beside
 from rewardmodels import InvalidInput
 
 SCREENSHOTS = Path(__file__).parents[2] / "runs" / "labelling-page"

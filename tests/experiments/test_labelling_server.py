@@ -17,10 +17,9 @@ from active import Counts, FeedbackStore, all_pairs
 from experiments.labelling_page import best, command
 from experiments.labelling_page.command import label
 from experiments.labelling_page.gate import Person, loopback
-from experiments.labelling_page.people import Human, wait_for_answers
 from experiments.labelling_page.server import make_app
 from experiments.labelling_page.videos import NotDrawn, Videos
-from rewardmodels import Clips, InvalidInput, UnreadableFile
+from rewardmodels import Clips, UnreadableFile
 
 HERE = "http://127.0.0.1:8765"
 
@@ -384,23 +383,3 @@ def test_a_process_that_cannot_draw_says_why(run):
             await videos.stop()
 
     asyncio.run(ask())
-
-
-def test_waiting_ends_with_the_last_answer_and_people_are_not_asked_in_passing(run):
-    with (
-        FeedbackStore(run / "answers.sqlite") as store,
-        FeedbackStore(run / "answers.sqlite") as page,
-    ):
-        told = []
-
-        def say(text: str) -> None:
-            told.append(text)
-            (query, *_) = page.queries(unanswered=True)
-            page.answer(query.id, 1.0, "Ann")
-
-        wait_for_answers(store, 0, say=say, poll_seconds=0.001)
-        assert told[0] == "waiting for 10 answers"
-        assert len(told) == 10
-        clips, pairs = store.clips_of([1])
-    with pytest.raises(InvalidInput, match="wait_for_answers"):
-        Human().answer(clips, pairs)
