@@ -19,6 +19,7 @@ from experiments.guard_episodes import train
 from experiments.pools import make_pool
 from experiments.shifts import Severity
 from experiments.studies.guard import guard_cell, worlds
+from experiments.studies.guard_tables import COSTLY
 from experiments.study import run_study
 from experiments.tasks import find_task
 from ood import DynamicsEnsemble
@@ -26,8 +27,6 @@ from ood.saving import DETECTORS
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer")
 DETECTOR, STATISTIC = "DynamicsEnsemble", "MEWMA"
-COSTLY = 0.2
-"""A shift matters that takes this share of the return after its onset."""
 
 _STEPS = 300_000
 _QUICK_STEPS = 102_400
@@ -68,7 +67,7 @@ def benchmark_guard(
     """Measures false alarms against their promise, shifts found, and time.
 
     Args:
-        quick: In about two minutes of one processor, for trends: HalfCheetah, and little of everything.
+        quick: In about two minutes of a processor, for trends: HalfCheetah, and little of all.
         json: File for the figures; they are printed too.
         tasks: Of which one agent each is trained on the task's own reward.
         jobs: Processes side by side.
