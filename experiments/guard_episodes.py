@@ -54,7 +54,7 @@ def play(
     *,
     first: int = 0,
     features: str | Features = "transition",
-    halts: Sequence[float] | None = None,
+    halts: Sequence[float] | Array | None = None,
 ) -> Episodes:
     """Plays whole episodes, of which number i has the i-th of the seed's first states and chances.
 
@@ -113,7 +113,8 @@ def _play_together(
         draws.append(np.random.default_rng(int(states[1])))
     before, ended = np.stack(first), False
     shape = envs[0].action_space.shape or ()
-    steps, gains = [], []
+    steps: list[Array] = []
+    gains: list[list[float]] = []
     while not ended:
         actions = act(before, np.stack([draw.standard_normal(shape) for draw in draws]))
         actions[halt <= len(steps)] = 0
