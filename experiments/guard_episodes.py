@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ def play(
     *,
     first: int = 0,
     features: str | Features = "transition",
+    halts: Sequence[float] | Array | None = None,
 ) -> Episodes:
     """Plays whole episodes, of which number i has the i-th of the seed's first states and chances.
 
@@ -67,9 +68,11 @@ def play(
         seed: Of all of them.
         first: Number of the first.
         features: A name of `ood.features.FEATURES`, or a function.
+        halts: Of each episode, the step from which on it is halted, as by `ood.Guard`: zeros take
+            the place of the actions. Infinity never halts; None halts no episode.
 
     Raises:
-        InvalidInput: Less than one episode.
+        InvalidInput: Less than one episode, or halts of another number.
 
     Example:
         >>> from experiments.tasks import find_task, make_env
@@ -81,12 +84,18 @@ def play(
     """
     if episodes < 1:
         raise InvalidInput(f"episodes: expected at least one, got {episodes}.")
+    if halts is not None and len(halts) != episodes:
+        raise InvalidInput(
+            f"halts: expected one for each of {episodes} episodes, got {len(halts)}."
+        )
+    ends = np.full(episodes, np.inf) if halts is None else np.asarray(halts, np.float64)
     see = named(features)
     envs = [make() for _ in range(min(episodes, _TOGETHER))]
     played, gains = [], []
     for start in range(first, first + episodes, _TOGETHER):
         numbers = range(start, min(start + _TOGETHER, first + episodes))
-        seen, paid = _play_together(envs[: len(numbers)], act, seed, numbers, see)
+        halt = ends[start - first :][: len(numbers)]
+        seen, paid = _play_together(envs[: len(numbers)], act, seed, numbers, see, halt)
         played += seen
         gains.append(paid)
     for env in envs:
@@ -95,7 +104,7 @@ def play(
 
 
 def _play_together(
-    envs: list[gym.Env[Any, Any]], act: Act, seed: int, numbers: range, see: Features
+    envs: list[gym.Env[Any, Any]], act: Act, seed: int, numbers: range, see: Features, halt: Array
 ) -> tuple[list[Tensor], Array]:
     draws, first = [], []
     for env, number in zip(envs, numbers, strict=True):
@@ -104,9 +113,11 @@ def _play_together(
         draws.append(np.random.default_rng(int(states[1])))
     before, ended = np.stack(first), False
     shape = envs[0].action_space.shape or ()
-    steps, gains = [], []
+    steps: list[Array] = []
+    gains: list[list[float]] = []
     while not ended:
         actions = act(before, np.stack([draw.standard_normal(shape) for draw in draws]))
+        actions[halt <= len(steps)] = 0
         moved = [env.step(action) for env, action in zip(envs, actions, strict=True)]
         after = np.stack([x[0] for x in moved])
         steps.append(see(before, actions, after))

@@ -74,7 +74,7 @@ class Threshold:
         So with `(n, D)` signed numbers.
         """
         at = np.minimum(steps % self.period if self.period else steps, len(self.mean) - 1)
-        mean, scale = self.mean[at], self.scale[at]
+        mean, scale = self.mean.take(at, 0), self.scale.take(at, 0)
         if scores.ndim > mean.ndim:
             mean, scale = mean[:, None], scale[:, None]
         standard: Array = (scores - mean) / scale

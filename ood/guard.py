@@ -17,6 +17,8 @@ from rewardmodels import InvalidInput
 
 Array = NDArray[Any]
 
+_ALIVE = np.ones(1, bool)
+
 
 class Guard(gym.Wrapper[Any, Any, Any, Any]):
     """Halts, asks, or lets another policy take over, once what happens is too strange.
@@ -85,7 +87,7 @@ class Guard(gym.Wrapper[Any, Any, Any, Any]):
         observation, reward, terminated, truncated, info = self.env.step(
             action if taken is proposed else taken[0]
         )
-        self.keeper.observe(taken, np.asarray(observation)[None], np.ones(1, bool))
+        self.keeper.observe(taken, np.asarray(observation)[None], _ALIVE)
         return observation, reward, terminated, truncated, {**info, "guard": self._info()}
 
     def answer(self, go_on: bool) -> None:
@@ -104,7 +106,7 @@ class Guard(gym.Wrapper[Any, Any, Any, Any]):
             "statistic": float(reading.statistic[0]),
             "threshold": threshold.value if threshold else float("nan"),
             "alarm": bool(reading.alarm[0]),
-            "acting": keeper.who[0],
+            "acting": keeper.acts(0),
             "reason": keeper.reasons[0],
         }
 

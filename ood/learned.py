@@ -157,9 +157,13 @@ class DynamicsEnsemble(OODDetector):
 
     def _signed(self, features: Array) -> Array:
         white = (self._missed(features) - self.missed) @ self.missed_whitening
-        sizes = np.log(white * white + _SMALL)
-        size = np.add.reduce(sizes, 1, keepdims=True) / sizes.shape[1]
-        return np.concatenate([white, (size - self.size[0]) / self.size[1]], 1)
+        signed = np.empty((len(white), white.shape[1] + 1))
+        signed[:, :-1] = white
+        white *= white
+        white += _SMALL
+        size = np.add.reduce(np.log(white, out=white), 1) / white.shape[1]
+        signed[:, -1] = (size - self.size.item(0)) / self.size.item(1)
+        return signed
 
     def _missed(self, features: Array) -> Array:
         """`(B, O)`: errors of the mean prediction, in predicted standard deviations."""
@@ -176,11 +180,16 @@ class DynamicsEnsemble(OODDetector):
         apart, std = self._predict(features)
         # Law of total variance: what members expect, and how far apart they are. Sums of their
         # own, since for one frame a method of NumPy's takes thrice as long.
-        mean = np.add.reduce(apart, 0) / self.members
-        spread = apart - mean
-        variance = np.add.reduce(std * std + spread * spread, 0) / self.members
-        missed: Array = mean / np.sqrt(variance)
-        return missed
+        mean: Array = np.add.reduce(apart, 0)
+        mean /= self.members
+        apart -= mean
+        apart *= apart
+        std *= std
+        apart += std
+        variance = np.add.reduce(apart, 0)
+        variance /= self.members
+        mean /= np.sqrt(variance, out=variance)
+        return mean
 
     def _predict(self, features: Array) -> tuple[Array, Array]:
         """Errors and standard deviations `(K, B, O)`, in standard deviations of the change."""
@@ -188,13 +197,19 @@ class DynamicsEnsemble(OODDetector):
         if self._folded[0] != self.revision:
             self._folded = self.revision, _layers(self, "member", len(self.hidden) + 1)
         *hidden, (weight, bias, _) = self._folded[1]
-        change = (features[:, -size:] - features[:, :size] - self.change_mean) / self.change_scale
+        change = features[:, -size:] - features[:, :size]
+        change -= self.change_mean
+        change /= self.change_scale
         outputs = pass_hidden(self._inputs(features), hidden) @ weight
         outputs += bias
         # `_bounded`, of which the exponential needs but one more.
         low, high = _LOG_STD
-        std = math.exp(low) + math.exp(high) / (1 + np.exp(high - outputs[..., size:]))
-        return change - outputs[..., :size], std.astype(np.float64)
+        std = (high - outputs[..., size:]).astype(np.float64)
+        np.exp(std, out=std)
+        std += 1
+        np.divide(math.exp(high), std, out=std)
+        std += math.exp(low)
+        return change - outputs[..., :size], std
 
     def _inputs(self, features: Array) -> Array:
         """What came before, `(B, O + act)`."""

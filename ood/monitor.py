@@ -261,9 +261,10 @@ class Stream:
         if threshold.period:
             self.statistic.reset(self.steps % threshold.period == 0)
         signed = self.statistic.signed
-        # A sum is finite where all are, unless it overflows; then each is looked at below.
-        if frames.shape[1] == detector.width and math.isfinite(np.add.reduce(frames, None)):
-            frames = frames.astype(np.float64, copy=False)
+        # The sum of squares is finite where all are, unless it overflows; then each is looked at.
+        if frames.shape[1] == detector.width and math.isfinite(np.vdot(frames, frames)):
+            if frames.dtype != np.float64:
+                frames = frames.astype(np.float64)
             seen = detector.signed_checked(frames) if signed else detector.score_checked(frames)
         else:
             rows = np.isfinite(frames).all(1)
@@ -274,7 +275,7 @@ class Stream:
         statistic = self.statistic.update(threshold.standardise(seen, self.steps)).copy()
         self.steps += 1
         # Not "statistic > threshold": NaN must raise an alarm, and compares as False.
-        alarm = ~(statistic <= threshold.value) | ~np.isfinite(score)
+        alarm = ~((statistic <= threshold.value) & np.isfinite(score))
         return Reading(score, statistic, alarm)
 
     def _now(self) -> tuple[object, ...]:

@@ -194,11 +194,14 @@ class MEWMA(Statistic):
         self.weight, self.clip = weight, clip
 
     def _next(self, value: Array, scores: Array) -> Array:
-        clipped = np.minimum(np.maximum(scores, -self.clip), self.clip)
-        # Infinity isn't just another large error: it has to stay. The sum tells in one go.
-        if not math.isfinite(np.add.reduce(scores, None)):
+        clipped = np.maximum(scores, -self.clip)
+        np.minimum(clipped, self.clip, out=clipped)
+        # Infinity isn't just another large error: it has to stay. A sum of squares tells at once.
+        if not math.isfinite(np.vdot(scores, scores)):
             clipped[~np.isfinite(scores)] = np.inf
-        return (1 - self.weight) * value + self.weight * clipped
+        clipped *= self.weight
+        clipped += (1 - self.weight) * value
+        return clipped
 
     def _read(self, value: Array) -> Array:
         size: Array = np.sqrt(np.vecdot(value, value) / value.shape[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,39 +11,41 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.benchmarks.figures import check_settings, publish
 from experiments.benchmarks.guard_cost import SCALED, scale_cost, step_cost
 from experiments.benchmarks.guard_promise import ALPHA, false_alarm_rates, highest_rate
 from experiments.benchmarks.guard_selective import selective_cell
 from experiments.guard_episodes import train
 from experiments.pools import make_pool
-from experiments.run import versions, write_atomically
 from experiments.shifts import Severity
 from experiments.studies.guard import guard_cell, worlds
+from experiments.studies.guard_tables import COSTLY
 from experiments.study import run_study
 from experiments.tasks import find_task
 from ood import DynamicsEnsemble
 from ood.saving import DETECTORS
-from rewardmodels import InvalidInput
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer")
 DETECTOR, STATISTIC = "DynamicsEnsemble", "MEWMA"
-COSTLY = 0.2
-"""A shift matters that takes this share of the return after its onset."""
 
 _STEPS = 300_000
-_QUICK_STEPS = 10_240
+_QUICK_STEPS = 102_400
+# As many policies as are labelled and asked about, and the fewest updates that tell them apart.
+_QUICK_POOL = {"steps": 12_288, "levels": 7, "episodes": 2}
 _PROMISE = {"calibrations": 10, "calibration": 52, "tests": 100, "familiar": 40, "horizon": 200}
 _QUICK_PROMISE = {"calibrations": 4, "calibration": 26, "tests": 10, "familiar": 5, "horizon": 50}
 _DETECTION = {
     "horizon": 400, "onset": 150, "familiar": 100, "calibration": 132, "tests": 20,
 }  # fmt: skip
-_QUICK_DETECTION = {"horizon": 150, "onset": 75, "familiar": 10, "calibration": 40, "tests": 5}
+_QUICK_DETECTION = {"horizon": 200, "onset": 75, "familiar": 30, "calibration": 40, "tests": 5}
+# Indexed by `quick`.
+_WATCHED, _FRAMES, _PAIRS, _SEEDS = (3000, 300), (10**6, 10**5), (5000, 1000), (3, 1)
 _SEVERITY: Severity = "middle"
 _SMALL = f"{__name__}.SmallDynamics"
 
 
 class SmallDynamics(DynamicsEnsemble):
-    """A detector that learns in a second, for trends.
+    """A detector that learns in seconds, for trends.
 
     Args:
         observation_size: As its parent's.
@@ -52,7 +53,7 @@ class SmallDynamics(DynamicsEnsemble):
     """
 
     def __init__(self, observation_size: int, seed: int = 0) -> None:
-        super().__init__(observation_size, members=2, hidden=(64, 64), steps=500, seed=seed)
+        super().__init__(observation_size, members=2, hidden=(64, 64), steps=1500, seed=seed)
 
 
 def benchmark_guard(
@@ -66,7 +67,7 @@ def benchmark_guard(
     """Measures false alarms against their promise, shifts found, and time.
 
     Args:
-        quick: In about two minutes, for trends: HalfCheetah, and little of everything.
+        quick: In about two minutes of a processor, for trends: HalfCheetah, and little of all.
         json: File for the figures; they are printed too.
         tasks: Of which one agent each is trained on the task's own reward.
         jobs: Processes side by side.
@@ -81,16 +82,14 @@ def benchmark_guard(
         `auroc` (mean), `shifts.<Task>` with each one's own figures, those that cost less included;
         `step_us` and `share_of_step`; `fit_seconds_1m`, `score_us_1m` and `memory_mb_1m`, by
         detector; `confident_wrong_passed`, the share of confident mispredictions on clips of
-        unseen policies that are given at 80% coverage.
+        unseen policies that are given at 80% coverage; and `rests_on`, by the same keys, how many
+        episodes, steps, frames or pairs a figure comes from.
 
     Raises:
         InvalidInput: No tasks, less than one job, or a file in no directory.
         UnknownName: A task that there isn't.
     """
-    if jobs < 1 or not tasks:
-        raise InvalidInput(f"jobs, tasks: expected at least one of each, got {jobs}, {tasks}.")
-    if json is not None and not Path(json).absolute().parent.is_dir():
-        raise InvalidInput(f"json: expected a file in a directory that exists, got {json}.")
+    check_settings(json, jobs=jobs, tasks=len(tasks))
     tasks = tasks[:1] if quick else tasks
     for task in tasks:
         find_task(task)
@@ -106,22 +105,18 @@ def benchmark_guard(
         figures |= detection(agents, out, jobs, quick)
         figures |= promise(agents, out, jobs, quick)
         figures |= selection(tasks, Path(folder) if quick else pools, out, jobs, quick)
-    figures["versions"] = versions()
-    text = json_.dumps(figures, indent=2)
-    print(text)
-    if json is not None:
-        write_atomically(Path(json), text + "\n")
-    return figures
+    figures["rests_on"] = rests_on(figures, tasks, quick)
+    return publish(figures, json)
 
 
 def cost(agent: Path, task: str, quick: bool) -> dict[str, Any]:
     """Microseconds a step, and what a million frames cost; a tenth of them if quick."""
-    step = step_cost(task, agent, steps=300 if quick else 3000)
+    step = step_cost(task, agent, steps=_WATCHED[quick])
     figures: dict[str, Any] = {name: step[name] for name in ("step_us", "share_of_step")}
     small = {"Mahalanobis": SCALED["Mahalanobis"], "KNN": SCALED["KNN"],
              "SmallDynamics": lambda: SmallDynamics(17)}  # fmt: skip
     scaled = {
-        name: scale_cost(make, 10**5 if quick else 10**6)
+        name: scale_cost(make, _FRAMES[quick])
         for name, make in (small if quick else SCALED).items()
     }
     for name in ("fit_seconds", "score_us", "memory_mb"):
@@ -184,12 +179,12 @@ def selection(
     tasks: Sequence[str], pools: Path, out: Path, jobs: int, quick: bool
 ) -> dict[str, Any]:
     """Confident mispredictions, and how many are given, over all tasks and seeds."""
-    made: dict[str, Any] = {"steps": _QUICK_STEPS, "episodes": 2} if quick else {}
+    made: dict[str, Any] = _QUICK_POOL if quick else {}
     for task in tasks:
         make_pool(task, folder=pools, **made)
     cells = [
-        {"task": task, "seed": seed, "tests": 200 if quick else 5000, "pools": str(pools), **made}
-        for task in tasks for seed in range(1 if quick else 3)
+        {"task": task, "seed": seed, "tests": _PAIRS[quick], "pools": str(pools), **made}
+        for task in tasks for seed in range(_SEEDS[quick])
     ]  # fmt: skip
     results = run_study(selective_cell, cells, out / "selective", jobs=jobs)
     wrong, passed, given = (
@@ -200,6 +195,32 @@ def selection(
         "confident_wrong_passed": passed / wrong if wrong else None,
         "confident_wrong_of_given": passed / given, "confident_wrong": wrong,
     }  # fmt: skip
+
+
+def rests_on(figures: dict[str, Any], tasks: Sequence[str], quick: bool) -> dict[str, str]:
+    """How many of what each figure comes from, in words."""
+    promised = _QUICK_PROMISE if quick else _PROMISE
+    found = _QUICK_DETECTION if quick else _DETECTION
+    lost = [shift["lost"] for task in tasks for shift in figures[f"shifts.{task}"].values()]
+    costly = sum(share >= COSTLY for share in lost)
+    each = f"{found['tests']} episodes each, one agent a task"
+    shifts = (
+        f"{costly} {_SEVERITY} shifts on {', '.join(tasks)} that cost {COSTLY:.0%} or more, {each}"
+    )
+    scored = f"{_FRAMES[quick]:,} frames of 40 numbers"
+    rests = {
+        "found": shifts, "auroc": shifts, "delay": f"{shifts}; of those found",
+        "found_harmless": f"{len(lost) - costly} shifts that cost less, {each}",
+        "step_us": f"medians of 3 times {_WATCHED[quick]:,} steps on {tasks[0]}",
+        "fit_seconds_1m": scored, "memory_mb_1m": scored,
+        "score_us_1m": f"median of 2,000 single frames, after {scored}",
+        "confident_wrong_passed": f"{figures['confident_wrong']} confident mispredictions of "
+        f"{_PAIRS[quick] * _SEEDS[quick] * len(tasks):,} pairs",
+        "detector": f"{_SMALL if quick else DETECTOR} {STATISTIC}",
+    }  # fmt: skip
+    rests["share_of_step"] = rests["step_us"]
+    episodes = f"{promised['tests']} episodes for each of {promised['calibrations']} calibrations"
+    return rests | {f"false_alarm_rate.{task}": episodes for task in tasks}
 
 
 def summary(shifts: Sequence[dict[str, Any]]) -> dict[str, float | None]:

@@ -4,8 +4,10 @@ One agent is trained with PPO on the task's own reward. Of its episodes in the u
 teach each detector what is familiar, others give each statistic the threshold that keeps a promised
 rate of false alarms (`ood.conformal`), and others test. Each test is played again, from the same
 first state, in a world that changes at a known step (`experiments.shifts`). The monitor only
-watches, so that what the shift costs is measured on the same episodes. The agent is the same for
-every seed, which decides the episodes, what is drawn for a shift, and the detector's own chance.
+watches, so that what the shift costs is measured on the same episodes. Then those with an alarm
+are played a third time, and halted where it came: what is earned so, less what was earned
+unguarded, is the harm that the guard prevented, or did. The agent is the same for every seed, which
+decides the episodes, what is drawn for a shift, and the detector's own chance.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score, roc_curve
 
-from experiments.guard_episodes import Episodes, load_policy, play, train
+from experiments.guard_episodes import load_policy, play, train
 from experiments.limits import check_least
 from experiments.run import write_atomically
 from experiments.shifts import SHIFTS, Severity, shifted
-from experiments.studies.guard_tables import tables
+from experiments.studies.guard_figures import along, figures, halting_steps, step_micros
+from experiments.studies.guard_tables import lead, sections
 from experiments.studies.lookup import found_class
+from experiments.studies.report import About, about_cells, command_line, write_report
 from experiments.studies.summary import Row, as_csv
 from experiments.study import Result, run_study
 from experiments.tasks import Task, find_task, make_env
@@ -84,12 +87,13 @@ def study_guard(
 
     Returns:
         A row for each detector, statistic, shift, severity and seed; `out` has them as CSV, with
-        `tables.md`.
+        `report.html` and `tables.md`.
 
     Raises:
         InvalidInput: A number out of range, or a shift that the task can't feel.
         UnknownName: A task, detector, statistic or shift that there isn't.
     """
+    settings = dict(locals())
     check_least(
         ("onset", onset, 1), ("horizon", horizon, onset + 1), ("steps", steps, 0),
         ("familiar", familiar, 1), ("calibration", calibration, 2), ("tests", tests, 1),
@@ -117,8 +121,27 @@ def study_guard(
         for row in result["rows"]
     ]
     write_atomically(out / "rows.csv", as_csv(rows))
-    write_atomically(out / "tables.md", tables(rows, alpha) + "\n")
+    made = [{**cell, **result} for cell, result in zip(cells, found, strict=True)]
+    write_report(
+        out,
+        f"What a guard finds on {task}",
+        sections(rows, alpha),
+        _about(settings, made, out),
+        lead=lead(rows),
+    )
     return rows
+
+
+def _about(settings: dict[str, Any], made: Sequence[Row], out: Path) -> About:
+    usual, where = inspect.signature(study_guard).parameters, ("jobs", "backend", "address")
+    flags = {k: v for k, v in settings.items() if k not in where and v != usual[k].default}
+    return about_cells(
+        made,
+        out / "cells",
+        command=command_line("study guard", flags),
+        seeds=settings["seeds"],
+        settings={k: v for k, v in settings.items() if k not in (*where, "out")},
+    )
 
 
 def guard_cell(
@@ -148,10 +171,11 @@ def guard_cell(
     with isolated_randomness(seed):
         fitted = make_detector(detector, size, seed).fit(frames)
     monitors = {name: Monitor(fitted, _statistic(name)()) for name in statistics}
-    usual_values = {}
+    usual_values, micros = {}, {}
     for name, monitor in monitors.items():
         monitor.calibrate(usual.features[familiar:first], alpha)
         usual_values[name] = along(monitor, test)
+        micros[name] = step_micros(monitor, test.features[0])
     rows = []
     for shift in shifts:
         for severity in severities:
@@ -162,59 +186,22 @@ def guard_cell(
             other = play(changed, policy, tests, seed, first=first)
             for name, monitor in monitors.items():
                 assert monitor.threshold is not None
+                values, limit = along(monitor, other), monitor.threshold.value
+                halts = halting_steps(values, limit)
+                # Where nothing halts, the third play would be the second.
+                guarded = (
+                    other
+                    if np.isinf(halts).all()
+                    else play(changed, policy, tests, seed, first=first, halts=halts)
+                )
+                earned = {"return": test, "shifted return": other, "guarded return": guarded}
                 rows.append({
                     "statistic": name, "shift": shift, "severity": severity,
-                    **figures(usual_values[name], along(monitor, other),
-                              monitor.threshold.value, onset),
-                    "return": float(test.rewards[:, onset:].sum(1).mean()),
-                    "shifted return": float(other.rewards[:, onset:].sum(1).mean()),
+                    **figures(usual_values[name], values, limit, onset),
+                    **{k: float(of.rewards[:, onset:].sum(1).mean()) for k, of in earned.items()},
+                    "step us": micros[name],
                 })  # fmt: skip
     return {"rows": rows}
-
-
-def figures(usual: Array, other: Array, threshold: float, onset: int) -> dict[str, float | None]:
-    """What a statistic finds of a shift.
-
-    Args:
-        usual: `(N, T)`, the statistic along episodes of the usual world.
-        other: `(M, T)`, along those that change after `onset` steps.
-        threshold: What it has to exceed.
-        onset: In steps.
-
-    Returns:
-        found: Share of the M episodes whose first alarm comes after the onset.
-        delay: Median steps of these from the onset to the alarm, 1 for the first; None if none.
-        fpr at 95% tpr: Share of the N episodes whose largest value after the onset is above one
-            that 95% of the M exceed.
-        auroc: Chance that the largest value after the onset is larger with the shift than without.
-        false alarms: Share of the N episodes with any alarm.
-
-    Example:
-        >>> usual, other = np.array([[0.0, 1, 0, 0], [0, 0, 3, 0]]), np.array([[0.0, 0, 1, 4]])
-        >>> figures(usual, other, threshold=2, onset=2)
-        {'found': 1.0, 'delay': 2.0, 'auroc': 1.0, 'fpr at 95% tpr': 0.0, 'false alarms': 0.5}
-    """
-    alarms = other > threshold
-    found = alarms.any(1) & ~alarms[:, :onset].any(1)
-    delays = alarms[found].argmax(1) - onset + 1
-    largest = np.concatenate([usual[:, onset:].max(1), other[:, onset:].max(1)])
-    is_other = np.arange(len(largest)) >= len(usual)
-    fpr, tpr, _ = roc_curve(is_other, largest)
-    return {
-        "found": float(found.mean()),
-        "delay": float(np.median(delays)) if len(delays) else None,
-        "auroc": float(roc_auc_score(is_other, largest)),
-        "fpr at 95% tpr": float(fpr[np.argmax(tpr >= 0.95)]),
-        "false alarms": float((usual > threshold).any(1).mean()),
-    }
-
-
-def along(monitor: Monitor, episodes: Episodes) -> Array:
-    """A calibrated monitor's statistic `(N, T)` along whole episodes."""
-    assert monitor.threshold is not None
-    seen = [monitor.seen(episode).numpy() for episode in episodes.features]
-    steps = np.arange(len(seen[0]))
-    return monitor.statistic.along([monitor.threshold.standardise(row, steps) for row in seen])
 
 
 def _changed(

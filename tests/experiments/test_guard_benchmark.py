@@ -9,6 +9,7 @@ import torch
 from experiments.benchmarks import guard as benchmark
 from experiments.benchmarks import guard_promise
 from experiments.benchmarks.guard_cost import scale_cost
+from experiments.cli import main
 from experiments.guard_episodes import train
 from experiments.tasks import find_task
 from ood import KNN, Mahalanobis, Spike, calibrate
@@ -105,13 +106,39 @@ def test_every_figure_is_there_and_written(tmp_path, monkeypatch, capsys):
     assert 0 <= figures["false_alarm_rate.Reacher"] <= 1
     assert figures["shifts.Reacher"]["bias"]["auroc"] >= 0
     assert {"found", "delay", "auroc", "step_us", "share_of_step"} <= set(figures)
+    assert (
+        figures["rests_on"]["confident_wrong_passed"] == "4 confident mispredictions of 1,000 pairs"
+    )
+    assert "2 episodes for each of 1" in figures["rests_on"]["false_alarm_rate.Reacher"]
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_runs_from_end_to_end(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    main(["benchmark", "guard", "--quick", "--json", str(file)])
+    figures = json.loads(file.read_text())
+    keys = {"false_alarm_rate.HalfCheetah", "found", "delay", "auroc", "step_us", "share_of_step",
+            "confident_wrong_passed", "fit_seconds_1m", "score_us_1m", "memory_mb_1m"}  # fmt: skip
+    assert keys <= set(figures["rests_on"])
+    assert keys <= set(figures)
+    # Of 40 episodes, a rate that is promised to be 0.05 on average.
+    assert figures["false_alarm_rate.HalfCheetah"] <= figures["false_alarm_limit"] + 0.1
+    assert 0.5 < figures["found"] <= 1
+    assert 0.7 < figures["auroc"] <= 1
+    assert 1 <= figures["delay"] <= 75
+    assert 5 < figures["step_us"] < 5000
+    assert 0 < figures["share_of_step"] < 10
+    assert figures["confident_wrong_passed"] is None or 0 <= figures["confident_wrong_passed"] <= 1
+    for name in ("fit_seconds_1m", "score_us_1m", "memory_mb_1m"):
+        assert set(figures[name]) == {"KNN", "Mahalanobis", "SmallDynamics"}
+        assert min(figures[name].values()) > 0
 
 
 def test_what_cannot_be_used_is_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "train", None)
     for change, error, message in (
-        ({"jobs": 0}, InvalidInput, "jobs, tasks: expected at least one"),
-        ({"tasks": []}, InvalidInput, "jobs, tasks"),
+        ({"jobs": 0}, InvalidInput, "jobs: expected a number of at least 1"),
+        ({"tasks": []}, InvalidInput, "tasks: expected a number of at least 1"),
         ({"tasks": ["Hoper"]}, UnknownName, "Did you mean 'Hopper'"),
         ({"json": tmp_path / "none" / "x.json"}, InvalidInput, "json: expected a file in a dir"),
     ):
