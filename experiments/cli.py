@@ -251,6 +251,14 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
             quick="in about two minutes, for trends: one task, few episodes",
         ),
     ),
+    "benchmark published": (
+        "set a detector beside the figures that PEDM's authors printed",
+        _from("experiments.benchmarks.guard_published:compare_published"),
+    ),
+    "benchmark backflips": (
+        "count the backflips of Hoppers that were taught them by comparisons",
+        _from("experiments.benchmarks.backflips:benchmark_backflips"),
+    ),
     "benchmark page": (
         "measure what the page loses when it is killed, and how long people wait",
         _from(

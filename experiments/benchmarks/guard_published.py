@@ -5,8 +5,6 @@ probabilistic dynamics models", AAMAS, appendix, Table 7) disturb an episode fro
 and ask of single frames whether they came after it: AUROC, average precision and false positives
 over the frames of all episodes. Here the same is asked, of the two disturbances that have a
 counterpart in `experiments.shifts`.
-
-    python -m experiments.benchmarks.guard_published --published FILE.csv --agent AGENT.safetensors
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from experiments.guard_episodes import Act, Episodes, load_policy, play
@@ -154,7 +151,3 @@ def _published(file: Path, mod: str) -> dict[str, str]:
     raise InvalidInput(
         f"published: expected a row with env {THEIRS} and mod {mod}, got none in {file}."
     )
-
-
-if __name__ == "__main__":
-    auto_cli(compare_published, as_positional=False)

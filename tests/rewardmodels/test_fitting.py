@@ -24,7 +24,6 @@ from rewardmodels import (
     PairBatch,
     fit,
 )
-from rewardmodels.answers import Answers
 
 
 def some(n: int = 60, seed: int = 0, shift: float = 0.0) -> Comparisons:
@@ -127,17 +126,6 @@ def test_minibatches_hold_every_row_once_an_epoch():
     model = Spy(members=1, hidden=())
     fit(model, some(50), epochs=3, batch_size=20, held_out=0.0)
     assert model.sizes == [20, 20, 10] * 3
-
-
-def test_a_minibatch_is_the_rows_it_says():
-    answers = some(10)
-    gathered = Answers.gather(answers, None, None, held_out=0, groups=None, seed=0)
-    batch = gathered.batches(torch.tensor([2, 4, 9])).__getitems__([2, 0])
-    assert batch.index.tolist() == [9, 2]
-    clips = answers.clips.observations
-    assert torch.equal(batch.first.observations, clips[answers.pairs[[9, 2], 0]])
-    assert torch.equal(batch.second.observations, clips[answers.pairs[[9, 2], 1]])
-    assert torch.equal(batch.preference, answers.preference[[9, 2]])
 
 
 def held_out_loss(model: DeepEnsemble, answers: Comparisons) -> float:
