@@ -167,6 +167,9 @@ class Replay(Annotator):
 def spelled_out(arguments: Sequence[str]) -> list[str]:
     """A command line in which `--teacher human` and `--teacher replay FILE` name their classes.
 
+    Raises:
+        InvalidInput: Nothing to replay.
+
     Example:
         >>> spelled_out(["--teacher", "replay", "answers.sqlite", "--seed", "1"])[1:]
         ['experiments.people.Replay', '--teacher.file', 'answers.sqlite', '--seed', '1']
@@ -174,6 +177,8 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
     words = [part for word in arguments for part in _apart(word)]
     for at, name in enumerate(words[1:], 1):
         if words[at - 1] == "--teacher" and name in _SHORT:
+            if name == "replay" and (at + 1 == len(words) or words[at + 1].startswith("-")):
+                raise InvalidInput("teacher: expected a file after replay, got none.")
             words[at : at + 1] = _SHORT[name]
             break
     return words
