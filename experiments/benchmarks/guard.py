@@ -18,6 +18,8 @@ from experiments.benchmarks.guard_selective import selective_cell
 from experiments.guard_episodes import train
 from experiments.pools import make_pool
 from experiments.shifts import Severity
+from experiments.studies.drift import ARMS, study_drift
+from experiments.studies.drift_figures import drift_kept
 from experiments.studies.guard import guard_cell, worlds
 from experiments.studies.guard_tables import COSTLY
 from experiments.study import run_study
@@ -63,6 +65,7 @@ def benchmark_guard(
     jobs: int = 1,
     pools: Path = Path("runs/pools"),
     out: Path = Path("runs/benchmark-guard"),
+    drift: Path = Path("runs/study-drift"),
 ) -> dict[str, Any]:
     """Measures false alarms against their promise, shifts found, and time.
 
@@ -73,17 +76,19 @@ def benchmark_guard(
         jobs: Processes side by side.
         pools: Where the episodes of unseen policies are kept.
         out: Where agents and cells are kept; a second call goes on with those that are there.
+        drift: The same of `rewardmodels study drift`.
 
     Returns:
-        Flat keys. `false_alarm_rate.<Task>` of the default detector and statistic at 0.05,
-        `false_alarm_rates.<Task>` of all, `false_alarm_limit`, which one that keeps the promise
-        exceeds in one case of 20; per task and over all `found` (share of shifted episodes, of
-        middle severity, of shifts that cost 20% of the return or more), `delay` (median steps) and
-        `auroc` (mean), `shifts.<Task>` with each one's own figures, those that cost less included;
-        `step_us` and `share_of_step`; `fit_seconds_1m`, `score_us_1m` and `memory_mb_1m`, by
-        detector; `confident_wrong_passed`, the share of confident mispredictions on clips of
-        unseen policies that are given at 80% coverage; and `rests_on`, by the same keys, how many
-        episodes, steps, frames or pairs a figure comes from.
+        Flat keys. `false_alarm.<Task>.<detector>.<statistic>` at a promised 0.05, and
+        `false_alarm_limit`, which one that keeps the promise exceeds in one case of 20; per task
+        and over all `found` (share of shifted episodes, of middle severity, of shifts that cost
+        20% of the return or more), `median_delay_steps` and `auroc` (mean), `shifts.<Task>` with
+        each one's own figures, those that cost less included; `step_us` and `share_of_step`;
+        `fit_million_seconds`, `score_million_us` and `memory_million_mb` of the default detector,
+        and by detector; `confident_mispredictions_passed`, the share of confident mispredictions
+        on clips of unseen policies that are given at 80% coverage; `drift_kept` by a guard and
+        `drift_lost` on a frozen reward, of the best true return; and `rests_on`, by the same keys,
+        how many episodes, steps, frames or pairs a figure comes from.
 
     Raises:
         InvalidInput: No tasks, less than one job, or a file in no directory.
@@ -105,6 +110,7 @@ def benchmark_guard(
         figures |= detection(agents, out, jobs, quick)
         figures |= promise(agents, out, jobs, quick)
         figures |= selection(tasks, Path(folder) if quick else pools, out, jobs, quick)
+        figures |= drifted(out / "drift" if quick else drift, jobs, quick)
     figures["rests_on"] = rests_on(figures, tasks, quick)
     return publish(figures, json)
 
@@ -119,8 +125,12 @@ def cost(agent: Path, task: str, quick: bool) -> dict[str, Any]:
         name: scale_cost(make, _FRAMES[quick])
         for name, make in (small if quick else SCALED).items()
     }
-    for name in ("fit_seconds", "score_us", "memory_mb"):
-        figures[f"{name}_1m"] = {detector: each[name] for detector, each in scaled.items()}
+    for key, name in (
+        ("fit_million_seconds", "fit_seconds"), ("score_million_us", "score_us"),
+        ("memory_million_mb", "memory_mb"),
+    ):  # fmt: skip
+        figures |= {f"{key}.{detector}": each[name] for detector, each in scaled.items()}
+        figures[key] = scaled["SmallDynamics" if quick else DETECTOR][name]
     return figures
 
 
@@ -133,12 +143,11 @@ def promise(agents: dict[str, Path], out: Path, jobs: int, quick: bool) -> dict[
         for task, agent in agents.items() for name in names
     ]  # fmt: skip
     found = run_study(promise_cell, cells, out / "promise", jobs=jobs)
-    figures: dict[str, Any] = {}
-    for cell, rates in zip(cells, found, strict=True):
-        figures.setdefault(f"false_alarm_rates.{cell['task']}", {}).update(rates)
-    for task in agents:
-        rates = figures[f"false_alarm_rates.{task}"]
-        figures[f"false_alarm_rate.{task}"] = rates[f"{_SMALL if quick else DETECTOR} {STATISTIC}"]
+    figures: dict[str, Any] = {
+        f"false_alarm.{cell['task']}.{pair.rpartition('.')[2].replace(' ', '.')}": rate
+        for cell, rates in zip(cells, found, strict=True)
+        for pair, rate in rates.items()
+    }
     numbers = (settings[name] for name in ("calibrations", "calibration", "tests"))
     return figures | {"alpha": ALPHA, "false_alarm_limit": highest_rate(*numbers)}
 
@@ -192,9 +201,22 @@ def selection(
         for name in ("confident_errors", "confident_errors_given", "given")
     )
     return {
-        "confident_wrong_passed": passed / wrong if wrong else None,
-        "confident_wrong_of_given": passed / given, "confident_wrong": wrong,
+        "confident_mispredictions_passed": passed / wrong if wrong else None,
+        "confident_mispredictions_of_given": passed / given, "confident_mispredictions": wrong,
     }  # fmt: skip
+
+
+def drifted(out: Path, jobs: int, quick: bool) -> dict[str, float]:
+    """What long training on a reward learned once costs, and what a guard keeps of it."""
+    small: dict[str, Any] = {
+        "before": 2048, "steps": 2 * 2048, "horizon": 64, "seeds": 1, "batch": 4, "more": 8,
+        "predictor": "LaplaceHead",
+    }  # fmt: skip
+    rows = study_drift(
+        arms=("frozen", "guarded") if quick else ARMS, jobs=jobs, out=out, **small if quick else {}
+    )
+    found = drift_kept(rows)
+    return {"drift_kept": found["drift_guard_kept"], "drift_lost": 1 - found["drift_frozen_kept"]}
 
 
 def rests_on(figures: dict[str, Any], tasks: Sequence[str], quick: bool) -> dict[str, str]:
@@ -209,18 +231,20 @@ def rests_on(figures: dict[str, Any], tasks: Sequence[str], quick: bool) -> dict
     )
     scored = f"{_FRAMES[quick]:,} frames of 40 numbers"
     rests = {
-        "found": shifts, "auroc": shifts, "delay": f"{shifts}; of those found",
+        "found": shifts, "auroc": shifts, "median_delay_steps": f"{shifts}; of those found",
         "found_harmless": f"{len(lost) - costly} shifts that cost less, {each}",
         "step_us": f"medians of 3 times {_WATCHED[quick]:,} steps on {tasks[0]}",
-        "fit_seconds_1m": scored, "memory_mb_1m": scored,
-        "score_us_1m": f"median of 2,000 single frames, after {scored}",
-        "confident_wrong_passed": f"{figures['confident_wrong']} confident mispredictions of "
+        "fit_million_seconds": scored, "memory_million_mb": scored,
+        "score_million_us": f"median of 2,000 single frames, after {scored}",
+        "confident_mispredictions_passed":
+        f"{figures['confident_mispredictions']} confident mispredictions of "
         f"{_PAIRS[quick] * _SEEDS[quick] * len(tasks):,} pairs",
         "detector": f"{_SMALL if quick else DETECTOR} {STATISTIC}",
     }  # fmt: skip
     rests["share_of_step"] = rests["step_us"]
+    rests["drift_kept"] = rests["drift_lost"] = "the cells of rewardmodels study drift"
     episodes = f"{promised['tests']} episodes for each of {promised['calibrations']} calibrations"
-    return rests | {f"false_alarm_rate.{task}": episodes for task in tasks}
+    return rests | {f"false_alarm.{task}": episodes for task in tasks}
 
 
 def summary(shifts: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -232,14 +256,14 @@ def summary(shifts: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     Example:
         >>> one = {"lost": 0.5, "found": 1.0, "delay": 4.0, "auroc": 1.0}
         >>> summary([one, {**one, "lost": 0.1}, {**one, "found": 0.0, "delay": None}])
-        {'found': 0.5, 'delay': 4.0, 'auroc': 1.0, 'found_harmless': 1.0}
+        {'found': 0.5, 'median_delay_steps': 4.0, 'auroc': 1.0, 'found_harmless': 1.0}
     """
     costly = [shift for shift in shifts if shift["lost"] >= COSTLY]
     others = [shift["found"] for shift in shifts if shift["lost"] < COSTLY]
     delays = [shift["delay"] for shift in costly if shift["delay"] is not None]
     return {
         "found": float(np.mean([shift["found"] for shift in costly])) if costly else None,
-        "delay": float(np.median(delays)) if delays else None,
+        "median_delay_steps": float(np.median(delays)) if delays else None,
         "auroc": float(np.mean([shift["auroc"] for shift in costly])) if costly else None,
         "found_harmless": float(np.mean(others)) if others else None,
     }

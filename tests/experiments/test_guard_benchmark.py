@@ -72,7 +72,8 @@ def test_harmless_shifts_are_counted_by_themselves():
     shifts = [shift(0.2, 0.5, 4, 0.9), shift(0.9, 1.0, 2, 1.0), shift(0.3, 0.0, None, 0.5)]
     found = benchmark.summary([*shifts, shift(0.19, 0.25, 9, 0.6), shift(-1, 0.0, None, 0.5)])
     assert found == {
-        "found": 0.5, "delay": 3.0, "auroc": pytest.approx(0.8), "found_harmless": 0.125,
+        "found": 0.5, "median_delay_steps": 3.0, "auroc": pytest.approx(0.8),
+        "found_harmless": 0.125,
     }  # fmt: skip
     assert benchmark.summary([])["found"] is None
 
@@ -97,19 +98,24 @@ def test_every_figure_is_there_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         benchmark, "train", lambda task, steps, file: train(find_task("Reacher"), 0, file)
     )
+    kept = {"drift_guard_kept": 0.9, "drift_frozen_kept": 0.6}
+    monkeypatch.setattr(benchmark, "study_drift", lambda **settings: [])
+    monkeypatch.setattr(benchmark, "drift_kept", lambda rows: kept)
     file = tmp_path / "figures.json"
     figures = benchmark.benchmark_guard(quick=True, json=file, tasks=["Reacher"])
     assert json.loads(file.read_text()) == json.loads(json.dumps(figures))
-    assert figures["confident_wrong_passed"] == 0.25
-    assert figures["confident_wrong_of_given"] == 0.02
-    assert figures["score_us_1m"]["KNN"] == 2.0
-    assert 0 <= figures["false_alarm_rate.Reacher"] <= 1
+    assert figures["confident_mispredictions_passed"] == 0.25
+    assert figures["confident_mispredictions_of_given"] == 0.02
+    assert figures["score_million_us.KNN"] == 2.0
+    assert 0 <= figures["false_alarm.Reacher.Mahalanobis.EWMA"] <= 1
+    assert (figures["drift_kept"], figures["drift_lost"]) == (0.9, pytest.approx(0.4))
     assert figures["shifts.Reacher"]["bias"]["auroc"] >= 0
-    assert {"found", "delay", "auroc", "step_us", "share_of_step"} <= set(figures)
+    assert {"found", "median_delay_steps", "auroc", "step_us", "share_of_step"} <= set(figures)
     assert (
-        figures["rests_on"]["confident_wrong_passed"] == "4 confident mispredictions of 1,000 pairs"
+        figures["rests_on"]["confident_mispredictions_passed"]
+        == "4 confident mispredictions of 1,000 pairs"
     )
-    assert "2 episodes for each of 1" in figures["rests_on"]["false_alarm_rate.Reacher"]
+    assert "2 episodes for each of 1" in figures["rests_on"]["false_alarm.Reacher"]
 
 
 @pytest.mark.slow
@@ -117,21 +123,24 @@ def test_the_quick_benchmark_runs_from_end_to_end(tmp_path, capsys):
     file = tmp_path / "figures.json"
     main(["benchmark", "guard", "--quick", "--json", str(file)])
     figures = json.loads(file.read_text())
-    keys = {"false_alarm_rate.HalfCheetah", "found", "delay", "auroc", "step_us", "share_of_step",
-            "confident_wrong_passed", "fit_seconds_1m", "score_us_1m", "memory_mb_1m"}  # fmt: skip
+    keys = {"found", "median_delay_steps", "auroc", "step_us", "share_of_step", "drift_kept",
+            "drift_lost", "confident_mispredictions_passed", "fit_million_seconds",
+            "score_million_us", "memory_million_mb"}  # fmt: skip
     assert keys <= set(figures["rests_on"])
     assert keys <= set(figures)
     # Of 40 episodes, a rate that is promised to be 0.05 on average.
-    assert figures["false_alarm_rate.HalfCheetah"] <= figures["false_alarm_limit"] + 0.1
+    rate = figures["false_alarm.HalfCheetah.SmallDynamics.MEWMA"]
+    assert 0 <= rate <= figures["false_alarm_limit"] + 0.1
     assert 0.5 < figures["found"] <= 1
     assert 0.7 < figures["auroc"] <= 1
-    assert 1 <= figures["delay"] <= 75
+    assert 1 <= figures["median_delay_steps"] <= 75
     assert 5 < figures["step_us"] < 5000
     assert 0 < figures["share_of_step"] < 10
-    assert figures["confident_wrong_passed"] is None or 0 <= figures["confident_wrong_passed"] <= 1
-    for name in ("fit_seconds_1m", "score_us_1m", "memory_mb_1m"):
-        assert set(figures[name]) == {"KNN", "Mahalanobis", "SmallDynamics"}
-        assert min(figures[name].values()) > 0
+    passed = figures["confident_mispredictions_passed"]
+    assert passed is None or 0 <= passed <= 1
+    for name in ("fit_million_seconds", "score_million_us", "memory_million_mb"):
+        for detector in ("KNN", "Mahalanobis", "SmallDynamics"):
+            assert figures[f"{name}.{detector}"] > 0
 
 
 def test_what_cannot_be_used_is_refused_first(tmp_path, monkeypatch):
