@@ -20,6 +20,7 @@ from experiments.sentences import number
 from experiments.statistics import Values, bootstrap_interval, interquartile_mean
 from experiments.studies.report import (
     COLOURS,
+    LEAST_SEEDS,
     About,
     Section,
     Table,
@@ -32,6 +33,7 @@ from experiments.studies.summary import Row, as_csv, by, numbers
 
 SHARE = 0.9  # of what the task's own reward gives
 _RESAMPLES = 2000
+_LINES = tuple(colour for colour in COLOURS if colour != ARMS["task"].colour)
 
 
 class Needed(NamedTuple):
@@ -137,6 +139,7 @@ def _returns(rows: Sequence[Row]) -> Section:
                 f"{task}: {SHARE:.0%} of the return on its own reward "
                 f"({number(_mean(_arm(cells, 'task')))}) take, with a 95% interval over "
                 f"{plural(seeds, 'seed', 'seeds')}: {'; '.join(parts)}."
+                + (" So few seeds are a hint at most." if seeds < LEAST_SEEDS else "")
             )
     table = Table(
         ["task", "reward", "comparisons", "true return", "correlation with the true reward"],
@@ -211,7 +214,7 @@ def returns(rows: Sequence[Row]) -> Figure:
                 if name == "task":
                     axes.axhspan(*bootstrap_interval(interquartile_mean, values),
                                  color=ARMS[name].colour, alpha=0.1, linewidth=0)  # fmt: skip
-        for colour, label in zip(COLOURS, _labels(cells), strict=False):
+        for colour, label in zip(_LINES, _labels(cells), strict=False):
             points = []
             for some in _budgets(cells, label).values():
                 values = numbers(some, "return")
@@ -230,7 +233,7 @@ def asked(rows: Sequence[Row]) -> Figure:
     """Answers against steps of training, mean over seeds, at each schedule's largest budget."""
     figure, panels = _panels(rows, "comparisons answered")
     for axes, cells in panels:
-        for colour, label in zip(COLOURS, _labels(cells), strict=False):
+        for colour, label in zip(_LINES, _labels(cells), strict=False):
             some = max(_budgets(cells, label).items())[1]
             rounds = min(len(row["by step"]) for row in some)
             x, y = (
@@ -247,7 +250,7 @@ def accuracies(rows: Sequence[Row]) -> Figure:
     """Accuracy against comparisons, a panel a task, a line a teacher."""
     figure, panels = _panels(rows, "held-out answers predicted")
     for axes, cells in panels:
-        for colour, (teacher, some) in zip(COLOURS, by(cells, "teacher").items(), strict=False):
+        for colour, (teacher, some) in zip(_LINES, by(cells, "teacher").items(), strict=False):
             y = interquartile_mean(np.array([row["accuracy"] for row in some]), axis=0)
             axes.plot(some[0]["comparisons"], y, color=colour, label=teacher)
         axes.set_xlabel("comparisons")
@@ -326,6 +329,8 @@ def _crossing(x: Values, y: Values, level: float) -> float:
 
 def _interval(rows: Sequence[Row], metric: str) -> str:
     values = numbers(rows, metric)
+    if len(values) == 1:
+        return number(float(values[0]))
     low, high = bootstrap_interval(interquartile_mean, values)
     return f"{number(float(interquartile_mean(values)))} ({number(low)} to {number(high)})"
 
