@@ -177,7 +177,8 @@ def as_array(value: Tensor) -> Array:
 
 def silu(hidden: Array) -> Array:
     """Returns the activation of the library's hidden layers, written over what it is given."""
-    return np.divide(hidden, 1 + np.exp(-hidden), out=hidden)
+    # Far from all data e^-h would be more than single precision holds, and h / e^88 is nothing.
+    return np.divide(hidden, 1 + np.exp(np.minimum(-hidden, 88)), out=hidden)
 
 
 def leaky_relu(hidden: Array) -> Array:

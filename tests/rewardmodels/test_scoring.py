@@ -25,7 +25,7 @@ from rewardmodels import (
 )
 from rewardmodels import scoring as scoring_module
 from rewardmodels.networks import MLP
-from rewardmodels.scoring import fold_mlp, sample_moments
+from rewardmodels.scoring import fold_mlp, sample_moments, silu
 
 
 class Doubled(MLP):
@@ -288,3 +288,10 @@ def test_moments_of_functions_that_hardly_differ():
     np.testing.assert_allclose(means, exact.mean(1), rtol=1e-6)
     np.testing.assert_allclose(stds, exact.std(1), rtol=1e-3)
     assert sample_moments(np.full((2, 3), 0.1, np.float32))[1].max() < 1e-7
+
+
+def test_activations_stay_silent_far_from_all_data():
+    hidden = np.array([-1e4, -100, -1, 0, 1, 1e4], np.float32)
+    expected = torch.nn.functional.silu(torch.from_numpy(hidden)).numpy()
+    with np.errstate(all="raise", under="ignore"):
+        np.testing.assert_allclose(silu(hidden.copy()), expected, rtol=1e-6, atol=1e-30)
