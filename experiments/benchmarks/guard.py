@@ -206,17 +206,22 @@ def selection(
     }  # fmt: skip
 
 
-def drifted(out: Path, jobs: int, quick: bool) -> dict[str, float]:
-    """What long training on a reward learned once costs, and what a guard keeps of it."""
+def drifted(out: Path, jobs: int, quick: bool) -> dict[str, float | None]:
+    """What long training on a reward learned once costs, and what a guard keeps of it.
+
+    None where no policy ever had a return above zero, of which there is no share.
+    """
     small: dict[str, Any] = {
-        "before": 2048, "steps": 2 * 2048, "horizon": 64, "seeds": 1, "batch": 4, "more": 8,
+        "before": 20_480, "steps": 2 * 2048, "horizon": 100, "seeds": 1, "batch": 4, "more": 8,
         "predictor": "LaplaceHead",
     }  # fmt: skip
     rows = study_drift(
         arms=("frozen", "guarded") if quick else ARMS, jobs=jobs, out=out, **small if quick else {}
     )
     found = drift_kept(rows)
-    return {"drift_kept": found["drift_guard_kept"], "drift_lost": 1 - found["drift_frozen_kept"]}
+    shares = found["drift_guard_kept"], 1 - found["drift_frozen_kept"]
+    kept, lost = (None if np.isnan(share) else share for share in shares)
+    return {"drift_kept": kept, "drift_lost": lost}
 
 
 def rests_on(figures: dict[str, Any], tasks: Sequence[str], quick: bool) -> dict[str, str]:
