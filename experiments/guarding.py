@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 
 from experiments.guard_episodes import Act, acting, play
+from experiments.limits import check_least
 from experiments.run import Run
 from experiments.shifts import Severity, shifted
 from experiments.studies.guard import make_detector
@@ -32,6 +33,7 @@ from ood import (
     load_monitor,
     save_monitor,
 )
+from ood.conformal import episodes_needed
 from ood.sequential import STATISTICS, Statistic
 from rewardmodels import Clips, InvalidInput, RewardModel, UnreadableFile, load
 from rewardmodels.fitting import isolated_randomness
@@ -89,12 +91,15 @@ def guard_run(
         UnreadableFile: A guard that is damaged.
         StaleThreshold: A guard of another agent, such as this one before more training.
     """
-    for name, value, least in (
-        ("episodes", episodes, 1), ("familiar", familiar, 1), ("calibration", calibration, 2),
-        ("seed", seed, 0), ("onset", onset, 0),
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise InvalidInput(f"{name}: expected a number of at least {least}, got {value}.")
+    check_least(
+        ("episodes", episodes, 1), ("familiar", familiar, 1), ("seed", seed, 0),
+        ("onset", onset or 0, 0),
+    )  # fmt: skip
+    if calibration < (needed := episodes_needed(alpha, standardise=0.25)):
+        raise InvalidInput(
+            f"calibration: expected at least {needed} episodes, of which none fewer can promise "
+            f"alpha = {alpha}, got {calibration}. Record more, or allow more alarms."
+        )
     torch.set_num_threads(1)
     task, folder, model = _read(Path(run))
     onset = task.horizon // 2 if onset is None else onset

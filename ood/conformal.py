@@ -111,19 +111,32 @@ class Threshold:
         return float(scipy.stats.beta(self.episodes + 1 - rank, rank).ppf(probability))
 
 
-def episodes_needed(alpha: float) -> int:
-    r"""$\lceil 1/\alpha \rceil - 1$: the fewest calibration maxima that can promise alpha.
+def episodes_needed(alpha: float, standardise: float = 0.0) -> int:
+    r"""The fewest calibration episodes that can promise alpha.
+
+    $\lceil 1/\alpha \rceil - 1$ of those that aren't set apart for standardising.
+
+    Args:
+        alpha: Chance of a false alarm in an episode.
+        standardise: Share of episodes set apart, as `calibrate` takes it.
 
     Raises:
         InvalidInput: An alpha that isn't in (0, 1).
 
     Example:
-        >>> episodes_needed(0.05)
-        19
+        >>> episodes_needed(0.05), episodes_needed(0.05, standardise=0.25)
+        (19, 25)
     """
     if not 0 < alpha < 1:
         raise InvalidInput(f"alpha: expected a probability above 0 and below 1, got {alpha}.")
-    return math.ceil(1 / alpha - 1e-9) - 1
+    needed = total = math.ceil(1 / alpha - 1e-9) - 1
+    while total - _apart(total, standardise) < needed:
+        total += 1
+    return total
+
+
+def _apart(episodes: int, standardise: float) -> int:
+    return max(2, round(standardise * episodes)) if standardise else 0
 
 
 def conformal_rank(n: int, alpha: float) -> int:
@@ -211,7 +224,7 @@ def calibrate(
     if window < 1:
         raise InvalidInput(f"window: expected at least one step, got {window}.")
     episodes = [_checked(i, episode, statistic) for i, episode in enumerate(scores)]
-    apart = max(2, round(standardise * len(episodes))) if standardise else 0
+    apart = _apart(len(episodes), standardise)
     others = episodes[apart:]
     rank_exists = len(others) >= episodes_needed(alpha)
     if not rank_exists and len(episodes) >= episodes_needed(alpha):
