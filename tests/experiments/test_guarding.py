@@ -100,7 +100,7 @@ def test_an_agent_trained_since_is_refused_and_again_makes_another(run):
         ({"shift": "wind"}, UnknownName, "expected one of"),
         ({"episodes": 0}, InvalidInput, "episodes: expected at least 1"),
         ({"onset": -1}, InvalidInput, "onset: expected at least 0"),
-        ({"again": True, "calibration": 5}, InvalidInput, "calibration: expected at least 25 episodes"),
+        ({"again": True, "calibration": 5}, InvalidInput, "calibration: expected at least 25"),
     ],
 )
 def test_what_cannot_be_used_is_refused_and_the_guard_stays(run, change, error, message):
