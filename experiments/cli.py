@@ -241,7 +241,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         "measure what queries save over random ones, and how long choosing takes",
         _from(
             "experiments.benchmarks.queries:benchmark_queries",
-            quick="in about a minute, for trends: one task, two seeds",
+            quick="in about two minutes, for trends: one task, two seeds",
         ),
     ),
     "benchmark guard": (
