@@ -44,8 +44,8 @@ def benchmark_queries(
     """Measures the comparisons that questions and asking when unsure save, and what choosing takes.
 
     Args:
-        quick: In about two minutes, for trends: one task and its own small pool, two seeds, and four
-            runs of `learn` that are too short to learn much.
+        quick: In about two minutes, for trends: one task and its own small pool, two seeds, and
+            four runs of `learn` that are too short to learn much.
         json: File for the figures; they are printed too.
         seeds: Draws of candidates, tests, first batches and initial weights, on each task; half as
             many runs of each kind of `learn`.
