@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
-from active import SyntheticTeacher
-from experiments.pools import Pool, make_pool
-from experiments.studies.predictors import half, maker
+from experiments.pools import make_pool
+from experiments.studies.predictors import asked, half, maker
 from ood.selective import confidence, select
-from rewardmodels import Calibrated, Comparisons, fit
+from rewardmodels import Calibrated, fit
 
 COVERAGE = 0.8
 _LABELLED, _UNSEEN = slice(0, 4), slice(-3, None)
@@ -50,12 +49,8 @@ def selective_cell(
     known, fresh = (half(pool, which) for which in (0, 1))
     draw = torch.Generator().manual_seed(seed)
 
-    def asked(of: Pool, n: int, skills: slice) -> Comparisons:
-        clips = of.clips(2 * n, length, draw, skills=skills)
-        pairs = torch.arange(2 * n).view(n, 2)
-        return Comparisons(clips, pairs, SyntheticTeacher().answer(clips, pairs, draw))
-
-    said, unseen = asked(known, comparisons, _LABELLED), asked(fresh, tests, _UNSEEN)
+    said = asked(known, comparisons, length, draw, _LABELLED)
+    unseen = asked(fresh, tests, length, draw, _UNSEEN)
     kept = round(comparisons * _CALIBRATION_SHARE)
     model = maker(predictor)()
     fit(model, said[kept:], seed=seed)

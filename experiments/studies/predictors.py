@@ -194,15 +194,10 @@ def simulated(
     known, fresh = (half(pool, which) for which in (0, 1))
     draw = torch.Generator().manual_seed(seed)
 
-    def asked(of: Pool, n: int, skills: slice) -> Comparisons:
-        clips = of.clips(2 * n, length, draw, skills=skills)
-        pairs = torch.arange(2 * n).view(n, 2)
-        return Comparisons(clips, pairs, SyntheticTeacher().answer(clips, pairs, draw))
-
-    said = asked(known, comparisons, _LABELLED)
+    said = asked(known, comparisons, length, draw, _LABELLED)
     test = {
-        "in distribution": asked(fresh, tests, _LABELLED),
-        "shifted": asked(fresh, tests, _SHIFTED),
+        "in distribution": asked(fresh, tests, length, draw, _LABELLED),
+        "shifted": asked(fresh, tests, length, draw, _SHIFTED),
     }
     kept = round(comparisons * _CALIBRATION_SHARE)
     model, figures = _taught(maker(predictor), said[kept:], seed=seed)
@@ -309,6 +304,13 @@ def _taught(
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model, {"fit seconds": seconds, "parameters": parameters}
+
+
+def asked(pool: Pool, n: int, length: int, draw: torch.Generator, skills: slice) -> Comparisons:
+    """N error-free answers about as many pairs of a pool's clips, of which no two share one."""
+    clips = pool.clips(2 * n, length, draw, skills=skills)
+    pairs = torch.arange(2 * n).view(n, 2)
+    return Comparisons(clips, pairs, SyntheticTeacher().answer(clips, pairs, draw))
 
 
 def half(pool: Pool, which: int) -> Pool:
