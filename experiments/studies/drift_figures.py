@@ -62,7 +62,9 @@ def write_tables(rows: Sequence[Row], out: Path, about: About) -> str:
     for arm, some in by(rows, "arm").items():
         if arm in _SHOWN:
             note = _film(some[0], out / f"{arm}.mp4")
-            told.append(f"No video of {arm}: {note}" if note else f"Its policy: {arm}.mp4.")
+            told.append(
+                f"No video of {arm}: {note}" if note else f"The final policy, {arm}: {arm}.mp4."
+            )
     sections = [
         Section("Return while training on the learned reward", told, curves(rows)),
         Section("After training on the learned reward", [_before(rows)], table=_table(rows)),
@@ -111,8 +113,8 @@ def sentence(rows: Sequence[Row]) -> str:
         parts.append(f"{arm} {_middle(kept(some)):.1%}")
     seeds = len(by(rows, "seed"))
     text = (
-        f"{rows[0]['task']}, {seeds} seed{'s' if seeds > 1 else ''}: the final policy keeps of the "
-        f"best true return of its training is {'; '.join(parts)}."
+        f"{rows[0]['task']}, {seeds} seed{'s' if seeds > 1 else ''}: of the best true return of its "
+        f"training, the final policy keeps {'; '.join(parts)}."
     )
     if "frozen" in of:
         frozen = of["frozen"]
