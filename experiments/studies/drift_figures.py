@@ -113,8 +113,8 @@ def sentence(rows: Sequence[Row]) -> str:
         parts.append(f"{arm} {_middle(kept(some)):.1%}")
     seeds = len(by(rows, "seed"))
     text = (
-        f"{rows[0]['task']}, {seeds} seed{'s' if seeds > 1 else ''}: of the best true return of its "
-        f"training, the final policy keeps {'; '.join(parts)}."
+        f"{rows[0]['task']}, {seeds} seed{'s' if seeds > 1 else ''}: of the best true return of "
+        f"its training, the final policy keeps {'; '.join(parts)}."
     )
     if "frozen" in of:
         frozen = of["frozen"]
