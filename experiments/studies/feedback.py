@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -39,7 +40,7 @@ from experiments.tasks import find_task
 from rewardmodels import InvalidInput
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
-BUDGETS = (100, 200, 400)
+BUDGETS = (50, 100, 200)
 _NO_FIGURE_DEPENDS_ON = ("jobs", "backend", "address", "pools", "out")
 ARMS: tuple[RewardName, ...] = ("task", "zero", "constant", "random")
 
@@ -68,8 +69,9 @@ def study_feedback(
             rewards, which takes seconds.
         tasks: Any that `rewardmodels learn` takes.
         budgets: Comparisons, the most that a run may ask for; a pool's curve goes to the largest.
-        schedules: Constant, Hyperbolic, WhenUnsure, or import paths of others. The share that is
-            asked for first is the one that `learn` has for the task. In pool mode without part.
+        schedules: Constant, Hyperbolic, WhenUnsure, or import paths of others; with arguments or
+            without, as in "WhenUnsure(level=0.2)". The share that is asked for first is the one
+            that `learn` has for the task. In pool mode without part.
         teachers: oracle, stochastic, mistaken, myopic (as in B-Pref), or import paths of others.
         arms: Rewards that aren't learned, for comparison. In pool mode without part.
         strategy: A name of ours, or an import path.
@@ -256,10 +258,10 @@ def _check(
 def _made_schedule(name: str, task: str) -> Schedule:
     """A schedule that first asks for the share which the task needs, if it has such a setting."""
     make = found_class("schedule", name, SCHEDULES, Schedule)
-    first = known_good(task).schedule().initial
-    made: Schedule = (
-        make(initial=first) if "initial" in inspect.signature(make).parameters else make()
-    )
+    said = getattr(make, "keywords", {})
+    if "initial" in inspect.signature(make).parameters and "initial" not in said:
+        make = partial(make, initial=known_good(task).schedule().initial)
+    made: Schedule = make()
     return made
 
 

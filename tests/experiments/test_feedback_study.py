@@ -192,3 +192,25 @@ def test_unknown_names_are_refused_before_anything_is_made(tmp_path, wrong):
     with pytest.raises(UnknownName):
         study.study_feedback(**wrong, out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_schedule_may_be_named_with_arguments_and_the_task_still_says_what_is_asked_first():
+    made = study._made_schedule("WhenUnsure(level=0.2)", "Walker2d")
+    assert (made.level, made.share, made.initial) == (0.2, 0.1, 0.5)
+    assert study._made_schedule("WhenUnsure(initial=0.1)", "Walker2d").initial == 0.1
+    assert study._made_schedule("active.schedule.Constant(initial=0)", "Hopper").initial == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("WhenUnsure(lvel=0.2)", r"arguments of WhenUnsure\(level.*got WhenUnsure\(lvel=0.2\)"),
+        ("WhenUnsure(0.2)", "plain keyword arguments"),
+        ("WhenUnsure(level=open('x'))", "plain keyword arguments"),
+        ("WhenUnsure(level=0.2", "plain keyword arguments"),
+        ("WhenUnsure(level=9)", "from 0 to log 2"),
+    ],
+)
+def test_arguments_that_a_schedule_does_not_take_are_refused(tmp_path, name, said):
+    with pytest.raises(InvalidInput, match=said):
+        study.study_feedback(schedules=[name], out=tmp_path / "new")
