@@ -32,9 +32,7 @@ def found_class(
         InvalidInput: It is something else, or takes no such arguments.
     """
     path, bracket, _ = name.partition("(")
-    found = known[path] if path in known else _imported(what, path, known)
-    if not (isinstance(found, type) and issubclass(found, kind)):
-        raise InvalidInput(f"{what}: expected a {kind.__name__}, got {path}.")
+    found = known[path] if path in known else _imported(what, path, known, kind)
     if not bracket:
         return found
     arguments = _arguments(what, name)
@@ -47,12 +45,17 @@ def found_class(
     return partial(found, **arguments)
 
 
-def _imported(what: str, path: str, known: Mapping[str, Callable[..., Any]]) -> Any:
+def _imported(
+    what: str, path: str, known: Mapping[str, Callable[..., Any]], kind: type
+) -> Callable[..., Any]:
     module, _, short = path.rpartition(".")
     try:
-        return getattr(import_module(module), short)
+        found = getattr(import_module(module), short)
     except (ImportError, AttributeError, ValueError) as error:
         raise UnknownName(what, path, known) from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise InvalidInput(f"{what}: expected a {kind.__name__}, got {path}.")
+    return found
 
 
 def _arguments(what: str, name: str) -> dict[str, Any]:
