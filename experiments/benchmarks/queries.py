@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from experiments.benchmarks.figures import check_settings, publish
 from experiments.pools import make_pool
 from experiments.studies.feedback import BUDGETS, study_feedback
 from experiments.studies.feedback import TASKS as FEEDBACK_TASKS
-from experiments.studies.feedback_tables import unsure_ratio
+from experiments.studies.feedback_savings import at_same_budget, unsure_ratio
 from experiments.studies.strategies import TASKS, pool_cell
 from experiments.studies.strategy_tables import ratios
 from experiments.studies.summary import by
@@ -57,7 +58,9 @@ def benchmark_queries(
         feedback: The same of `rewardmodels study feedback`.
 
     Returns:
-        Flat keys: `labels_ratio.<Task>` and `unsure_ratio.<Task>` with their intervals,
+        Flat keys: `labels_ratio.<Task>` and `unsure_ratio.<Task>` with their intervals; for the
+        same budget, `unsure_asked.<Task>`, a share of it, and `unsure_return_gap.<Task>`, the
+        return when unsure less the constant schedule's;
         `greedy_seconds` and `kcenter_seconds` for 100 queries, and `study_minutes`, what a study of
         6 strategies and 10 seeds on a task takes two processes, from what each cell took.
     """
@@ -84,9 +87,10 @@ def benchmark_queries(
         results = run_study(pool_cell, cells, out / "cells", jobs=jobs)
         taken = [row["seconds"] for row in read_study(out / "cells", pool_cell.__qualname__)]
         figures["study_minutes"] = statistics.mean(taken) * _STUDY_CELLS / _STUDY_JOBS / 60
-        runs = study_feedback(
+        budgets = (16, 32) if quick else BUDGETS
+        learned = partial(
+            study_feedback,
             tasks=("Hopper",) if quick else FEEDBACK_TASKS,
-            budgets=(16, 32) if quick else BUDGETS,
             arms=("task", "zero"),
             predictor="LaplaceHead" if quick else None,
             steps=PPO_ROLLOUT if quick else steps,
@@ -94,10 +98,15 @@ def benchmark_queries(
             jobs=jobs,
             out=out / "feedback" if quick else feedback,
         )
+        learned(schedules=("Constant",), budgets=budgets)
+        runs = learned(schedules=("WhenUnsure",), budgets=budgets[-1:])  # with those of before
     for task, some in by(runs, "task").items():
-        ratio, low, high = unsure_ratio(some)
+        ratio, *interval = unsure_ratio(some)
         figures[f"unsure_ratio.{task}"] = ratio
-        figures[f"unsure_ratio_interval.{task}"] = [low, high]
+        figures[f"unsure_ratio_interval.{task}"] = interval
+        if found := at_same_budget(some):
+            figures[f"unsure_asked.{task}"], figures[f"unsure_return_gap.{task}"] = found[:2]
+            figures[f"unsure_return_gap_interval.{task}"] = list(found[2:])
     rows = [{**cell, **result} for cell, result in zip(cells, results, strict=True)]
     for task, (ratio, low, high) in ratios(rows, DEFAULT, _AT).items():
         figures[f"labels_ratio.{task}"] = ratio

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
-from zlib import crc32
 
 import matplotlib as mpl
 import numpy as np
@@ -17,7 +15,16 @@ from experiments.figures import STYLE
 from experiments.results import ARMS, GREY
 from experiments.run import write_atomically
 from experiments.sentences import number
-from experiments.statistics import Values, bootstrap_interval, interquartile_mean
+from experiments.statistics import bootstrap_interval, interquartile_mean
+from experiments.studies.feedback_savings import (
+    SHARE,
+    arm,
+    at_same_budget,
+    by_budget,
+    labels,
+    needed,
+    unsure_ratio,
+)
 from experiments.studies.report import (
     COLOURS,
     LEAST_SEEDS,
@@ -28,77 +35,9 @@ from experiments.studies.report import (
     verdict,
     write_report,
 )
-from experiments.studies.strategy_savings import labels_needed
 from experiments.studies.summary import Row, as_csv, by, numbers
 
-SHARE = 0.9  # of what the task's own reward gives
-_RESAMPLES = 2000
 _LINES = tuple(colour for colour in COLOURS if colour != ARMS["task"].colour)
-
-
-class Needed(NamedTuple):
-    """Comparisons with which a level is reached; infinite where the largest budget doesn't."""
-
-    comparisons: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        if self.low == np.inf:
-            return "never reached"
-        low, high = (_count(end) for end in (self.low, self.high))
-        return f"{_count(self.comparisons)} ({low} to {high})"
-
-
-def needed(rows: Sequence[Row], label: str, share: float = SHARE) -> Needed:
-    """Comparisons that give a share of the return on the task's own reward, and a 95% interval.
-
-    Through interquartile means over seeds at each budget, and the zero reward's at no comparison,
-    goes a line from point to point; counted is where it first reaches the level. Seeds are
-    resampled within each budget and arm (the stratified bootstrap of Agarwal et al. 2021).
-
-    Args:
-        rows: Of `online_cell` on one task, with the arms "task" and "zero".
-        label: Of `labelled`, which schedule and teacher.
-        share: From 0 to 1; of a negative return, that much of its size is lost.
-    """
-    own = _resampled(_arm(rows, "task"))
-    x, y = _lines(rows, label)
-    target = own - (1 - share) * np.abs(own)
-    found = [_crossing(*line) for line in zip(x, y, target, strict=True)]
-    low, high = np.quantile(found[1:], [0.025, 0.975], method="nearest")
-    return Needed(found[0], float(low), float(high))
-
-
-def unsure_ratio(
-    rows: Sequence[Row], label: str = "WhenUnsure, oracle", constant: str = "Constant, oracle"
-) -> tuple[float, float, float]:
-    """Comparisons that asking when unsure takes, over the constant schedule's for its return.
-
-    The constant schedule's are read off its line, as in `needed`; where its largest budget doesn't
-    reach that return, the budget counts, so that the ratio is then too high rather than too low.
-
-    Args:
-        rows: Of `online_cell` on one task.
-        label: Whose largest budget is looked at.
-        constant: What it is compared with.
-
-    Returns:
-        Ratio, and its 95% interval from resampling seeds.
-    """
-    asked = max(_budgets(rows, label).items())[1]
-    mean = numbers(asked, "comparisons").mean()
-    x, y = _lines(rows, constant)
-    reached = [_crossing(*line) for line in zip(x, y, _resampled(asked), strict=True)]
-    ratios = mean / np.maximum(np.minimum(reached, x[:, -1]), 1.0)
-    low, high = np.quantile(ratios[1:], [0.025, 0.975])
-    return float(ratios[0]), float(low), float(high)
-
-
-def labelled(row: Row) -> str:
-    """Which line of the figure a cell belongs to: schedule and teacher, or the teacher alone."""
-    schedule = row.get("schedule", "")
-    return f"{schedule}, {row['teacher']}" if schedule else str(row["teacher"])
 
 
 def write_tables(rows: Sequence[Row], mode: str, out: Path, about: About) -> None:
@@ -128,16 +67,16 @@ def _returns(rows: Sequence[Row]) -> Section:
     told = []
     for task, cells in by(rows, "task").items():
         seeds = len(by(cells, "seed"))
-        if _arm(cells, "task") and _arm(cells, "zero"):
+        if arm(cells, "task") and arm(cells, "zero"):
             parts = [
                 f"{label}: {found} comparisons"
                 if (found := needed(cells, label)).comparisons < np.inf
-                else f"{label}: not reached with {max(_budgets(cells, label))}"
-                for label in _labels(cells)
+                else f"{label}: not reached with {max(by_budget(cells, label))}"
+                for label in labels(cells)
             ]
             told.append(
                 f"{task}: {SHARE:.0%} of the return on its own reward "
-                f"({number(_mean(_arm(cells, 'task')))}) take, with a 95% interval over "
+                f"({number(_mean(arm(cells, 'task')))}) take, with a 95% interval over "
                 f"{plural(seeds, 'seed', 'seeds')}: {'; '.join(parts)}."
                 + (" So few seeds are a hint at most." if seeds < LEAST_SEEDS else "")
             )
@@ -151,11 +90,11 @@ def _returns(rows: Sequence[Row]) -> Section:
 def _trivial(rows: Sequence[Row]) -> Section:
     told = []
     for task, cells in by(rows, "task").items():
-        own = _arm(cells, "task")
+        own = arm(cells, "task")
         parts = [
             f"{ARMS[name].name} {number(_mean(some))}"
             for name in ARMS
-            if name not in ("task", "learned") and (some := _arm(cells, name))
+            if name not in ("task", "learned") and (some := arm(cells, name))
         ]
         if own and parts:
             told.append(
@@ -167,16 +106,32 @@ def _trivial(rows: Sequence[Row]) -> Section:
 def _asked(rows: Sequence[Row]) -> Section:
     told = []
     for task, cells in by(rows, "task").items():
-        if {"WhenUnsure, oracle", "Constant, oracle"} <= set(_labels(cells)):
-            ratio, low, high = unsure_ratio(cells)
+        for label in labels(cells):
+            constant = f"Constant, {label.rpartition(', ')[2]}"
+            if label == constant or constant not in labels(cells):
+                continue
+            ratio, low, high = unsure_ratio(cells, label, constant)
             said = verdict(
                 low, high, len(by(cells, "seed")), even=1, below="it saves", above="it costs more"
             )
             told.append(
-                f"{task}: asking when unsure takes {ratio:.2f} of the comparisons that a constant "
-                f"schedule takes for the same return ({low:.2f} to {high:.2f}): {said}."
+                f"{task}: {label} takes {ratio:.2f} of the comparisons that {constant} takes for "
+                f"the same return ({low:.2f} to {high:.2f}): {said}."
+                + _beside(cells, label, constant)
             )
     return Section("When they were asked for", told, asked(rows))
+
+
+def _beside(cells: Sequence[Row], label: str, constant: str) -> str:
+    found = at_same_budget(cells, label, constant)
+    if found is None:
+        return ""
+    share, gap, low, high = found
+    return (
+        f" With the same budget, {max(by_budget(cells, label))}, it asks for {share:.0%} of what "
+        f"the constant one does, and its return less the constant one's is {number(gap)} "
+        f"({number(low)} to {number(high)})."
+    )
 
 
 def _accuracies(rows: Sequence[Row]) -> Section:
@@ -204,7 +159,7 @@ def returns(rows: Sequence[Row]) -> Figure:
     """Final true return against answers, a panel a task, a line for each schedule and teacher."""
     figure, panels = _panels(rows, "true return of the final policy")
     for axes, cells in panels:
-        for name, some in ((n, _arm(cells, n)) for n in ARMS if n != "learned"):
+        for name, some in ((n, arm(cells, n)) for n in ARMS if n != "learned"):
             if some:
                 values = numbers(some, "return")
                 axes.axhline(
@@ -214,9 +169,9 @@ def returns(rows: Sequence[Row]) -> Figure:
                 if name == "task":
                     axes.axhspan(*bootstrap_interval(interquartile_mean, values),
                                  color=ARMS[name].colour, alpha=0.1, linewidth=0)  # fmt: skip
-        for colour, label in zip(_LINES, _labels(cells), strict=False):
+        for colour, label in zip(_LINES, labels(cells), strict=False):
             points = []
-            for some in _budgets(cells, label).values():
+            for some in by_budget(cells, label).values():
                 values = numbers(some, "return")
                 low, high = bootstrap_interval(interquartile_mean, values)
                 middle = float(interquartile_mean(values))
@@ -233,8 +188,8 @@ def asked(rows: Sequence[Row]) -> Figure:
     """Answers against steps of training, mean over seeds, at each schedule's largest budget."""
     figure, panels = _panels(rows, "comparisons answered")
     for axes, cells in panels:
-        for colour, label in zip(_LINES, _labels(cells), strict=False):
-            some = max(_budgets(cells, label).items())[1]
+        for colour, label in zip(_LINES, labels(cells), strict=False):
+            some = max(by_budget(cells, label).items())[1]
             rounds = min(len(row["by step"]) for row in some)
             x, y = (
                 np.mean([row[name][:rounds] for row in some], 0)
@@ -261,10 +216,10 @@ def _online_lines(rows: Sequence[Row]) -> list[list[str]]:
     lines = []
     for task, cells in by(rows, "task").items():
         for name in ARMS:
-            if some := _arm(cells, name):
+            if some := arm(cells, name):
                 lines.append([task, ARMS[name].name, "0", _interval(some, "return"), ""])
-        for label in _labels(cells):
-            for some in _budgets(cells, label).values():
+        for label in labels(cells):
+            for some in by_budget(cells, label).values():
                 answers = f"{numbers(some, 'comparisons').mean():.0f}"
                 skipped = numbers(some, "skipped").mean()
                 answers += f" ({skipped:.0f} skipped)" if skipped else ""
@@ -288,43 +243,8 @@ def _pool_table(rows: Sequence[Row]) -> Table:
     return Table(["task", "teacher", *(f"accuracy at {x[i]}" for i in places)], lines)
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(labelled(row) for row in rows if row["reward"] == "learned"))
-
-
-def _arm(rows: Sequence[Row], name: str) -> list[Row]:
-    return [row for row in rows if row["reward"] == name != "learned"]
-
-
-def _budgets(rows: Sequence[Row], label: str) -> dict[int, list[Row]]:
-    own = [row for row in rows if row["reward"] == "learned" and labelled(row) == label]
-    return dict(sorted(by(own, "budget").items()))
-
-
 def _mean(rows: Sequence[Row]) -> float:
     return float(interquartile_mean(numbers(rows, "return")))
-
-
-def _resampled(rows: Sequence[Row]) -> Values:
-    """Interquartile mean return over seeds, and then that of each bootstrap draw of the seeds."""
-    values = numbers(rows, "return")
-    # Another draw for each sample, the same for the same one.
-    rng = np.random.default_rng(crc32(values.tobytes()))
-    drawn = values[rng.integers(len(values), size=(_RESAMPLES, len(values)))]
-    return np.append(interquartile_mean(values), interquartile_mean(drawn))
-
-
-def _lines(rows: Sequence[Row], label: str) -> tuple[Values, Values]:
-    """Answers and returns, from none and the zero reward's to the largest budget's; by draw."""
-    budgets = list(_budgets(rows, label).values())
-    x = [0.0, *(float(numbers(some, "comparisons").mean()) for some in budgets)]
-    y = [_resampled(some) for some in (_arm(rows, "zero"), *budgets)]
-    return np.tile(x, (_RESAMPLES + 1, 1)), np.stack(y, axis=1)
-
-
-def _crossing(x: Values, y: Values, level: float) -> float:
-    found = labels_needed(y, x, level)
-    return np.inf if np.isnan(found) else found
 
 
 def _interval(rows: Sequence[Row], metric: str) -> str:
@@ -333,10 +253,6 @@ def _interval(rows: Sequence[Row], metric: str) -> str:
         return number(float(values[0]))
     low, high = bootstrap_interval(interquartile_mean, values)
     return f"{number(float(interquartile_mean(values)))} ({number(low)} to {number(high)})"
-
-
-def _count(value: float) -> str:
-    return "more than the budget" if value == np.inf else f"{value:.0f}"
 
 
 def _panels(rows: Sequence[Row], y: str) -> tuple[Figure, list[tuple[Axes, Sequence[Row]]]]:
@@ -352,8 +268,8 @@ def _panels(rows: Sequence[Row], y: str) -> tuple[Figure, list[tuple[Axes, Seque
 
 
 def _finished(figure: Figure) -> Figure:
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
         patch.set_alpha(0)
     return figure

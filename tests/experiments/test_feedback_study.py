@@ -8,13 +8,8 @@ from active import Teacher
 from experiments.cli import main
 from experiments.pools import make_pool
 from experiments.studies import feedback as study
-from experiments.studies.feedback_tables import (
-    Needed,
-    labelled,
-    needed,
-    unsure_ratio,
-    write_tables,
-)
+from experiments.studies.feedback_savings import Needed, labelled, needed, unsure_ratio
+from experiments.studies.feedback_tables import write_tables
 from experiments.studies.report import About
 from experiments.studies.strategies import pool_cell
 from experiments.study import read_study
@@ -109,6 +104,8 @@ def test_the_report_says_what_saves_what_does_not_and_what_trivial_rewards_give(
     assert "zero reward 20" in page
     assert "takes 0.38 of the comparisons" in page
     assert "it saves" in page
+    assert "With the same budget, 400, it asks for 38% of what the constant one does" in page
+    assert "less the constant one&#39;s is 0 (0 to 0)" in page
     page = told(grid({100: 600.0, 400: 1000.0}, (400, 600.0)), tmp_path)
     assert "it costs more" in page
     assert "WhenUnsure, oracle: not reached with 400" in page
