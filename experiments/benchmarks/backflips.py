@@ -14,10 +14,12 @@ from experiments.config import LearnConfig
 from experiments.learn import learn
 from experiments.statistics import bootstrap_interval, interquartile_mean
 
+OUT = Path("runs/backflips")
+
 
 def benchmark_backflips(
     json: Path | None = None,
-    out: Path = Path("runs/backflips"),
+    out: Path = OUT,
     seeds: int = 5,
     comparisons: int = 900,
     steps: int | None = None,
@@ -45,20 +47,26 @@ def benchmark_backflips(
         InvalidInput: A number below 1, or a file in no directory.
     """
     check_settings(json, seeds=seeds, comparisons=comparisons, steps=steps or 1, jobs=jobs)
+    return publish(count_backflips(out, seeds, comparisons, steps, jobs), json)
+
+
+def count_backflips(
+    out: Path, seeds: int, comparisons: int, steps: int | None, jobs: int
+) -> dict[str, Any]:
+    """The figures of `benchmark_backflips`, of which the arguments are."""
     work = (
         delayed(_run)(Path(out) / f"seed-{seed}", seed, comparisons, steps) for seed in range(seeds)
     )
     done = Parallel(n_jobs=min(jobs, seeds), return_as="generator")(work)
     results = list(tqdm(done, total=seeds, unit=" runs"))
     counts = np.array([result["backflips_per_1000_steps"] for result in results])
-    figures = {
+    return {
         "backflips": float(interquartile_mean(counts)),
         "backflips_interval": bootstrap_interval(interquartile_mean, counts),
         "backflips_by_seed": counts.tolist(),
         "backflips_comparisons": max(result["comparisons"] for result in results),
         "backflips_wall_seconds": sum(result["wall_seconds"] for result in results),
     }
-    return publish(figures, json)
 
 
 def _run(out: Path, seed: int, comparisons: int, steps: int | None) -> dict[str, Any]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from experiments.run import versions, write_atomically
 from rewardmodels import InvalidInput
+
+# What `make_pool` is given for figures that only show a trend.
+QUICK_POOL: Final[dict[str, int]] = {"steps": 20_480, "episodes": 4}
 
 
 def check_settings(file: Path | None, **counts: int) -> None:

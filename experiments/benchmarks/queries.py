@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from active import GreedyInformation, KCenter, QueryStrategy, all_pairs
 from experiments.agents import PPO_ROLLOUT
-from experiments.benchmarks.figures import check_settings, publish
+from experiments.benchmarks.figures import QUICK_POOL, check_settings, publish
 from experiments.pools import make_pool
 from experiments.studies.feedback import BUDGETS, study_feedback
 from experiments.studies.feedback import TASKS as FEEDBACK_TASKS
@@ -27,7 +27,6 @@ from rewardmodels import SampledPosterior
 
 DEFAULT, REFERENCE = GreedyInformation.__name__, "Uniform"
 
-_QUICK_POOL = {"steps": 20_480, "episodes": 4}
 _AT = 160
 _STUDY_CELLS, _STUDY_JOBS = 6 * 10, 2
 
@@ -73,7 +72,7 @@ def benchmark_queries(
         if quick:
             pools = out = Path(folder)
         tasks = ("Hopper",) if quick else TASKS
-        made: dict[str, Any] = _QUICK_POOL if quick else {}
+        made: dict[str, Any] = QUICK_POOL if quick else {}
         for task in tasks:
             make_pool(task, folder=pools, **made)
         cells = [

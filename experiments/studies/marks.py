@@ -32,6 +32,8 @@ from rewardmodels import Comparisons, InvalidInput, fit
 from rewardmodels import calibration as score
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
+MARKED, COUNTS, PREDICTOR = (2,), (10, 20, 40, 80), "LaplaceHead"
+POOLS, OUT = Path("runs/pools"), Path("runs/study-marks")
 
 _EPOCHS = 100
 _FRAMES = 200  # clips whose frames are looked at one by one
@@ -39,9 +41,9 @@ _FRAMES = 200  # clips whose frames are looked at one by one
 
 def study_marks(
     tasks: Sequence[str] = TASKS,
-    marked: Sequence[int] = (2,),
-    predictor: str = "LaplaceHead",
-    counts: Sequence[int] = (10, 20, 40, 80),
+    marked: Sequence[int] = MARKED,
+    predictor: str = PREDICTOR,
+    counts: Sequence[int] = COUNTS,
     length: int = 25,
     stretch: int = 5,
     stands_out: float = 0.5,
@@ -49,8 +51,8 @@ def study_marks(
     tests: int = 1000,
     seeds: int = 5,
     jobs: int = 1,
-    pools: Path = Path("runs/pools"),
-    out: Path = Path("runs/study-marks"),
+    pools: Path = POOLS,
+    out: Path = OUT,
     compute: bool = True,
 ) -> list[Row]:
     """Measures how many comparisons marks of good and bad parts of clips save.
@@ -101,12 +103,10 @@ def study_marks(
     SyntheticMarker(stretch, stands_out, mistake_rate)
     maker(predictor)
     check_tasks(tasks, length)
-    cells = [
-        {"task": task, "marked": clips, "seed": seed, "predictor": predictor,
-         "counts": list(counts), "length": length, "stretch": stretch, "stands_out": stands_out,
-         "mistake_rate": mistake_rate, "tests": tests, "pools": str(pools)}
-        for seed in range(seeds) for task in tasks for clips in (0, *sorted(set(marked)))
-    ]  # fmt: skip
+    cells = marks_cells(
+        tasks, marked, predictor, counts, length, stretch, stands_out, mistake_rate, tests, seeds,
+        pools,
+    )  # fmt: skip
     if compute:
         for task in tasks:  # trained once, before cells share it
             find_pool(task, pools)
@@ -122,6 +122,29 @@ def study_marks(
     note = "" if stand == len(cells) else f"Not finished: {stand} of {len(cells)} cells stand."
     print(write_tables(rows, out, _about(settings, rows, out), note=note))
     return rows
+
+
+def marks_cells(
+    tasks: Sequence[str] = TASKS,
+    marked: Sequence[int] = MARKED,
+    predictor: str = PREDICTOR,
+    counts: Sequence[int] = COUNTS,
+    length: int = 25,
+    stretch: int = 5,
+    stands_out: float = 0.5,
+    mistake_rate: float = 0.0,
+    tests: int = 1000,
+    seeds: int = 5,
+    pools: Path = POOLS,
+    **made: int,
+) -> list[Row]:
+    """The grid of `study_marks`, which has the same arguments; `made` goes to `make_pool`."""
+    return [
+        {"task": task, "marked": clips, "seed": seed, "predictor": predictor,
+         "counts": list(counts), "length": length, "stretch": stretch, "stands_out": stands_out,
+         "mistake_rate": mistake_rate, "tests": tests, "pools": str(pools), **made}
+        for seed in range(seeds) for task in tasks for clips in (0, *sorted(set(marked)))
+    ]  # fmt: skip
 
 
 def _about(settings: Mapping[str, Any], rows: Sequence[Row], out: Path) -> About:
