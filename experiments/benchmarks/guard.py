@@ -21,7 +21,7 @@ from experiments.shifts import Severity
 from experiments.studies.drift import ARMS, study_drift
 from experiments.studies.drift_figures import drift_kept
 from experiments.studies.guard import guard_cell, worlds
-from experiments.studies.guard_tables import COSTLY
+from experiments.studies.guard_tables import COSTLY, FOUND
 from experiments.study import run_study
 from experiments.tasks import find_task
 from ood import DynamicsEnsemble
@@ -81,8 +81,10 @@ def benchmark_guard(
     Returns:
         Flat keys. `false_alarm.<Task>.<detector>.<statistic>` at a promised 0.05, and
         `false_alarm_limit`, which one that keeps the promise exceeds in one case of 20; per task
-        and over all `found` (share of shifted episodes, of middle severity, of shifts that cost
-        20% of the return or more), `median_delay_steps` and `auroc` (mean), `shifts.<Task>` with
+        and over all `found` (share of episodes without an alarm before the onset, of shifts of
+        middle severity that cost 20% of the return or more), `found_of_all` (where those with
+        one count as missed), `shifts_found` (share of the shifts that are found in half of their
+        episodes or more), `median_delay_steps` and `auroc` (mean), `shifts.<Task>` with
         each one's own figures, those that cost less included; `step_us` and `share_of_step`;
         `fit_million_seconds`, `score_million_us` and `memory_million_mb` of the default detector,
         and by detector; `confident_mispredictions_passed`, the share of confident mispredictions
@@ -176,7 +178,7 @@ def detection(agents: dict[str, Path], out: Path, jobs: int, quick: bool) -> dic
             lost = (row["return"] - row["shifted return"]) / abs(row["return"])
             shifts[row["shift"]] = {
                 "lost": lost,
-                **{name: row[name] for name in ("found", "delay", "auroc")},
+                **{name: row[name] for name in ("found", "found of all", "delay", "auroc")},
             }
         figures[f"shifts.{task}"] = shifts
         figures |= {f"{k}.{task}": v for k, v in summary(list(shifts.values())).items()}
@@ -236,7 +238,8 @@ def rests_on(figures: dict[str, Any], tasks: Sequence[str], quick: bool) -> dict
     )
     scored = f"{_FRAMES[quick]:,} frames of 40 numbers"
     rests = {
-        "found": shifts, "auroc": shifts, "median_delay_steps": f"{shifts}; of those found",
+        "found": shifts, "found_of_all": shifts, "shifts_found": shifts, "auroc": shifts,
+        "median_delay_steps": f"{shifts}; of those found",
         "found_harmless": f"{len(lost) - costly} shifts that cost less, {each}",
         "step_us": f"medians of 3 times {_WATCHED[quick]:,} steps on {tasks[0]}",
         "fit_million_seconds": scored, "memory_million_mb": scored,
@@ -259,16 +262,24 @@ def summary(shifts: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         shifts: With `lost`, the share of the return, `found`, `delay` and `auroc`.
 
     Example:
-        >>> one = {"lost": 0.5, "found": 1.0, "delay": 4.0, "auroc": 1.0}
-        >>> summary([one, {**one, "lost": 0.1}, {**one, "found": 0.0, "delay": None}])
-        {'found': 0.5, 'median_delay_steps': 4.0, 'auroc': 1.0, 'found_harmless': 1.0}
+        >>> one = {"lost": 0.5, "found": 1.0, "found of all": 0.9, "delay": 4.0, "auroc": 1.0}
+        >>> missed = {**one, "found": 0.0, "found of all": 0.0, "delay": None}
+        >>> summary([one, {**one, "lost": 0.1}, missed])  # doctest: +NORMALIZE_WHITESPACE
+        {'found': 0.5, 'found_of_all': 0.45, 'shifts_found': 0.5, 'median_delay_steps': 4.0,
+         'auroc': 1.0, 'found_harmless': 1.0}
     """
     costly = [shift for shift in shifts if shift["lost"] >= COSTLY]
     others = [shift["found"] for shift in shifts if shift["lost"] < COSTLY]
     delays = [shift["delay"] for shift in costly if shift["delay"] is not None]
     return {
-        "found": float(np.mean([shift["found"] for shift in costly])) if costly else None,
+        "found": _mean([shift["found"] for shift in costly]),
+        "found_of_all": _mean([shift["found of all"] for shift in costly]),
+        "shifts_found": _mean([shift["found"] >= FOUND for shift in costly]),
         "median_delay_steps": float(np.median(delays)) if delays else None,
-        "auroc": float(np.mean([shift["auroc"] for shift in costly])) if costly else None,
-        "found_harmless": float(np.mean(others)) if others else None,
+        "auroc": _mean([shift["auroc"] for shift in costly]),
+        "found_harmless": _mean(others),
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None

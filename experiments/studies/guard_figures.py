@@ -27,7 +27,11 @@ def figures(usual: Array, other: Array, threshold: float, onset: int) -> dict[st
         onset: In steps.
 
     Returns:
-        found: Share of the M episodes whose first alarm comes after the onset.
+        found: Share of the episodes that had no alarm by the onset which have one after it (as
+            detection is judged given that nothing was raised before the change, Pollak 1985, Ann.
+            Stat. 13:206); 0 if all had one.
+        found of all: The same of all M: one that halted by mistake before the onset counts as
+            missed.
         delay: Median steps of these from the onset to the alarm, 1 for the first; None if none.
         fpr at 95% tpr: Share of the N episodes whose largest value after the onset is above one
             that 95% of the M exceed.
@@ -36,17 +40,20 @@ def figures(usual: Array, other: Array, threshold: float, onset: int) -> dict[st
 
     Example:
         >>> usual, other = np.array([[0.0, 1, 0, 0], [0, 0, 3, 0]]), np.array([[0.0, 0, 1, 4]])
-        >>> figures(usual, other, threshold=2, onset=2)
-        {'found': 1.0, 'delay': 2.0, 'auroc': 1.0, 'fpr at 95% tpr': 0.0, 'false alarms': 0.5}
+        >>> figures(usual, other, threshold=2, onset=2)  # doctest: +NORMALIZE_WHITESPACE
+        {'found': 1.0, 'found of all': 1.0, 'delay': 2.0, 'auroc': 1.0, 'fpr at 95% tpr': 0.0,
+         'false alarms': 0.5}
     """
     alarms = other > threshold
-    found = alarms.any(1) & ~alarms[:, :onset].any(1)
+    running = ~alarms[:, :onset].any(1)
+    found = alarms.any(1) & running
     delays = alarms[found].argmax(1) - onset + 1
     largest = np.concatenate([usual[:, onset:].max(1), other[:, onset:].max(1)])
     is_other = np.arange(len(largest)) >= len(usual)
     fpr, tpr, _ = roc_curve(is_other, largest)
     return {
-        "found": float(found.mean()),
+        "found": float(found.sum() / max(1, running.sum())),
+        "found of all": float(found.mean()),
         "delay": float(np.median(delays)) if len(delays) else None,
         "auroc": float(roc_auc_score(is_other, largest)),
         "fpr at 95% tpr": float(fpr[np.argmax(tpr >= 0.95)]),

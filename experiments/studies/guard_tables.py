@@ -13,7 +13,7 @@ from experiments.studies.summary import Row, by, numbers
 COSTLY = 0.2
 """A shift matters that takes this share of the return after its onset."""
 
-_FOUND = 0.5  # of a shift's episodes, for a sentence to call it found
+FOUND = 0.5  # of a shift's episodes, for a sentence to call it found
 _OVER_ALL = ("found", "auroc", "fpr at 95% tpr", "false alarms")
 
 
@@ -44,7 +44,8 @@ def lead(rows: Sequence[Row]) -> str:
     few = f" With {plural(seeds, 'seed', 'seeds')} that is a hint at most."
     return (
         f"{best} finds most of what matters: {pairs[best]:.0%} of the episodes in which a shift "
-        f"takes {COSTLY:.0%} of the return or more.{few if seeds < LEAST_SEEDS else ''}"
+        f"takes {COSTLY:.0%} of the return or more, and which had no alarm before it."
+        f"{few if seeds < LEAST_SEEDS else ''}"
     )
 
 
@@ -107,7 +108,8 @@ def _statistic(statistic: str, rows: Sequence[Row]) -> Section:
                for d in detectors)]
         )  # fmt: skip
     said = [
-        "Share of shifted episodes found (median delay in steps), the return lost after the onset, "
+        "Share found of shifted episodes without an alarm before the onset (median delay in "
+        "steps), the return lost after it, "
         f"and the share of it that halting gave back where it was {COSTLY:.0%} or more."
     ]
     for detector, of in by(rows, "detector").items():
@@ -122,18 +124,18 @@ def _sentences(detector: str, rows: Sequence[Row]) -> list[str]:
     lost = {name: _share_lost(of) for name, of in shifts.items()}
     found = {name: float(numbers(of, "found").mean()) for name, of in shifts.items()}
     costly = [name for name in shifts if lost[name] >= COSTLY]
-    seen = [name for name in costly if found[name] >= _FOUND]
+    seen = [name for name in costly if found[name] >= FOUND]
     said = [
         f"Of the shifts that take {COSTLY:.0%} of the return or more, {detector} finds {len(seen)} "
         f"of {len(costly)} in at least half of their episodes."
         if costly
         else f"No shift took {COSTLY:.0%} of the return, so {detector} had nothing to find."
     ]
-    if missed := [f"{n} (takes {lost[n]:.0%})" for n in costly if found[n] < _FOUND]:
+    if missed := [f"{n} (takes {lost[n]:.0%})" for n in costly if found[n] < FOUND]:
         said.append(f"Not found: {', '.join(missed)}.")
     if alarmed := [
         f"{n} ({found[n]:.0%} of episodes)" for n in shifts
-        if lost[n] < COSTLY and found[n] >= _FOUND
+        if lost[n] < COSTLY and found[n] >= FOUND
     ]:  # fmt: skip
         said.append(f"Found though it takes less: {', '.join(alarmed)}.")
     share = prevented([row for name in costly for row in shifts[name]]) if costly else None

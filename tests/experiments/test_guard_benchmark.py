@@ -67,13 +67,16 @@ def test_costs_of_many_frames():
 
 def test_harmless_shifts_are_counted_by_themselves():
     def shift(lost, found, delay, auroc):
-        return {"lost": lost, "found": found, "delay": delay, "auroc": auroc}
+        of_all = found / 2
+        return {
+            "lost": lost, "found": found, "found of all": of_all, "delay": delay, "auroc": auroc
+        }  # fmt: skip
 
     shifts = [shift(0.2, 0.5, 4, 0.9), shift(0.9, 1.0, 2, 1.0), shift(0.3, 0.0, None, 0.5)]
     found = benchmark.summary([*shifts, shift(0.19, 0.25, 9, 0.6), shift(-1, 0.0, None, 0.5)])
     assert found == {
-        "found": 0.5, "median_delay_steps": 3.0, "auroc": pytest.approx(0.8),
-        "found_harmless": 0.125,
+        "found": 0.5, "found_of_all": 0.25, "shifts_found": pytest.approx(2 / 3),
+        "median_delay_steps": 3.0, "auroc": pytest.approx(0.8), "found_harmless": 0.125,
     }  # fmt: skip
     assert benchmark.summary([])["found"] is None
 

@@ -29,7 +29,7 @@ def act(observations, noise):
     return np.tanh(observations[:, :2] + 0.1 * noise)
 
 
-def test_an_alarm_before_the_onset_finds_nothing():
+def test_an_alarm_before_the_onset_neither_finds_nor_misses():
     usual = np.zeros((4, 6))
     usual[0, 1] = 5.0  # a false alarm before the onset is one too
     other = np.zeros((3, 6))
@@ -38,8 +38,8 @@ def test_an_alarm_before_the_onset_finds_nothing():
     other[2, 5] = 5.0
     found = measured.figures(usual, other, 2.0, onset=3)
     assert found == {
-        "found": pytest.approx(2 / 3), "delay": 2.0, "auroc": 1.0, "fpr at 95% tpr": 0.0,
-        "false alarms": 0.25,
+        "found": 1.0, "found of all": pytest.approx(2 / 3), "delay": 2.0, "auroc": 1.0,
+        "fpr at 95% tpr": 0.0, "false alarms": 0.25,
     }  # fmt: skip
 
 
@@ -47,11 +47,18 @@ def test_nothing_found_has_no_delay():
     found = measured.figures(np.zeros((2, 4)), np.zeros((2, 4)), 1.0, onset=2)
     assert found == {
         "found": 0.0,
+        "found of all": 0.0,
         "delay": None,
         "auroc": 0.5,
         "fpr at 95% tpr": 1.0,
         "false alarms": 0.0,
     }
+
+
+def test_where_all_had_an_alarm_before_the_onset_nothing_is_found():
+    other = np.array([[9.0, 0.0, 9.0]])
+    found = measured.figures(np.zeros((2, 3)), other, 1.0, onset=1)
+    assert (found["found"], found["found of all"], found["delay"]) == (0.0, 0.0, None)
 
 
 def test_auroc_counts_the_pairs_of_which_the_shifted_is_larger():
