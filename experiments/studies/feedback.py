@@ -32,7 +32,7 @@ from experiments.settings import known_good
 from experiments.studies.feedback_tables import write_tables
 from experiments.studies.lookup import found_class
 from experiments.studies.predictors import maker
-from experiments.studies.report import about_cells, command_line
+from experiments.studies.report import about_study
 from experiments.studies.strategies import pool_cell
 from experiments.studies.summary import Row
 from experiments.study import Result, read_study, run_study
@@ -41,7 +41,6 @@ from rewardmodels import InvalidInput
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
 BUDGETS = (50, 100, 200)
-_NO_FIGURE_DEPENDS_ON = ("jobs", "backend", "address", "pools", "out")
 ARMS: tuple[RewardName, ...] = ("task", "zero", "constant", "random")
 
 
@@ -108,13 +107,7 @@ def study_feedback(
         function = online_cell
     run_study(function, cells, out / "cells", jobs=jobs, backend=backend, address=address)
     rows = _alike(read_study(out / "cells", function.__qualname__), cells)
-    about = about_cells(
-        rows,
-        out / "cells",
-        command=command_line("study feedback", settings),
-        seeds=len({row["seed"] for row in rows}),
-        settings={k: v for k, v in settings.items() if k not in _NO_FIGURE_DEPENDS_ON},
-    )
+    about = about_study(study_feedback, settings, rows, out)
     write_tables(rows, mode, out, about)
     return list(rows)
 

@@ -31,7 +31,7 @@ from experiments.shifts import SHIFTS, Severity, shifted
 from experiments.studies.guard_figures import along, figures, halting_steps, step_micros
 from experiments.studies.guard_tables import lead, sections
 from experiments.studies.lookup import found_class
-from experiments.studies.report import About, about_cells, command_line, write_report
+from experiments.studies.report import about_study, write_report
 from experiments.studies.summary import Row, as_csv
 from experiments.study import Result, run_study
 from experiments.tasks import Task, find_task, make_env
@@ -126,22 +126,10 @@ def study_guard(
         out,
         f"What a guard finds on {task}",
         sections(rows, alpha),
-        _about(settings, made, out),
+        about_study(study_guard, settings, made, out),
         lead=lead(rows),
     )
     return rows
-
-
-def _about(settings: dict[str, Any], made: Sequence[Row], out: Path) -> About:
-    usual, where = inspect.signature(study_guard).parameters, ("jobs", "backend", "address")
-    flags = {k: v for k, v in settings.items() if k not in where and v != usual[k].default}
-    return about_cells(
-        made,
-        out / "cells",
-        command=command_line("study guard", flags),
-        seeds=settings["seeds"],
-        settings={k: v for k, v in settings.items() if k not in (*where, "out")},
-    )
 
 
 def guard_cell(

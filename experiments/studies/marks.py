@@ -11,10 +11,8 @@ Clips, pairs, tests and initial weights depend on the task and the seed alone.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from experiments.limits import check_least, check_tasks
 from experiments.minari_pools import find_pool
 from experiments.studies.marks_tables import write_tables
 from experiments.studies.predictors import half, maker
-from experiments.studies.report import About, about_cells, command_line
+from experiments.studies.report import about_study
 from experiments.studies.summary import Row
 from experiments.study import Result, cell_file, run_study
 from experiments.study_files import read_cell
@@ -120,7 +118,7 @@ def study_marks(
         )
     stand = len(rows)
     note = "" if stand == len(cells) else f"Not finished: {stand} of {len(cells)} cells stand."
-    print(write_tables(rows, out, _about(settings, rows, out), note=note))
+    print(write_tables(rows, out, about_study(study_marks, settings, rows, out), note=note))
     return rows
 
 
@@ -145,19 +143,6 @@ def marks_cells(
          "mistake_rate": mistake_rate, "tests": tests, "pools": str(pools), **made}
         for seed in range(seeds) for task in tasks for clips in (0, *sorted(set(marked)))
     ]  # fmt: skip
-
-
-def _about(settings: Mapping[str, Any], rows: Sequence[Row], out: Path) -> About:
-    usual = inspect.signature(study_marks).parameters
-    where = ("jobs", "compute")
-    flags = {k: v for k, v in settings.items() if k not in where and v != usual[k].default}
-    return about_cells(
-        rows,
-        out / "cells",
-        command=command_line("study marks", flags),
-        seeds=settings["seeds"],
-        settings={k: v for k, v in settings.items() if k not in (*where, "pools", "out")},
-    )
 
 
 def marks_cell(

@@ -6,10 +6,11 @@ once. Figures come out as PDF and SVG, tables as Markdown, and all of it as one 
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ LEAST_SEEDS = 5
 
 COLOURS = (BLUE, ORANGE, "#009e73", "#cc79a7", "#b58900", "#7f3c8d", INK, "#56b4e9")
 """Apart for every kind of colour vision (mostly Okabe & Ito's)."""
+
+# Settings of a study on which no figure depends: how it is computed, and where from and to.
+_HOW, _WHERE = ("jobs", "backend", "address", "compute"), ("pools", "out")
 
 # What the page calls those that a page of `learn` has no second value for, in dark mode.
 _INKS = {
@@ -135,6 +139,29 @@ def about_cells(
                 found.setdefault(package, {})[version] = None
     told = {package: " and ".join(several) for package, several in found.items()}
     return About(command, seeds, settings, told or versions(), seconds or None)
+
+
+def about_study(
+    study: Callable[..., Any], settings: Mapping[str, Any], rows: Iterable[Row], out: Path
+) -> About:
+    """The same from the study's function, `study_marks` for `rewardmodels study marks`.
+
+    Args:
+        study: Its defaults are left out of the command.
+        settings: That it was called with; one of them is `seeds`.
+        rows: As of `about_cells`.
+        out: Where the study left them.
+    """
+    usual = inspect.signature(study).parameters
+    told = {name: value for name, value in settings.items() if name not in _HOW}
+    flags = {name: value for name, value in told.items() if value != usual[name].default}
+    return about_cells(
+        rows,
+        out / "cells",
+        command=command_line(study.__name__.replace("_", " "), flags),
+        seeds=settings["seeds"],
+        settings={name: value for name, value in told.items() if name not in _WHERE},
+    )
 
 
 def command_line(words: str, flags: Mapping[str, Any]) -> str:

@@ -14,10 +14,9 @@ somebody compared may be asked about, and tests are of groups that were left out
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from experiments.minari_pools import find_pool, is_minari
 from experiments.pools import Pool
 from experiments.studies.lookup import found_class
 from experiments.studies.predictors import half, maker, people
-from experiments.studies.report import About, about_cells, command_line
+from experiments.studies.report import about_study
 from experiments.studies.strategy_tables import write_tables
 from experiments.studies.summary import Row
 from experiments.study import Cell, Result, cell_file, run_study
@@ -151,7 +150,9 @@ def study_strategies(
     note = "" if stand == all_ else f"Not finished: {stand} of {all_} cells stand there."
     if note:
         print(note + "\n")
-    print(write_tables(rows, out, _about(settings, rows, out), note=note))
+    every = [row for cells in rows.values() for row in cells]
+    about = about_study(study_strategies, settings, every, out)
+    print(write_tables(rows, out, about, note=note))
     return rows
 
 
@@ -169,23 +170,6 @@ def _standing(function: Callable[..., Result], cells: Sequence[Cell], out: Path)
     """Those of the cells that have a result, with it."""
     records = [(cell, read_cell(cell_file(function, cell, out / "cells"))) for cell in cells]
     return [{**cell, **record["result"]} for cell, record in records if record]
-
-
-def _about(settings: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], out: Path) -> About:
-    usual = inspect.signature(study_strategies).parameters
-    where = ("jobs", "backend", "address", "compute")
-    flags = {
-        name: value
-        for name, value in settings.items()
-        if name not in where and value != usual[name].default
-    }
-    return about_cells(
-        [row for cells in rows.values() for row in cells],
-        out / "cells",
-        command=command_line("study strategies", flags),
-        seeds=settings["seeds"],
-        settings={k: v for k, v in settings.items() if k not in (*where, "pools", "out")},
-    )
 
 
 def pool_cell(
