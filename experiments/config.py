@@ -21,7 +21,7 @@ def default_model() -> DeepEnsemble:
     """An ensemble of leaky units that hardly decay.
 
     Smooth ones that do are right more often (`rewardmodels study predictors`), but policies get
-    further on these: see "Settings that work" in README.
+    further on these: see docs/settings.md.
     """
     return DeepEnsemble(activation="leaky_relu", weight_decay=0.01)
 

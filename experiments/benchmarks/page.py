@@ -90,28 +90,27 @@ def benchmark_page(
         figures["pair_render_seconds"] = statistics.median(seconds)
         figures |= waits(run / "shown", task, Path(chromium), answers=8 if quick else 30)
         if quick:
-            figures |= saving(run / "marks", run, 2, jobs, tasks=("Hopper",), **QUICK_POOL)
+            some = {"tasks": ("Hopper",), "seeds": 2, "pools": run}
+            figures |= saving(run / "marks", some, jobs, **QUICK_POOL)
             figures |= count_backflips(run / "backflips", 1, 32, PPO_ROLLOUT, jobs)
         else:
-            figures |= saving(marks, pools, seeds, jobs)
+            figures |= saving(marks, {"seeds": seeds, "pools": pools}, jobs)
             figures |= count_backflips(backflips, seeds, 900, None, jobs)
     return publish(figures, json)
 
 
-def saving(out: Path, pools: Path, seeds: int, jobs: int, **settings: Any) -> dict[str, Any]:
-    """What marks save by `marks_cell`s, on each task and at the median.
+def saving(out: Path, settings: dict[str, Any], jobs: int, **made: int) -> dict[str, Any]:
+    """What marks save, on each task and at the median.
 
     Args:
         out: The study's directory.
-        pools: Where the agents' episodes are kept.
-        seeds: As of `study_marks`.
+        settings: Of `study_marks`.
         jobs: Cells side by side.
-        settings: Of `marks_cells`, the defaults of the study otherwise.
+        made: What else `make_pool` is given.
     """
-    cells = marks_cells(seeds=seeds, pools=pools, **settings)
-    made = {name: settings[name] for name in QUICK_POOL if name in settings}
+    cells = marks_cells(settings, **made)
     for task in by(cells, "task"):
-        find_pool(task, pools, progress=False, **made)  # made once, before cells share it
+        find_pool(task, settings["pools"], progress=False, **made)  # once, before cells share it
     results = run_study(marks_cell, cells, out / "cells", jobs=jobs)
     saved = marks_saving([{**cell, **row} for cell, row in zip(cells, results, strict=True)])
     figures: dict[str, Any] = {

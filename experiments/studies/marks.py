@@ -11,8 +11,10 @@ Clips, pairs, tests and initial weights depend on the task and the seed alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,6 @@ from rewardmodels import Comparisons, InvalidInput, fit
 from rewardmodels import calibration as score
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
-MARKED, COUNTS, PREDICTOR = (2,), (10, 20, 40, 80), "LaplaceHead"
 POOLS, OUT = Path("runs/pools"), Path("runs/study-marks")
 
 _EPOCHS = 100
@@ -39,9 +40,9 @@ _FRAMES = 200  # clips whose frames are looked at one by one
 
 def study_marks(
     tasks: Sequence[str] = TASKS,
-    marked: Sequence[int] = MARKED,
-    predictor: str = PREDICTOR,
-    counts: Sequence[int] = COUNTS,
+    marked: Sequence[int] = (2,),
+    predictor: str = "LaplaceHead",
+    counts: Sequence[int] = (10, 20, 40, 80),
     length: int = 25,
     stretch: int = 5,
     stands_out: float = 0.5,
@@ -101,10 +102,7 @@ def study_marks(
     SyntheticMarker(stretch, stands_out, mistake_rate)
     maker(predictor)
     check_tasks(tasks, length)
-    cells = marks_cells(
-        tasks, marked, predictor, counts, length, stretch, stands_out, mistake_rate, tests, seeds,
-        pools,
-    )  # fmt: skip
+    cells = marks_cells(settings)
     if compute:
         for task in tasks:  # trained once, before cells share it
             find_pool(task, pools)
@@ -122,26 +120,22 @@ def study_marks(
     return rows
 
 
-def marks_cells(
-    tasks: Sequence[str] = TASKS,
-    marked: Sequence[int] = MARKED,
-    predictor: str = PREDICTOR,
-    counts: Sequence[int] = COUNTS,
-    length: int = 25,
-    stretch: int = 5,
-    stands_out: float = 0.5,
-    mistake_rate: float = 0.0,
-    tests: int = 1000,
-    seeds: int = 5,
-    pools: Path = POOLS,
-    **made: int,
-) -> list[Row]:
-    """The grid of `study_marks`, which has the same arguments; `made` goes to `make_pool`."""
+def marks_cells(settings: Mapping[str, Any], **made: int) -> list[Row]:
+    """The grid of `study_marks`.
+
+    Args:
+        settings: Of `study_marks`; those that aren't named are as it has them.
+        made: What else `make_pool` is given.
+    """
+    usual = inspect.signature(study_marks).parameters
+    of = {name: parameter.default for name, parameter in usual.items()} | dict(settings)
+    names = ("predictor", "length", "stretch", "stands_out", "mistake_rate", "tests")
+    shared = {name: of[name] for name in names}
+    shared |= {"counts": list(of["counts"]), "pools": str(of["pools"])} | made
     return [
-        {"task": task, "marked": clips, "seed": seed, "predictor": predictor,
-         "counts": list(counts), "length": length, "stretch": stretch, "stands_out": stands_out,
-         "mistake_rate": mistake_rate, "tests": tests, "pools": str(pools), **made}
-        for seed in range(seeds) for task in tasks for clips in (0, *sorted(set(marked)))
+        {"task": task, "marked": clips, "seed": seed, **shared}
+        for seed in range(of["seeds"]) for task in of["tasks"]
+        for clips in (0, *sorted(set(of["marked"])))
     ]  # fmt: skip
 
 
