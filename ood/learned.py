@@ -161,14 +161,15 @@ class DynamicsEnsemble(OODDetector):
     def _signed(self, features: Array) -> Array:
         apart = self._missed(features)
         apart -= self.missed
-        signed = np.empty((len(apart), apart.shape[1] + 1))
-        white = np.matmul(apart, self.missed_whitening, out=signed[:, :-1])
-        squared = np.multiply(white, white, out=apart)
+        white = apart.dot(self.missed_whitening)
+        signed = np.empty((len(white), white.shape[1] + 1))
+        signed[:, :-1] = white
+        squared = np.multiply(white, white, out=white)
         squared += _SMALL
         size = np.add.reduce(np.log(squared, out=squared), 1)
         usual, spread = self.size.tolist()
-        size -= usual * apart.shape[1]
-        np.multiply(size, 1 / (spread * apart.shape[1]), out=signed[:, -1])
+        size -= usual * white.shape[1]
+        np.multiply(size, 1 / (spread * white.shape[1]), out=signed[:, -1])
         return signed
 
     def _missed(self, features: Array) -> Array:
@@ -197,7 +198,7 @@ class DynamicsEnsemble(OODDetector):
     def _over_members(self, values: Array) -> Array:
         """The mean `(B, O)` of `(K, B, O)`."""
         # As a product, since for one frame NumPy's method takes thrice as long.
-        mean: Array = self._fold().shares @ values.reshape(self.members, -1)
+        mean: Array = self._fold().shares.dot(values.reshape(self.members, -1))
         return mean.reshape(values.shape[1:])
 
     def _predict(self, features: Array) -> tuple[Array, Array]:
