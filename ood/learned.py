@@ -125,12 +125,13 @@ class DynamicsEnsemble(OODDetector):
             _train(network, loss, self.steps)
         _keep(self, "member", network)
         some = features[:: -(-len(features) // _WHITENED)]
+        self.size = np.array([0.0, 1.0])
         missed = self._missed(some)
         self.missed = missed.mean(0)
         self.missed_whitening = whitening(missed - self.missed)
-        self.size = np.array([0.0, 1.0])
         sizes = self._signed(some)[:, -1]
         self.size = np.array([sizes.mean(), max(sizes.std(), _CONSTANT)])
+        self._folded = -1, None  # of which the size is part
 
     def _score(self, features: Array) -> Array:
         return np.concatenate(
@@ -166,10 +167,9 @@ class DynamicsEnsemble(OODDetector):
         signed[:, :-1] = white
         squared = np.multiply(white, white, out=white)
         squared += _SMALL
-        size = np.add.reduce(np.log(squared, out=squared), 1)
-        usual, spread = self.size.tolist()
-        size -= usual * white.shape[1]
-        np.multiply(size, 1 / (spread * white.shape[1]), out=signed[:, -1])
+        folded = self._fold()
+        size = np.log(squared, out=squared).dot(folded.of_size)
+        np.subtract(size, folded.usual_size, out=signed[:, -1])
         return signed
 
     def _missed(self, features: Array) -> Array:
@@ -204,10 +204,8 @@ class DynamicsEnsemble(OODDetector):
     def _predict(self, features: Array) -> tuple[Array, Array]:
         """Errors and standard deviations `(K, B, O)`, in standard deviations of the change."""
         size, folded = self.observation_size, self._fold()
-        row = features.copy()
-        row[:, -size:] -= features[:, :size]
+        row = features.dot(folded.standardising)
         row -= folded.centre
-        row /= folded.scale
         outputs = row[:, :-size].astype(np.float32)
         for half_weight, half_bias in folded.hidden:
             half = outputs @ half_weight
@@ -238,14 +236,16 @@ class DynamicsEnsemble(OODDetector):
 
 
 class _Folded(NamedTuple):
-    """What a frame, `(before, action, after - before)`, is passed through by a fitted ensemble."""
+    """What a fitted ensemble passes a frame through."""
 
-    centre: Array  # (F,)
-    scale: Array  # (F,)
+    standardising: Array  # (F, F), to (before, action, after - before) in standard deviations
+    centre: Array  # (F,), of these
     hidden: list[tuple[Array, Array]]
     weight: Array  # (K, H, 2 O)
     bias: Array  # (K, 1, 2 O)
-    shares: Array  # (K,)
+    shares: Array  # (K,), of each member
+    of_size: Array  # (O,), of each number's logarithm
+    usual_size: float
 
 
 def _folded(detector: DynamicsEnsemble) -> _Folded:
@@ -260,13 +260,19 @@ def _folded(detector: DynamicsEnsemble) -> _Folded:
     weight[..., :size] *= 2
     bias[..., :size] *= 2
     bias[..., size:] -= _LOG_STD[1] / 2
+    scale = np.append(detector.scale[:-size], detector.change_scale)
+    change = np.eye(len(scale))
+    change[:size, -size:] = -np.eye(size)
+    usual, spread = detector.size.tolist()
     return _Folded(
-        np.append(detector.mean[:-size], detector.change_mean),
-        np.append(detector.scale[:-size], detector.change_scale),
+        change / scale,
+        np.append(detector.mean[:-size], detector.change_mean) / scale,
         hidden,
         weight,
         bias,
         np.full(members, 1 / members),
+        np.full(size, 1 / (size * spread)),
+        usual / spread,
     )
 
 
