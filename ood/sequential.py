@@ -216,7 +216,8 @@ def root_mean_square(values: Array) -> Array:
     """
     if len(values) == 1:  # as one number, in a third of the time
         return np.array([math.sqrt(np.vdot(values, values) / values.shape[1])])
-    size: Array = np.sqrt(np.vecdot(values, values) / values.shape[1])
+    with np.errstate(over="ignore"):  # which is infinitely strange
+        size: Array = np.sqrt(np.vecdot(values, values) / values.shape[1])
     return size
 
 
