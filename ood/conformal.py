@@ -73,11 +73,18 @@ class Threshold:
 
         So with `(n, D)` signed numbers.
         """
-        at = np.minimum(steps % self.period if self.period else steps, len(self.mean) - 1)
-        mean, scale = self.mean.take(at, 0), self.scale.take(at, 0)
+        last = len(self.mean) - 1
+        if len(steps) == 1:  # a view, in a fifth of the time that copies take
+            step = steps.item()
+            at = min(step % self.period if self.period else step, last)
+            mean, scale = self.mean[at : at + 1], self.scale[at : at + 1]
+        else:
+            rows = np.minimum(steps % self.period if self.period else steps, last)
+            mean, scale = self.mean.take(rows, 0), self.scale.take(rows, 0)
         if scores.ndim > mean.ndim:
             mean, scale = mean[:, None], scale[:, None]
-        standard: Array = (scores - mean) / scale
+        standard: Array = scores - mean
+        standard /= scale
         return standard
 
     @property

@@ -81,7 +81,7 @@ class KNN(OODDetector):
     def _rows(self, parts: list[Array]) -> Iterator[tuple[Array, Array]]:
         for part in parts:
             # Half the squared distance, less the frame's own norm: enough for an order.
-            orders = self.half_norms - part.astype(np.float32) @ self.kept
+            orders = self.half_norms - part.astype(np.float32).dot(self.kept)
             yield from zip(part, orders, strict=True)
 
     def _nearest(self, frame: Array, order: Array) -> tuple[Array, Array]:

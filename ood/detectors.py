@@ -211,7 +211,8 @@ class OODDetector(ABC):
         return np.abs(self._standard(frames))
 
     def _standard(self, frames: Array) -> Array:
-        standard: Array = (frames - self.mean) / self.scale
+        standard: Array = frames - self.mean
+        standard /= self.scale
         return standard
 
     def _check_fitted(self) -> None:
@@ -252,7 +253,8 @@ class Mahalanobis(OODDetector):
         self.whitening = whitening(self._standard(features))
 
     def _signed(self, features: Array) -> Array:
-        white: Array = self._standard(features) @ self.whitening
+        # Of two matrices `dot` takes half the time of `@`, for one frame.
+        white: Array = self._standard(features).dot(self.whitening)
         return white
 
     def _score(self, features: Array) -> Array:

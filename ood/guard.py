@@ -102,10 +102,10 @@ class Guard(gym.Wrapper[Any, Any, Any, Any]):
         keeper = self.keeper
         reading, threshold = keeper.reading, keeper.monitor.threshold
         return {
-            "score": float(reading.score[0]),
-            "statistic": float(reading.statistic[0]),
+            "score": reading.score.item(),
+            "statistic": reading.statistic.item(),
             "threshold": threshold.value if threshold else float("nan"),
-            "alarm": bool(reading.alarm[0]),
+            "alarm": reading.alarm.item(),
             "acting": keeper.acts(0),
             "reason": keeper.reasons[0],
         }

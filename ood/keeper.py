@@ -141,15 +141,17 @@ class Keeper:
                 self._fail(int(i), "the monitor failed", error)
             self.before = np.array(after)
             return
-        alarm = reading.alarm & live
+        alarm = reading.alarm
         # Our own features hold all of the observation, and the stream has looked at them.
         if self.names is None and not np.isfinite(after).all():
-            alarm = alarm | (~np.isfinite(after).reshape(self.n, -1).all(1) & live)
-        self.reading = Reading(reading.score, reading.statistic, alarm)
+            alarm = alarm | ~np.isfinite(after).reshape(self.n, -1).all(1)
+        self.reading = reading
         if self.rules.on_alarm == "ask":
             for i in np.flatnonzero(live):
                 self.recent[i].append((after[i].copy(), np.array(actions[i])))
         if np.count_nonzero(alarm):  # a tenth of the time that `any` takes
+            alarm = alarm & live
+            self.reading = reading._replace(alarm=alarm)
             for i in np.flatnonzero(alarm & (self.acting == _AGENT) & ~self.asked):
                 self._respond(int(i), actions[i], after[i])
         if self.rules.on_alarm == "fallback":
@@ -181,7 +183,7 @@ class Keeper:
 
     def acts(self, i: int) -> Acting:
         """Who acts next in environment i."""
-        return _ACTING[self.acting[i]]
+        return _ACTING[self.acting.item(i)]
 
     def _respond(self, i: int, action: Array, after: Array) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ _WHITENED = 20_000  # frames whose errors are decorrelated
 # Of log standard deviations, where a change's own is 1: a simulator without noise would otherwise
 # drive them to minus infinity, and what is hardly strange would be infinitely so.
 _LOG_STD = (-5.0, 1.0)
+# Standard deviations lie between exp(-5) and exp(-5) + exp(1), along a tanh.
+_HALF_RANGE = math.exp(_LOG_STD[1]) / 2
+_MIDDLE = math.exp(_LOG_STD[0]) + _HALF_RANGE
 
 
 class DynamicsEnsemble(OODDetector):
@@ -90,7 +93,7 @@ class DynamicsEnsemble(OODDetector):
         self.score_by: Literal["likelihood", "error"] = score_by
         self.steps, self.seed = steps, seed
         # To look layers up by their names takes as long as to pass through them.
-        self._folded: tuple[int, list[Layer]] = -1, []
+        self._folded: tuple[int, _Folded | None] = -1, None
         moments = ("change_mean", "change_scale", "missed", "missed_whitening", "size")
         self._ARRAYS = (*moments, *_names("member", len(hidden) + 1))
 
@@ -122,12 +125,13 @@ class DynamicsEnsemble(OODDetector):
             _train(network, loss, self.steps)
         _keep(self, "member", network)
         some = features[:: -(-len(features) // _WHITENED)]
+        self.size = np.array([0.0, 1.0])
         missed = self._missed(some)
         self.missed = missed.mean(0)
         self.missed_whitening = whitening(missed - self.missed)
-        self.size = np.array([0.0, 1.0])
         sizes = self._signed(some)[:, -1]
         self.size = np.array([sizes.mean(), max(sizes.std(), _CONSTANT)])
+        self._folded = -1, None  # of which the size is part
 
     def _score(self, features: Array) -> Array:
         return np.concatenate(
@@ -156,13 +160,16 @@ class DynamicsEnsemble(OODDetector):
         return explained
 
     def _signed(self, features: Array) -> Array:
-        white = (self._missed(features) - self.missed) @ self.missed_whitening
+        apart = self._missed(features)
+        apart -= self.missed
+        white = apart.dot(self.missed_whitening)
         signed = np.empty((len(white), white.shape[1] + 1))
         signed[:, :-1] = white
-        white *= white
-        white += _SMALL
-        size = np.add.reduce(np.log(white, out=white), 1) / white.shape[1]
-        signed[:, -1] = (size - self.size.item(0)) / self.size.item(1)
+        squared = np.multiply(white, white, out=white)
+        squared += _SMALL
+        folded = self._fold()
+        size = np.log(squared, out=squared).dot(folded.of_size)
+        np.subtract(size, folded.usual_size, out=signed[:, -1])
         return signed
 
     def _missed(self, features: Array) -> Array:
@@ -178,44 +185,95 @@ class DynamicsEnsemble(OODDetector):
 
     def _missed_some(self, features: Array) -> Array:
         apart, std = self._predict(features)
-        # Law of total variance: what members expect, and how far apart they are. Sums of their
-        # own, since for one frame a method of NumPy's takes thrice as long.
-        mean: Array = np.add.reduce(apart, 0)
-        mean /= self.members
+        # Law of total variance: what members expect, and how far apart they are.
+        mean = self._over_members(apart)
         apart -= mean
         apart *= apart
         std *= std
         apart += std
-        variance = np.add.reduce(apart, 0)
-        variance /= self.members
+        variance = self._over_members(apart)
         mean /= np.sqrt(variance, out=variance)
         return mean
 
+    def _over_members(self, values: Array) -> Array:
+        """The mean `(B, O)` of `(K, B, O)`."""
+        # As a product, since for one frame NumPy's method takes thrice as long.
+        mean: Array = self._fold().shares.dot(values.reshape(self.members, -1))
+        return mean.reshape(values.shape[1:])
+
     def _predict(self, features: Array) -> tuple[Array, Array]:
         """Errors and standard deviations `(K, B, O)`, in standard deviations of the change."""
-        size = self.observation_size
-        if self._folded[0] != self.revision:
-            self._folded = self.revision, _layers(self, "member", len(self.hidden) + 1)
-        *hidden, (weight, bias, _) = self._folded[1]
-        change = features[:, -size:] - features[:, :size]
-        change -= self.change_mean
-        change /= self.change_scale
-        outputs = pass_hidden(self._inputs(features), hidden) @ weight
-        outputs += bias
-        # `_bounded`, of which the exponential needs but one more.
-        low, high = _LOG_STD
-        std = (high - outputs[..., size:]).astype(np.float64)
-        np.exp(std, out=std)
-        std += 1
-        np.divide(math.exp(high), std, out=std)
-        std += math.exp(low)
-        return change - outputs[..., :size], std
+        size, folded = self.observation_size, self._fold()
+        row = features.dot(folded.standardising)
+        row -= folded.centre
+        outputs = row[:, :-size].astype(np.float32)
+        for half_weight, half_bias in folded.hidden:
+            half = outputs @ half_weight
+            half += half_bias
+            outputs = np.tanh(half)
+            outputs *= half
+            outputs += half
+        outputs = outputs @ folded.weight
+        outputs += folded.bias
+        std = np.tanh(outputs[..., size:], dtype=np.float64)
+        std *= _HALF_RANGE
+        std += _MIDDLE
+        return row[:, -size:] - outputs[..., :size], std
+
+    def _fold(self) -> _Folded:
+        """What needn't be computed anew for each frame, since the last fit."""
+        revision, folded = self._folded
+        if folded is None or revision != self.revision:
+            folded = _folded(self)
+            self._folded = self.revision, folded
+        return folded
 
     def _inputs(self, features: Array) -> Array:
         """What came before, `(B, O + act)`."""
         known = features.shape[1] - self.observation_size
         standard: Array = (features[:, :known] - self.mean[:known]) / self.scale[:known]
         return standard.astype(np.float32)
+
+
+class _Folded(NamedTuple):
+    """What a fitted ensemble passes a frame through."""
+
+    standardising: Array  # (F, F), to (before, action, after - before) in standard deviations
+    centre: Array  # (F,), of these
+    hidden: list[tuple[Array, Array]]
+    weight: Array  # (K, H, 2 O)
+    bias: Array  # (K, 1, 2 O)
+    shares: Array  # (K,), of each member
+    of_size: Array  # (O,), of each number's logarithm
+    usual_size: float
+
+
+def _folded(detector: DynamicsEnsemble) -> _Folded:
+    """Spares a ufunc wherever it can: each takes a microsecond of a guarded step, or more.
+
+    With weights and biases halved, which is exact, silu(2h) is h + h tanh(h), and `_bounded` but a
+    tanh of the outputs.
+    """
+    size, members = detector.observation_size, detector.members
+    layers = _layers(detector, "member", len(detector.hidden) + 1)
+    *hidden, (weight, bias) = [(weight / 2, bias / 2) for weight, bias, _ in layers]
+    weight[..., :size] *= 2
+    bias[..., :size] *= 2
+    bias[..., size:] -= _LOG_STD[1] / 2
+    scale = np.append(detector.scale[:-size], detector.change_scale)
+    change = np.eye(len(scale))
+    change[:size, -size:] = -np.eye(size)
+    usual, spread = detector.size.tolist()
+    return _Folded(
+        change / scale,
+        np.append(detector.mean[:-size], detector.change_mean) / scale,
+        hidden,
+        weight,
+        bias,
+        np.full(members, 1 / members),
+        np.full(size, 1 / (size * spread)),
+        usual / spread,
+    )
 
 
 class RandomNetworkDistillation(OODDetector):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ood.conformal import Threshold, calibrate, calibrate_stream
 from ood.detectors import Array, OODDetector, as_array
-from ood.sequential import CUSUM, Statistic
+from ood.sequential import CUSUM, Statistic, root_mean_square
 from rewardmodels import InvalidInput
 from rewardmodels.errors import NotFitted, RewardModelsError
 
@@ -263,7 +263,7 @@ class Stream:
         signed = self.statistic.signed
         # The sum of squares is finite where all are, unless it overflows; then each is looked at.
         if frames.shape[1] == detector.width and math.isfinite(np.vdot(frames, frames)):
-            if frames.dtype != np.float64:
+            if frames.dtype.char != "d":
                 frames = frames.astype(np.float64)
             seen = detector.signed_checked(frames) if signed else detector.score_checked(frames)
         else:
@@ -271,11 +271,14 @@ class Stream:
             known = (detector.signed_array if signed else detector.score_array)(frames[rows])
             seen = np.full((len(frames), *known.shape[1:]), np.inf)
             seen[rows] = known
-        score = np.sqrt(np.vecdot(seen, seen) / seen.shape[1]) if signed else seen
+        score = root_mean_square(seen) if signed else seen
         statistic = self.statistic.update(threshold.standardise(seen, self.steps)).copy()
         self.steps += 1
-        # Not "statistic > threshold": NaN must raise an alarm, and compares as False.
-        alarm = ~((statistic <= threshold.value) & np.isfinite(score))
+        alarm = statistic > threshold.value
+        # NaN must raise an alarm, and compares as False; so must infinity, whatever the threshold.
+        # One product tells whether there is any.
+        if not math.isfinite(np.vdot(score, statistic)):
+            alarm = ~((statistic <= threshold.value) & np.isfinite(score))
         return Reading(score, statistic, alarm)
 
     def _now(self) -> tuple[object, ...]:

@@ -204,8 +204,21 @@ class MEWMA(Statistic):
         return clipped
 
     def _read(self, value: Array) -> Array:
-        size: Array = np.sqrt(np.vecdot(value, value) / value.shape[1])
-        return size
+        return root_mean_square(value)
+
+
+def root_mean_square(values: Array) -> Array:
+    """`(n,)` of `(n, D)`.
+
+    Example:
+        >>> root_mean_square(np.array([[1.0, 7.0], [5.0, 5.0]])).tolist()
+        [5.0, 5.0]
+    """
+    if len(values) == 1:  # as one number, in a third of the time
+        return np.array([math.sqrt(np.vdot(values, values) / values.shape[1])])
+    with np.errstate(over="ignore"):  # which is infinitely strange
+        size: Array = np.sqrt(np.vecdot(values, values) / values.shape[1])
+    return size
 
 
 STATISTICS: dict[str, type[Statistic]] = {cls.__name__: cls for cls in (Spike, EWMA, CUSUM, MEWMA)}

@@ -2,8 +2,8 @@
 
 An agent acts passably. Some of its clips are compared, a reward model learns from the answers, and
 the agent goes on to be trained with PPO on the learned reward alone. Where the reward errs upwards,
-there the policy goes (Gao et al. 2023, arXiv 2210.10760). Five arms start from the same agent, the
-same answers and the same reward:
+there the policy goes (Gao et al. 2023, arXiv 2210.10760). Arms start from the same agent, the same
+answers and the same reward:
 
 - **frozen**: nothing more is asked;
 - **continued**: more comparisons of what the policy does now, at a constant rate;
@@ -12,7 +12,9 @@ same answers and the same reward:
 - **guarded**: as frozen, but watched. A detector knows the frames of the agent that the answers are
   about; an alarm, whose false rate is promised, pauses training before the next update. The paused
   policy plays; half its episodes are asked about, the others calibrate the guard anew, and training
-  goes on. Once the budget of comparisons is spent, an alarm ends it: the policy is kept as it is.
+  goes on. Once the budget of comparisons is spent, an alarm ends it: the policy is kept as it is;
+- **zero**, **constant**, **random**: nothing is asked, and the reward says nothing. What these
+  lose is the cost of training alone; what another arm loses besides is its reward's.
 
 All arms that ask have the same budget, and ask with the same strategy. The agent is the same for
 every seed, which decides what is compared, the reward's initial weights and what the policy draws.
@@ -24,7 +26,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -39,8 +41,8 @@ from experiments.evaluation import play
 from experiments.guard_episodes import train
 from experiments.history import History
 from experiments.pausing import PauseOnAlarm
-from experiments.rewarding import LearnedReward, RewardWrapper
-from experiments.studies.drift_figures import write_tables
+from experiments.rewarding import LearnedReward, RewardWrapper, unlearned_reward
+from experiments.studies.drift_figures import SAYING_NOTHING, write_tables
 from experiments.studies.predictors import maker
 from experiments.studies.report import about_cells, command_line
 from experiments.studies.summary import Row
@@ -59,13 +61,14 @@ from rewardmodels import (
 )
 from rewardmodels.clips import cut
 
-Arm = Literal["frozen", "continued", "when unsure", "pessimistic", "guarded"]
-ARMS: tuple[Arm, ...] = ("frozen", "continued", "when unsure", "pessimistic", "guarded")
+Arm = Literal[
+    "frozen", "continued", "when unsure", "pessimistic", "guarded", "zero", "constant", "random"
+]
+ARMS: tuple[Arm, ...] = get_args(Arm)
 
 _EPOCHS = 100
 _CANDIDATES = 120  # clips among which pairs are chosen
 _PLAYED = 64  # episodes of a policy: half to ask about, half to calibrate on
-_SHOWN = 250  # frames of a video
 # With the settings below 4 of 5 Hoppers lost 30% or more. A HalfCheetah that was trained beforehand
 # got better even on a reward from 8 comparisons.
 _SHARE = 0.25  # of copies, whose alarms pause training: by chance in a fifth of episodes at most
@@ -116,7 +119,7 @@ def study_drift(
 
     Returns:
         The cells of `drift_cell`; `out` has the curves as CSV, with `report.html`, its figures
-        and two videos.
+        and a video.
 
     Raises:
         InvalidInput: A number out of range.
@@ -181,7 +184,10 @@ def drift_cell(
     training = _Training(found, seed, maker(predictor)(), length, pessimism, agent)
     with closing(training.env):
         first = training.play()
-        training.ask(first[: _PLAYED // 2], comparisons)
+        if arm in SAYING_NOTHING:
+            training.env.reward = unlearned_reward(arm, seed)
+        else:
+            training.ask(first[: _PLAYED // 2], comparisons)
         alarms: list[int] = []
         if arm == "guarded":
             alarms = training.guarded(first, steps, comparisons + more, batch, alpha)
@@ -192,13 +198,16 @@ def drift_cell(
             }
             training.scheduled(schedules.get(arm), steps, more)
         last = training.play()
+    median = last.returns.argsort()[(_PLAYED - 1) // 2]
+    assert last.rewards is not None
     return {
         **training.curves,
         "alarms": alarms,
         "asked": training.asked,
         "start": float(first.returns.mean()),
         "final": float(last.returns.mean()),
-        "states": [] if last.states is None else last.states[0, :_SHOWN].tolist(),
+        "states": [] if last.states is None else last.states[median].tolist(),
+        "rewards": last.rewards[median].tolist(),
     }
 
 
@@ -329,14 +338,17 @@ class _Training:
             true, predicted = float(played.returns.mean()), self.paid(played)
             clips = cut(played, self.length, _CANDIDATES, generator=self.draw)
         self.env.episode_returns.clear()
-        belief = self.model.frame_posterior(
-            clips.observations.flatten(0, 1), clips.actions.flatten(0, 1)
-        )
+        std = 0.0  # of a reward that isn't learned
+        if self.answers:
+            belief = self.model.frame_posterior(
+                clips.observations.flatten(0, 1), clips.actions.flatten(0, 1)
+            )
+            std = float(belief.variance.sqrt().mean())
         values = {
             "step": self.agent.num_timesteps,
             "true": true,
             "predicted": predicted,
-            "std": float(belief.variance.sqrt().mean()),
+            "std": std,
             "comparisons": self.asked,
         }
         for name, value in values.items():

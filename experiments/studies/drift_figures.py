@@ -1,4 +1,4 @@
-"""What the study of drift leaves behind: a figure, its sentence, tables, curves and two videos."""
+"""What the study of drift leaves behind: a figure, its sentence, tables, curves and a video."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from experiments.figures import STYLE
 from experiments.labelling import named
@@ -31,19 +33,24 @@ from experiments.tasks import find_task
 from experiments.video import write_video
 
 _CURVES = ("step", "true", "predicted", "std", "comparisons")
+SAYING_NOTHING = ("zero", "constant", "random")
+"""Arms that are paid what no answer had a part in."""
+
 _COLOURS = {
     "frozen": "#b34b00",
     "continued": "#0072b2",
     "when unsure": "#56b4e9",
     "pessimistic": "#7f3c8d",
     "guarded": "#009e73",
-}
-_SHOWN = ("frozen", "guarded")  # those of which there are videos
+} | dict.fromkeys(SAYING_NOTHING, GREY)
+_DASHES = {"constant": "--", "random": "-."}
+_FILMED = ("frozen", "guarded")
 _FRAMES_A_SECOND = 25
+_SIDE, _LINE = 320, 24  # pixels of a picture, and of a line of text above it
 
 
 def write_tables(rows: Sequence[Row], out: Path, about: About) -> str:
-    """Writes the report, curves as CSV and the videos; returns what the report says.
+    """Writes the report, curves as CSV and a video; returns what the report says.
 
     Args:
         rows: Of `experiments.studies.drift.study_drift`.
@@ -58,13 +65,7 @@ def write_tables(rows: Sequence[Row], out: Path, about: About) -> str:
         for values in zip(*(row[name] for name in _CURVES), strict=True)
     ]
     write_atomically(out / "curves.csv", as_csv(lines))
-    told = [sentence(rows)]
-    for arm, some in by(rows, "arm").items():
-        if arm in _SHOWN:
-            note = _film(some[0], out / f"{arm}.mp4")
-            told.append(
-                f"No video of {arm}: {note}" if note else f"The final policy, {arm}: {arm}.mp4."
-            )
+    told = [sentence(rows), *_film(rows, out)]
     sections = [
         Section("Return while training on the learned reward", told, curves(rows)),
         Section("After training on the learned reward", [_before(rows)], table=_table(rows)),
@@ -111,6 +112,7 @@ def sentence(rows: Sequence[Row]) -> str:
     of, parts = by(rows, "arm"), []
     for arm, some in of.items():
         parts.append(f"{arm} {_middle(kept(some)):.1%}")
+    least = [_middle(kept(of[arm])) for arm in SAYING_NOTHING if arm in of]
     seeds = len(by(rows, "seed"))
     text = (
         f"{rows[0]['task']}, {seeds} seed{'s' if seeds > 1 else ''}: of the best true return of "
@@ -124,6 +126,11 @@ def sentence(rows: Sequence[Row]) -> str:
             f" On the frozen reward, {lost} of {len(frozen)} policies lost 30% or more, while the "
             f"return that the reward predicts went up for {gained}."
         )
+    if least:
+        text += (
+            f" Training on a reward that says nothing keeps {min(least):.1%} or more: only what an "
+            "arm loses beyond that can its reward be blamed for."
+        )
     return f"{text} Dots are alarms; the dotted line is the return before training."
 
 
@@ -131,8 +138,8 @@ def curves(rows: Sequence[Row]) -> Figure:
     """Predicted return above, true return below, over steps: a colour an arm, a dot an alarm.
 
     Thick lines are interquartile means over seeds, thin ones the seeds. Predicted returns are those
-    by each arm's own reward at the time, whose scale is one standard deviation of a frame. The last
-    true return is that of the final policy.
+    by each arm's own reward at the time, whose scale is one standard deviation of a frame; a reward
+    that says nothing predicts nothing. The last true return is that of the final policy.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 6.2), layout="constrained")
@@ -141,13 +148,14 @@ def curves(rows: Sequence[Row]) -> Figure:
         ends: dict[object, list[tuple[float, float, str, str]]] = {above: [], below: []}
         for arm, some in by(rows, "arm").items():
             colour = _COLOURS.get(arm, GREY)
-            for axes, name in ((above, "predicted"), (below, "true")):
+            both = ((below, "true"), (above, "predicted"))
+            for axes, name in both[: 1 if arm in SAYING_NOTHING else 2]:
                 shown = [_whole(row) for row in some] if name == "true" else some
                 steps, each = on_one_grid(shown, name)
                 middle = interquartile_mean(each, axis=0)
                 for line in each:
                     axes.plot(steps, line, color=colour, linewidth=0.5, alpha=0.35)
-                axes.plot(steps, middle, color=colour, linewidth=2.4)
+                axes.plot(steps, middle, _DASHES.get(arm, "-"), color=colour, linewidth=2.4)
                 ends[axes].append((float(steps[-1]), float(middle[-1]), arm, colour))
             for row in some:
                 at = np.array(row["alarms"], float)
@@ -224,13 +232,46 @@ def _middle(values: Values) -> float:
     return float(interquartile_mean(values))
 
 
-def _film(row: Row, path: Path) -> str | None:
-    """Writes a video of a final policy; where that can't be done, returns why."""
-    if not row["states"]:
-        return f"{row['task']} doesn't show the simulator's state."
+def _film(rows: Sequence[Row], out: Path) -> list[str]:
+    """Writes a video of two final policies side by side; returns what it shows, or why not."""
+    of = by(rows, "arm")
+    shown = {arm: _median(of[arm]) for arm in _FILMED if arm in of}
+    if not shown:
+        return []
     try:
-        pictures = render_states(find_task(row["task"]), np.array(row["states"], np.float32))
+        films = [_captioned(arm, row) for arm, row in shown.items()]
     except RenderingUnavailable as error:
-        return str(error)
-    write_video(pictures, path, _FRAMES_A_SECOND)
-    return None
+        return [f"No video: {error}"]
+    path = out / f"{'-'.join(shown)}.mp4"
+    write_video(np.concatenate(films, axis=2), path, _FRAMES_A_SECOND)
+    each = ", ".join(
+        f"{arm} {number(sum(row['rewards']))} (seed {row['seed']})" for arm, row in shown.items()
+    )
+    return [
+        f"{path.name} shows whole episodes of final policies. Of each arm it is the seed of median "
+        f"return, and of that policy's episodes the one of median true return: {each}."
+    ]
+
+
+def _median(rows: Sequence[Row]) -> Row:
+    return sorted(rows, key=lambda row: float(row["final"]))[(len(rows) - 1) // 2]
+
+
+def _captioned(arm: str, row: Row) -> NDArray[np.uint8]:
+    """Pictures of a cell's episode, below its arm, the step and the true return so far."""
+    if not row["states"]:
+        raise RenderingUnavailable(f"{row['task']} doesn't show the simulator's state.")
+    states = np.array(row["states"], np.float32)
+    pictures = render_states(find_task(row["task"]), states, _SIDE, _SIDE)
+    font, frames = ImageFont.load_default(_LINE * 2 // 3), []
+    for step, (picture, so_far) in enumerate(
+        zip(pictures, np.cumsum(row["rewards"]), strict=True), start=1
+    ):
+        frame = Image.new("RGB", (_SIDE, _SIDE + 2 * _LINE), "white")
+        frame.paste(Image.fromarray(picture), (0, 2 * _LINE))
+        draw = ImageDraw.Draw(frame)
+        draw.text((8, 3), arm, _COLOURS[arm], font, stroke_width=0.3)
+        draw.text((8, _LINE), f"step {step}", "black", font)
+        draw.text((_SIDE // 3, _LINE), f"true return {so_far:.0f}", "black", font)
+        frames.append(np.asarray(frame))
+    return np.stack(frames)

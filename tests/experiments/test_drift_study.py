@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -70,6 +71,18 @@ def test_the_sentence_says_what_the_rows_say():
     assert "went up for 5" in text
 
 
+def test_the_sentence_sets_a_loss_against_that_on_rewards_that_say_nothing():
+    paid = [
+        *(made_up("zero", s, (100, 90, 80), 90.0) for s in range(5)),
+        *(made_up("random", s, (100, 90, 80), 75.0) for s in range(5)),
+    ]
+    assert "reward that says nothing" not in sentence(ROWS)
+    assert "a reward that says nothing keeps 75.0% or more" in sentence(ROWS + paid)
+    above, below = curves(ROWS + paid).axes
+    assert {text.get_text() for text in above.texts} == {"frozen", "guarded"}, "nothing predicted"
+    assert {text.get_text() for text in below.texts} == {"frozen", "guarded", "zero", "random"}
+
+
 def test_curves_of_other_steps_are_brought_together():
     rows = [
         {"step": [1, 4], "true": [0.0, 30.0]},
@@ -96,7 +109,7 @@ def test_what_is_left_behind(tmp_path):
     text = write_tables(ROWS, tmp_path, About("rewardmodels study drift", 5, {}))
     assert "| guarded | 188 (" in text
     assert "| 0.500 (0.4" in text
-    assert "No video of frozen" in (tmp_path / "report.html").read_text()
+    assert "No video: Hopper doesn" in (tmp_path / "report.html").read_text()
     lines = list(csv.DictReader((tmp_path / "curves.csv").read_text().splitlines()))
     assert len(lines) == 30
     last = [line for line in lines if line["arm"] == "guarded" and line["step"] == "30"]
@@ -104,6 +117,31 @@ def test_what_is_left_behind(tmp_path):
     name = "return-while-training-on-the-learned-reward"
     assert (tmp_path / "figures" / f"{name}.pdf").stat().st_size > 1000
     assert (tmp_path / "figures" / f"{name}.svg").exists()
+
+
+def test_the_video_is_of_median_seeds_and_counts_the_true_return(tmp_path):
+    """Of each arm that seed whose state, drawn, and rewards, summed, are told from the others'."""
+    rows = [
+        made_up(arm, seed, (100, 90, 80), final)
+        | {"states": [[0, 1.25 + seed / 10, *[0] * 10]] * 3, "rewards": [1.0 + seed, 2.0, 4.0]}
+        for arm, finals in (("frozen", (60.0, 50.0, 40.0)), ("guarded", (80.0, 70.0, 99.0)))
+        for seed, final in enumerate(finals)
+    ]
+    write_tables(rows, tmp_path, About("rewardmodels study drift", 3, {}))
+    page = (tmp_path / "report.html").read_text()
+    if "No video" in page:
+        pytest.skip("nothing here draws")
+    assert "frozen 8 (seed 1), guarded 7 (seed 0)" in page
+    with av.open(tmp_path / "frozen-guarded.mp4") as film:
+        frames = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+    assert len(frames) == 3
+    height, width, _ = frames[0].shape
+    assert width == 2 * (height - 48)
+    # The states stand still, so only the words above change; and the two arms' heights differ.
+    change = np.abs(frames[2].astype(int) - frames[0]).max(2) > 100
+    assert change[:48].any()
+    assert not change[48:].any()
+    assert np.abs(frames[0][48:, :320].astype(int) - frames[0][48:, 320:]).max() > 60
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +162,11 @@ def cell(agent, arm, **settings):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def frozen(agent):
+    return cell(agent, "frozen", steps=2048)
+
+
 @pytest.mark.parametrize("arm", ["frozen", "continued", "when unsure"])
 def test_arms_ask_as_they_say(agent, arm):
     found = cell(agent, arm)
@@ -134,9 +177,36 @@ def test_arms_ask_as_they_say(agent, arm):
     assert np.shape(found["states"]) == (64, 18)
 
 
-def test_arms_start_alike_and_repeat(agent):
-    frozen, again = cell(agent, "frozen", steps=2048), cell(agent, "frozen", steps=2048)
-    assert frozen == again
+@pytest.mark.parametrize(("arm", "paid"), [("zero", 0.0), ("constant", 64.0), ("random", None)])
+def test_rewards_that_say_nothing(agent, frozen, arm, paid):
+    found = cell(agent, arm, steps=2048)
+    assert found["asked"] == 0
+    assert found["std"] == [0]
+    assert found["start"] == frozen["start"]
+    assert found["true"] == frozen["true"], "the first rollout knows no reward yet"
+    if paid is None:  # the mean of 32 sums of 64 normal numbers
+        assert 0 < abs(found["predicted"][0]) < 5 * np.sqrt(64 / 32)
+    else:
+        assert found["predicted"] == [paid]
+
+
+def test_the_episode_kept_is_the_median_one(agent, monkeypatch):
+    from experiments.studies import drift
+
+    played, play = [], drift._Training.play
+    monkeypatch.setattr(
+        drift._Training, "play", lambda self: (played.append(play(self)), played[-1])[1]
+    )
+    found = cell(agent, "zero", steps=2048)
+    returns = played[-1].returns.numpy()
+    assert np.sum(returns < sum(found["rewards"]) - 1e-3) == 31
+    assert np.sum(returns > sum(found["rewards"]) + 1e-3) == 32
+    which = int(np.abs(returns - sum(found["rewards"])).argmin())
+    assert found["states"] == played[-1].states[which].tolist()
+
+
+def test_arms_start_alike_and_repeat(agent, frozen):
+    assert frozen == cell(agent, "frozen", steps=2048)
     pessimistic = cell(agent, "pessimistic", steps=2048)
     assert pessimistic["start"] == frozen["start"]
     assert pessimistic["true"] == frozen["true"], "the first rollout knows no reward yet"
