@@ -28,9 +28,10 @@ from ood.adapters import Epistemic, Joint, SklearnDetector
 from ood.conformal import Threshold, calibrate, calibrate_stream, conformal_quantile
 from ood.density import KNN, MixtureDensity
 from ood.detectors import Mahalanobis, OODDetector, RelativeMahalanobis
+from ood.distillation import RandomNetworkDistillation
+from ood.dynamics import DynamicsEnsemble
 from ood.events import Event, EventLog
 from ood.guard import Guard, VectorGuard
-from ood.learned import DynamicsEnsemble, RandomNetworkDistillation
 from ood.martingales import ConformalMartingale, ShiryaevRoberts
 from ood.monitor import Monitor, Reading, StaleThreshold
 from ood.recording import record

@@ -17,7 +17,8 @@ from ood.adapters import Joint
 from ood.conformal import Threshold
 from ood.density import KNN, MixtureDensity
 from ood.detectors import Array, Mahalanobis, OODDetector, RelativeMahalanobis
-from ood.learned import DynamicsEnsemble, RandomNetworkDistillation
+from ood.distillation import RandomNetworkDistillation
+from ood.dynamics import DynamicsEnsemble
 from ood.monitor import Monitor, StaleThreshold
 from ood.sequential import STATISTICS
 from rewardmodels import InvalidInput

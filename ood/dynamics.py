@@ -1,25 +1,21 @@
-"""Detectors that train a network: what a step leads to, and how a random function continues."""
+"""A detector that foretells what a step leads to, so that it notices when the world changes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ood.detectors import _CONSTANT, Array, OODDetector, whitening
+from ood.networks import BATCH, Members, check_hidden, keep, layers_of, names_of, train
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
-from rewardmodels.networks import PRIOR_GAIN
-from rewardmodels.scoring import Layer, as_array, pass_hidden
 
-_BATCH = 256
-_LEARNING_RATE = 2e-3
 _FRAMES_AT_ONCE = 1024
 _SMALL = 0.01  # a variance too small to tell from none
 _WHITENED = 20_000  # frames whose errors are decorrelated
@@ -78,7 +74,7 @@ class DynamicsEnsemble(OODDetector):
         members: int = 3,
         hidden: Sequence[int] = (128, 128),
         score_by: Literal["likelihood", "error"] = "likelihood",
-        steps: int = 8000,
+        steps: int = 20_000,
         seed: int = 0,
     ) -> None:
         hidden = tuple(hidden)
@@ -86,7 +82,7 @@ class DynamicsEnsemble(OODDetector):
         for name, value in numbers.items():
             if value < 1:
                 raise InvalidInput(f"{name}: expected at least 1, got {value}.")
-        _check_hidden(hidden)
+        check_hidden(hidden)
         if score_by not in (known := get_args(Literal["likelihood", "error"])):
             raise InvalidInput(f"score_by: expected one of {', '.join(known)}; got {score_by!r}.")
         self.observation_size, self.members, self.hidden = observation_size, members, hidden
@@ -95,7 +91,7 @@ class DynamicsEnsemble(OODDetector):
         # To look layers up by their names takes as long as to pass through them.
         self._folded: tuple[int, _Folded | None] = -1, None
         moments = ("change_mean", "change_scale", "missed", "missed_whitening", "size")
-        self._ARRAYS = (*moments, *_names("member", len(hidden) + 1))
+        self._ARRAYS = (*moments, *names_of("member", len(hidden) + 1))
 
     def _fit(self, features: Array) -> None:
         size = self.observation_size
@@ -111,19 +107,19 @@ class DynamicsEnsemble(OODDetector):
         inputs = torch.from_numpy(self._inputs(features))
         targets = torch.from_numpy((change - self.change_mean) / self.change_scale).float()
         with isolated_randomness(self.seed):
-            network = _Members(self.members, (inputs.shape[1], *self.hidden, 2 * size))
+            network = Members(self.members, (inputs.shape[1], *self.hidden, 2 * size))
             bootstrap = torch.randint(len(inputs), (self.members, len(inputs)))
 
             def loss() -> Tensor:
-                rows = bootstrap[:, torch.randint(len(inputs), (_BATCH,))]
+                rows = bootstrap[:, torch.randint(len(inputs), (BATCH,))]
                 mean, raw = network(inputs[rows]).chunk(2, -1)
                 log_std = _bounded(raw)
                 apart = (targets[rows] - mean) * (-log_std).exp()
                 # Summed over members, who share nothing.
                 return (apart.square() / 2 + log_std).mean((1, 2)).sum()
 
-            _train(network, loss, self.steps)
-        _keep(self, "member", network)
+            train(network, loss, self.steps)
+        keep(self, "member", network)
         some = features[:: -(-len(features) // _WHITENED)]
         self.size = np.array([0.0, 1.0])
         missed = self._missed(some)
@@ -255,7 +251,7 @@ def _folded(detector: DynamicsEnsemble) -> _Folded:
     tanh of the outputs.
     """
     size, members = detector.observation_size, detector.members
-    layers = _layers(detector, "member", len(detector.hidden) + 1)
+    layers = layers_of(detector, "member", len(detector.hidden) + 1)
     *hidden, (weight, bias) = [(weight / 2, bias / 2) for weight, bias, _ in layers]
     weight[..., :size] *= 2
     bias[..., :size] *= 2
@@ -276,125 +272,7 @@ def _folded(detector: DynamicsEnsemble) -> _Folded:
     )
 
 
-class RandomNetworkDistillation(OODDetector):
-    r"""$\frac1H \lVert f(x) - g(x) \rVert^2$: where a learned copy g of a random network f errs.
-
-    Burda et al. 2019 (arXiv:1810.12894, §2.2): g is trained on familiar frames alone, and has no
-    reason to be right elsewhere.
-
-    Args:
-        hidden: Widths of the hidden layers of both.
-        outputs: H.
-        steps: Training steps, of 256 frames.
-        seed: Of both networks and the batches.
-
-    Raises:
-        InvalidInput: A number below one.
-
-    Example:
-        >>> x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
-        >>> detector = RandomNetworkDistillation(steps=200).fit(x)
-        >>> bool(detector.score(torch.full((1, 3), 9.0)) > detector.score(x).max())
-        True
-    """
-
-    def __init__(
-        self,
-        hidden: Sequence[int] = (64, 64),
-        outputs: int = 32,
-        steps: int = 3000,
-        seed: int = 0,
-    ) -> None:
-        hidden = tuple(hidden)
-        _check_hidden(hidden)
-        for name, value in (("outputs", outputs), ("steps", steps)):
-            if value < 1:
-                raise InvalidInput(f"{name}: expected at least 1, got {value}.")
-        self.hidden, self.outputs, self.steps, self.seed = hidden, outputs, steps, seed
-        layers = len(hidden) + 1
-        self._ARRAYS = (*_names("target", layers), *_names("copy", layers))
-
-    def _fit(self, features: Array) -> None:
-        frames = torch.from_numpy(self._standard(features)).float()
-        widths = (frames.shape[1], *self.hidden, self.outputs)
-        with isolated_randomness(self.seed):
-            target, copy = _Members(1, widths, gain=PRIOR_GAIN), _Members(1, widths)
-            target.requires_grad_(False)
-
-            def loss() -> Tensor:
-                rows = frames[torch.randint(len(frames), (_BATCH,))][None]
-                return F.mse_loss(copy(rows), target(rows))
-
-            _train(copy, loss, self.steps)
-        _keep(self, "target", target)
-        _keep(self, "copy", copy)
-
-    def _score(self, features: Array) -> Array:
-        frames = self._standard(features).astype(np.float32)
-        said = []
-        for name in ("target", "copy"):
-            *hidden, (weight, bias, _) = _layers(self, name, len(self.hidden) + 1)
-            said.append((pass_hidden(frames, hidden) @ weight + bias)[0].astype(np.float64))
-        apart = said[0] - said[1]
-        score: Array = np.vecdot(apart, apart) / self.outputs
-        return score
-
-
-class _Members(nn.Module):
-    """K multilayer perceptrons of one shape, from `(K, B, D)` to `(K, B, H)`."""
-
-    def __init__(self, members: int, widths: Sequence[int], gain: float = 1.0) -> None:
-        super().__init__()
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for before, width in pairwise(widths):
-            bound = 1 / math.sqrt(before)
-            weight = torch.empty(members, before, width).uniform_(-gain * bound, gain * bound)
-            self.weights.append(nn.Parameter(weight))
-            bias = torch.empty(members, 1, width).uniform_(-bound, bound)
-            self.biases.append(nn.Parameter(bias))
-
-    def forward(self, frames: Tensor) -> Tensor:
-        *hidden, (last, last_bias) = zip(self.weights, self.biases, strict=True)
-        for weight, bias in hidden:
-            frames = F.silu(torch.baddbmm(bias, frames, weight))
-        return torch.baddbmm(last_bias, frames, last)
-
-
 def _bounded(raw: Tensor) -> Tensor:
     """Log standard deviations that stay, smoothly, within `_LOG_STD` (Chua et al. 2018, A.1)."""
     low, high = _LOG_STD
     return low + F.softplus(high - F.softplus(high - raw) - low)
-
-
-def _train(network: nn.Module, loss: Callable[[], Tensor], steps: int) -> None:
-    optimiser = torch.optim.Adam(network.parameters(), lr=_LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        value = loss()
-        value.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 100.0)
-        optimiser.step()
-        schedule.step()
-
-
-def _names(prefix: str, layers: int) -> list[str]:
-    return [f"{prefix}_{kind}{i}" for i in range(layers) for kind in ("weight", "bias")]
-
-
-def _keep(detector: OODDetector, prefix: str, network: _Members) -> None:
-    for i, (weight, bias) in enumerate(zip(network.weights, network.biases, strict=True)):
-        setattr(detector, f"{prefix}_weight{i}", as_array(weight))
-        setattr(detector, f"{prefix}_bias{i}", as_array(bias))
-
-
-def _layers(detector: OODDetector, prefix: str, layers: int) -> list[Layer]:
-    return [
-        (getattr(detector, f"{prefix}_weight{i}"), getattr(detector, f"{prefix}_bias{i}"), "silu")
-        for i in range(layers)
-    ]
-
-
-def _check_hidden(hidden: tuple[int, ...]) -> None:
-    if any(width < 1 for width in hidden):
-        raise InvalidInput(f"hidden: expected widths of at least 1, got {hidden}.")
