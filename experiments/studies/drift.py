@@ -44,7 +44,7 @@ from experiments.pausing import PauseOnAlarm
 from experiments.rewarding import LearnedReward, RewardWrapper, unlearned_reward
 from experiments.studies.drift_figures import SAYING_NOTHING, write_tables
 from experiments.studies.predictors import maker
-from experiments.studies.report import about_cells, command_line
+from experiments.studies.report import about_study
 from experiments.studies.summary import Row
 from experiments.study import Result, run_study
 from experiments.tasks import Task, find_task
@@ -149,14 +149,7 @@ def study_drift(
     ]  # fmt: skip
     found = run_study(drift_cell, cells, out / "cells", jobs=jobs, backend=backend, address=address)
     rows: list[Row] = [{**cell, **result} for cell, result in zip(cells, found, strict=True)]
-    flags = {k: v for k, v in settings.items() if k not in ("jobs", "backend", "address")}
-    about = about_cells(
-        rows,
-        out / "cells",
-        command=command_line("study drift", flags),
-        seeds=seeds,
-        settings={name: value for name, value in flags.items() if name != "out"},
-    )
+    about = about_study(study_drift, settings, rows, out)
     print(write_tables(rows, out, about))
     return rows
 
