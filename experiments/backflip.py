@@ -84,13 +84,17 @@ def backflips(poses: Floats) -> int:
 
 
 def progress(observations: Floats, actions: Floats) -> Floats:
-    r"""What a teacher sees of a backflip in one frame: the body turning backwards in the air.
+    r"""What a teacher sees of a backflip in one frame: the body turns backwards on or off its foot.
 
-    $w + z$ off the ground and $\min(w, 0) + 2 \min(\cos\theta, 0) + z$ on it, for the torso's
+    $w + z$ in the air, $w + z - 4 (1 - \cos\theta)$ on the foot, and
+    $\min(w, 0) + z - 4 (1 - \cos\theta) - 8$ if anything else touches the ground, for the torso's
     height z and angle $\theta$ from upright, and the rate w at which the body as a whole turns
     backwards, the mean over its limbs by mass. (Paid for the torso's turning in the air alone, an
     agent kicked it back in the air and forth on the ground: 22 radians in 1,000 steps, for a tenth
     of a turn.)
+
+    A flip that ends on the back turns as far as one that ends on the foot, hence what lying and
+    leaning cost.
 
     Args:
         observations: `(B, 11)`, Hopper-v5's.
@@ -102,7 +106,7 @@ def progress(observations: Floats, actions: Floats) -> Floats:
     # Each joint turns what hangs on it against what it hangs on.
     joints = np.cumsum(observations[:, 8:11], 1)
     turning = (joints @ _MASS[1:]) / _MASS.sum() - observations[:, 7]
-    in_air = np.minimum(*clearances(observations)) > _TOUCHING
-    dived = np.minimum(np.cos(observations[:, 1]), 0)
-    rate: Floats = np.where(in_air, turning, np.minimum(turning, 0) + 2 * dived)
-    return rate + observations[:, 0]
+    body, foot = (clearance < _TOUCHING for clearance in clearances(observations))
+    leaning = np.where(body | foot, 1 - np.cos(observations[:, 1]), 0)
+    rate: Floats = np.where(body, np.minimum(turning, 0) - 8, turning)
+    return rate - 4 * leaning + observations[:, 0]

@@ -120,17 +120,22 @@ def frame(**parts):
     [
         (frame(z=2.0, angle_=-3.0), 2.0 + 3.0),
         (frame(z=2.0, angle_=3.0), 2.0 - 3.0),
-        (frame(angle_=-3.0), 1.2),  # on the foot, turning backwards is worth nothing
+        (frame(z=2.0, angle=np.pi), 2.0),  # upside down costs nothing up there
+        (frame(), 1.2),  # on the foot, upright
+        (frame(angle_=-3.0), 1.2 + 3.0),
         (frame(angle_=3.0), 1.2 - 3.0),
-        (frame(z=0.05, angle=np.pi / 2), 0.05),  # lying
-        (frame(z=0.05, angle=2 * np.pi / 3, angle_=-3.0), 0.05 - 1.0),  # on the head
-        (frame(z=2.0, angle=np.pi), 2.0),
+        (frame(angle=-np.pi / 3, thigh=-np.pi / 3, z=1.1), 1.1 - 4 * 0.5),  # leaning on it
+        (frame(z=0.05, angle=np.pi / 2), 0.05 - 4 - 8),  # lying
+        (frame(z=0.05, angle=np.pi / 2, angle_=-3.0), 0.05 - 4 - 8),  # turning there is for nothing
+        (frame(z=0.05, angle=np.pi / 2, angle_=3.0), 0.05 - 4 - 8 - 3.0),
+        (frame(z=0.05, angle=2 * np.pi / 3), 0.05 - 4 * 1.5 - 8),  # on the head
+        (frame(z=0.25, thigh=-2.0), 0.25 - 8),  # sitting upright
         # Limbs that turn against each other: only what the body does as a whole counts.
         (frame(z=2.0, angle_=-12.16, thigh_=-15.83), 2.0),
         (frame(z=2.0, foot_=5.0), 2.0 + 5.0 * 5.32 / 15.83),
     ],
 )
-def test_progress_is_the_whole_bodys_turning_in_the_air(observation, paid):
+def test_progress_is_the_whole_bodys_turning_off_all_but_the_foot(observation, paid):
     others = np.random.default_rng(0).normal(size=(3, 11))
     batch = np.concatenate([others[:2], observation[None], others[2:]])
     assert progress(batch, np.zeros((4, 3)))[2] == pytest.approx(paid, abs=1e-6)
