@@ -17,6 +17,7 @@ Floats = NDArray[np.floating[Any]]
 _UPRIGHT, _UPSIDE_DOWN = np.cos(np.deg2rad([60, 150]))
 _TOUCHING = 0.01  # metres above the ground; contacts are soft
 _MASS = np.array([3.67, 4.06, 2.78, 5.32])  # kg, of torso, thigh, leg and foot
+_FAST = 5.0  # radians a second; five backflips in 8 seconds take 4 on average
 
 
 def clearances(poses: Floats) -> tuple[Floats, Floats]:
@@ -84,13 +85,20 @@ def backflips(poses: Floats) -> int:
 
 
 def progress(observations: Floats, actions: Floats) -> Floats:
-    r"""What a teacher sees of a backflip in one frame: the body turning backwards in the air.
+    r"""What a teacher sees of a backflip in one frame: the body turns backwards on or off its foot.
 
-    $w + z$ off the ground and $\min(w, 0) + 2 \min(\cos\theta, 0) + z$ on it, for the torso's
+    With $w$ cut off at ±5, $w + z$ in the air, $w + z - 2 (1 - \cos\theta)$ on the foot, and
+    $\min(w, 0) + z - 2 (1 - \cos\theta) - 3$ if anything else touches the ground, for the torso's
     height z and angle $\theta$ from upright, and the rate w at which the body as a whole turns
     backwards, the mean over its limbs by mass. (Paid for the torso's turning in the air alone, an
     agent kicked it back in the air and forth on the ground: 22 radians in 1,000 steps, for a tenth
     of a turn.)
+
+    A turn that ends on the back is a turn too, and a fast one makes up for lying there: with w as
+    it is, and 4 off for lying and for leaning on the foot alike, a Hopper paid directly turned 8
+    times in 1,000 steps and landed 0.4. With 8 and 4 it landed 5, but wasn't to be taught it:
+    answers were about what touches the ground, and a learned reward turned it 0.2 times (one seed
+    each, 500,000 steps or a little less).
 
     Args:
         observations: `(B, 11)`, Hopper-v5's.
@@ -102,7 +110,8 @@ def progress(observations: Floats, actions: Floats) -> Floats:
     # Each joint turns what hangs on it against what it hangs on.
     joints = np.cumsum(observations[:, 8:11], 1)
     turning = (joints @ _MASS[1:]) / _MASS.sum() - observations[:, 7]
-    in_air = np.minimum(*clearances(observations)) > _TOUCHING
-    dived = np.minimum(np.cos(observations[:, 1]), 0)
-    rate: Floats = np.where(in_air, turning, np.minimum(turning, 0) + 2 * dived)
-    return rate + observations[:, 0]
+    turning = np.clip(turning, -_FAST, _FAST)
+    body, foot = (clearance < _TOUCHING for clearance in clearances(observations))
+    leaning = np.where(body | foot, 1 - np.cos(observations[:, 1]), 0)
+    rate: Floats = np.where(body, np.minimum(turning, 0) - 3, turning)
+    return rate - 2 * leaning + observations[:, 0]
