@@ -17,7 +17,6 @@ Floats = NDArray[np.floating[Any]]
 _UPRIGHT, _UPSIDE_DOWN = np.cos(np.deg2rad([60, 150]))
 _TOUCHING = 0.01  # metres above the ground; contacts are soft
 _MASS = np.array([3.67, 4.06, 2.78, 5.32])  # kg, of torso, thigh, leg and foot
-_FAST = 5.0  # radians a second; five backflips in 8 seconds take 4 on average
 
 
 def clearances(poses: Floats) -> tuple[Floats, Floats]:
@@ -55,8 +54,9 @@ def backflips(poses: Floats) -> int:
 
     Between two times on the foot (which alone touches the ground, the torso within 60 degrees of
     upright) the torso must have turned backwards once, with nothing on the ground whenever it was
-    within 30 degrees of upside down: who rolls over the head hasn't done a backflip. Turns between
-    which nobody was on the foot count together, so a double one counts as two.
+    within 30 degrees of upside down, and nothing but the foot whenever its head was below its hip:
+    who rolls over the head or the back hasn't done a backflip. Turns between which nobody was on
+    the foot count together, so a double one counts as two.
 
     Args:
         poses: `(T, 5)` or wider, as for `clearances`, of one episode in order. The torso's angle
@@ -77,31 +77,55 @@ def backflips(poses: Floats) -> int:
     body, foot = clearances(poses)
     on_foot = (foot < _TOUCHING) & (body > _TOUCHING) & (np.cos(angle) > _UPRIGHT)
     on_ground = np.minimum(body, foot) < _TOUCHING
-    dived = np.concatenate([[0], np.cumsum((np.cos(angle) < _UPSIDE_DOWN) & on_ground)])
+    rolling = (np.cos(angle) < _UPSIDE_DOWN) & on_ground
+    rolling |= (np.cos(angle) < 0) & (body < _TOUCHING)
+    dived = np.concatenate([[0], np.cumsum(rolling)])
     times = np.flatnonzero(on_foot)
     turns = np.rint((angle[times[:-1]] - angle[times[1:]]) / (2 * np.pi))
     cleanly = dived[times[1:]] == dived[times[:-1]]
     return int(turns[cleanly & (turns > 0)].sum())
 
 
+def felt(observations: Floats) -> Floats:
+    r"""What a Hopper's policy and predictors see for a backflip.
+
+    The torso's angle is kept within $\pm\pi$, since upright is upright after any number of turns.
+    Two touch sensors are added, which say 1 while the body, or the foot, touches the ground. A pose
+    says so too, but by less than a centimetre: a reward that was learned from 780 comparisons
+    without them agreed with `progress` on frames of another policy by a correlation of 0.55, with
+    them by 0.91 (by policies that were paid another form of it; one draw).
+
+    Args:
+        observations: `(..., 11)`, Hopper-v5's.
+
+    Returns:
+        `(..., 13)`, of the same kind.
+
+    Example:
+        >>> fallen = np.zeros(11)
+        >>> fallen[0], fallen[1] = 0.05, 1.5 * np.pi
+        >>> felt(fallen)[[1, 11, 12]].round(2).tolist()
+        [-1.57, 1.0, 1.0]
+    """
+    touching = np.stack(clearances(observations), -1) < _TOUCHING
+    seen: Floats = np.concatenate([observations, touching.astype(observations.dtype)], -1)
+    seen[..., 1] = np.remainder(seen[..., 1] + np.pi, 2 * np.pi) - np.pi
+    return seen
+
+
 def progress(observations: Floats, actions: Floats) -> Floats:
     r"""What a teacher sees of a backflip in one frame: the body turns backwards on or off its foot.
 
-    With $w$ cut off at ±5, $w + z$ in the air, $w + z - 2 (1 - \cos\theta)$ on the foot, and
-    $\min(w, 0) + z - 2 (1 - \cos\theta) - 3$ if anything else touches the ground, for the torso's
+    $w + z$ in the air, $w + z - 4 (1 - \cos\theta)$ on the foot, and
+    $\min(w, 0) + z - 4 (1 - \cos\theta) - 8$ if anything else touches the ground, for the torso's
     height z and angle $\theta$ from upright, and the rate w at which the body as a whole turns
     backwards, the mean over its limbs by mass. (Paid for the torso's turning in the air alone, an
     agent kicked it back in the air and forth on the ground: 22 radians in 1,000 steps, for a tenth
-    of a turn.)
-
-    A turn that ends on the back is a turn too, and a fast one makes up for lying there: with w as
-    it is, and 4 off for lying and for leaning on the foot alike, a Hopper paid directly turned 8
-    times in 1,000 steps and landed 0.4. With 8 and 4 it landed 5, but wasn't to be taught it:
-    answers were about what touches the ground, and a learned reward turned it 0.2 times (one seed
-    each, 500,000 steps or a little less).
+    of a turn. A turn that ends on the back is a turn too, and a fast one makes up for lying there:
+    with 4 in place of 8, a Hopper turned 8 times in 1,000 steps and landed 0.4.)
 
     Args:
-        observations: `(B, 11)`, Hopper-v5's.
+        observations: `(B, 11)`, Hopper-v5's, or `(B, 13)` as `felt` has them.
         actions: `(B, 3)`; they don't matter.
 
     Returns:
@@ -110,8 +134,7 @@ def progress(observations: Floats, actions: Floats) -> Floats:
     # Each joint turns what hangs on it against what it hangs on.
     joints = np.cumsum(observations[:, 8:11], 1)
     turning = (joints @ _MASS[1:]) / _MASS.sum() - observations[:, 7]
-    turning = np.clip(turning, -_FAST, _FAST)
     body, foot = (clearance < _TOUCHING for clearance in clearances(observations))
     leaning = np.where(body | foot, 1 - np.cos(observations[:, 1]), 0)
-    rate: Floats = np.where(body, np.minimum(turning, 0) - 3, turning)
-    return rate - 2 * leaning + observations[:, 0]
+    rate: Floats = np.where(body, np.minimum(turning, 0) - 8, turning)
+    return rate - 4 * leaning + observations[:, 0]

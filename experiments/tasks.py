@@ -14,9 +14,10 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from experiments.backflip import Floats, backflips, progress
+from experiments.backflip import Floats, backflips, felt, progress
 from rewardmodels.errors import InvalidInput, UnknownName
 
 
@@ -33,7 +34,8 @@ class Task:
             that `FixedHorizon` has to play on, which EnvPool can't.
         reward: From the observations that actions led to, `(B, *obs)`, and the actions, rewards
             `(B,)` in place of the environment's own.
-        angles: Which observations are angles that go on growing; they are kept within ±pi.
+        observe: What of the environment's own observations, `(..., *obs)`, is seen, by policies and
+            predictors alike.
         counts: What else a policy is judged by, by name: from an episode's observations
             `(T, *obs)` how often it happened.
 
@@ -47,21 +49,16 @@ class Task:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     ends_early: bool = False
     reward: Callable[[Floats, Floats], Floats] | None = None
-    angles: tuple[int, ...] = ()
+    observe: Callable[[Floats], Floats] | None = None
     counts: Mapping[str, Callable[[Floats], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.horizon < 1:
             raise InvalidInput(f"horizon: expected at least 1 step, got {self.horizon}.")
 
-    def wound(self, observations: Floats) -> Floats:
-        """The same observations, `(..., *obs)`, with `angles` within ±pi."""
-        if not self.angles:
-            return observations
-        wound = observations.copy()
-        for i in self.angles:
-            wound[..., i] = np.remainder(wound[..., i] + np.pi, 2 * np.pi) - np.pi
-        return wound
+    def seen(self, observations: Floats) -> Floats:
+        """What is seen of the environment's own observations, `(..., *obs)`."""
+        return observations if self.observe is None else self.observe(observations)
 
 
 _FALLEN_OR_NOT = {"terminate_when_unhealthy": False}
@@ -81,14 +78,13 @@ TASKS: dict[str, Task] = {
         # can't be swung up again: of 1,000 steps 985 taught nothing, and after 106,496 steps of PPO
         # the pole stood for 12; of 100 steps it stood for all.
         Task("InvertedPendulum", "InvertedPendulum-v5", 100, ends_early=True),
-        # Upright is upright after any number of turns, so a policy sees no more of the angle.
         Task(
             "backflip",
             "Hopper-v5",
             1000,
             _FALLEN_OR_NOT,
             reward=progress,
-            angles=(1,),
+            observe=felt,
             counts={"backflips": backflips},
         ),
     )
@@ -132,21 +128,25 @@ class FixedHorizon(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class Retold(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment with the angles and the reward of a task."""
+    """An environment with what a task sees of it, and its reward."""
 
     def __init__(self, env: gym.Env[Any, Any], task: Task) -> None:
         super().__init__(env)
         self.task = task
+        space = env.observation_space
+        if task.observe is not None and isinstance(space, Box):
+            seen = task.observe(np.zeros(space.shape, space.dtype))
+            self.observation_space = Box(-np.inf, np.inf, seen.shape, seen.dtype.type)
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
         """As `gymnasium.Env.reset`."""
         observation, info = self.env.reset(**options)
-        return self.task.wound(observation), info
+        return self.task.seen(observation), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """As `gymnasium.Env.step`."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        observation = self.task.wound(observation)
+        observation = self.task.seen(observation)
         if self.task.reward is not None:
             reward = float(self.task.reward(observation[None], np.asarray(action)[None])[0])
         return observation, reward, terminated, truncated, info
@@ -162,7 +162,7 @@ def make_env(task: Task, render_mode: str | None = None) -> gym.Env[Any, Any]:
         **task.kwargs,
     )
     env = FixedHorizon(env)
-    return Retold(env, task) if task.angles or task.reward else env
+    return Retold(env, task) if task.observe or task.reward else env
 
 
 def simulator_state(simulator: Any) -> NDArray[np.float64] | None:

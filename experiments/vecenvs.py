@@ -131,7 +131,7 @@ class EnvPoolVecEnv(VecEnv):
             self._reset_seeds()
         observations, info = self._pool.reset()
         self._positions = {k: info[k] for k in ("x_position", "y_position") if k in info}
-        self._observations = observations.astype(np.float32)
+        self._observations = self.task.seen(observations.astype(np.float32))
         return self._observations.copy()
 
     def _make_pool(self) -> Any:
@@ -160,7 +160,7 @@ class EnvPoolVecEnv(VecEnv):
     def step_wait(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_], list[dict[str, Any]]]:
         """The step's outcome; where an episode ended, with the next one's first observation."""
         observations, rewards, terminated, truncated, info = self._pool.recv()
-        observations = self.task.wound(observations.astype(np.float32))
+        observations = self.task.seen(observations.astype(np.float32))
         if self.task.reward is not None:
             rewards = self.task.reward(observations, self._actions)
         dones = terminated | truncated
@@ -173,7 +173,7 @@ class EnvPoolVecEnv(VecEnv):
                 last = observations[i].copy()
                 infos[i] = {"terminal_observation": last, "TimeLimit.truncated": True}
             first, info = self._pool.reset(ended)
-            observations[info["env_id"]] = self.task.wound(first)
+            observations[info["env_id"]] = self.task.seen(first)
             for name, position in self._positions.items():
                 position[info["env_id"]] = info[name]
         self._observations = observations

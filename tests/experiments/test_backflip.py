@@ -31,6 +31,14 @@ def grounded(poses):
     return poses - np.minimum(*clearances(poses))[:, None] * np.eye(5)[0]
 
 
+def onto_the_back(poses):
+    """The same, but that the body is on the ground as its head comes below its hip."""
+    poses = poses.copy()
+    frame = np.flatnonzero(np.cos(poses[:, 1]) < 0)[0]
+    poses[frame, 0] -= clearances(poses[frame])[0]
+    return poses
+
+
 def after(*parts):
     """One after the other, each turning on from where the one before stopped."""
     parts = [part.copy() for part in parts]
@@ -61,6 +69,7 @@ def wrapped(poses):
         (after(jump(0.25), jump(-0.25), jump(0.25), jump(-0.25)), 0),
         (jump(1)[:80], 0),  # the video ends in the air
         (grounded(jump(1)), 0),  # over the head
+        (onto_the_back(jump(1)), 0),
         (np.tile([0.05, -np.pi / 2, 0, 0, 0], (50, 1)), 0),
         (jump(1)[:1], 0),
         (jump(1)[:0], 0),
@@ -71,7 +80,7 @@ def test_only_whole_backward_turns_landed_on_the_foot_count(poses, count, kept):
 
 
 def test_a_turn_that_ends_off_the_foot_counts_once_it_stands():
-    lying = np.tile([0.1, -2 * np.pi - np.pi / 2, 0.0, 0.0, 0.0], (20, 1))
+    lying = np.tile([0.1, -2 * np.pi - 0.45 * np.pi, 0.0, 0.0, 0.0], (20, 1))
     fallen = np.concatenate([jump(1)[:-1], lying])
     assert backflips(fallen) == 0
     sitting = grounded(np.tile([0.3, -2 * np.pi, -2.0, 0.0, 0.0], (20, 1)))
@@ -120,18 +129,16 @@ def frame(**parts):
     [
         (frame(z=2.0, angle_=-3.0), 2.0 + 3.0),
         (frame(z=2.0, angle_=3.0), 2.0 - 3.0),
-        (frame(z=2.0, angle_=-7.0), 2.0 + 5.0),  # no faster is asked for
-        (frame(z=2.0, angle_=7.0), 2.0 - 5.0),
         (frame(z=2.0, angle=np.pi), 2.0),  # upside down costs nothing up there
         (frame(), 1.2),  # on the foot, upright
         (frame(angle_=-3.0), 1.2 + 3.0),
         (frame(angle_=3.0), 1.2 - 3.0),
-        (frame(angle=-np.pi / 3, thigh=-np.pi / 3, z=1.1), 1.1 - 2 * 0.5),  # leaning on it
-        (frame(z=0.05, angle=np.pi / 2), 0.05 - 2 - 3),  # lying
-        (frame(z=0.05, angle=np.pi / 2, angle_=-3.0), 0.05 - 2 - 3),  # turning there is for nothing
-        (frame(z=0.05, angle=np.pi / 2, angle_=3.0), 0.05 - 2 - 3 - 3.0),
-        (frame(z=0.05, angle=2 * np.pi / 3), 0.05 - 2 * 1.5 - 3),  # on the head
-        (frame(z=0.25, thigh=-2.0), 0.25 - 3),  # sitting upright
+        (frame(angle=-np.pi / 3, thigh=-np.pi / 3, z=1.1), 1.1 - 4 * 0.5),  # leaning on it
+        (frame(z=0.05, angle=np.pi / 2), 0.05 - 4 - 8),  # lying
+        (frame(z=0.05, angle=np.pi / 2, angle_=-3.0), 0.05 - 4 - 8),  # turning there is for nothing
+        (frame(z=0.05, angle=np.pi / 2, angle_=3.0), 0.05 - 4 - 8 - 3.0),
+        (frame(z=0.05, angle=2 * np.pi / 3), 0.05 - 4 * 1.5 - 8),  # on the head
+        (frame(z=0.25, thigh=-2.0), 0.25 - 8),  # sitting upright
         # Limbs that turn against each other: only what the body does as a whole counts.
         (frame(z=2.0, angle_=-12.16, thigh_=-15.83), 2.0),
         (frame(z=2.0, foot_=5.0), 2.0 + 5.0 * 5.32 / 15.83),
@@ -167,14 +174,26 @@ def test_both_backends_tell_the_same_of_a_frame_and_keep_the_angle_in_bounds():
         assert reward == pytest.approx(rewards[0], abs=1e-3)
 
 
-def test_angles_are_wound_and_nothing_else_is():
-    observations = np.linspace(-20, 20, 22).reshape(2, 11)
-    wound = TASK.wound(observations)
-    np.testing.assert_allclose(np.exp(1j * wound[:, 1]), np.exp(1j * observations[:, 1]))
-    assert np.abs(wound[:, 1]).max() <= np.pi
+def test_what_is_felt_is_added_and_the_angle_wound():
+    observations = np.random.default_rng(0).uniform(-20, 20, (40, 11)).astype(np.float32)
+    observations[:, 0] = np.linspace(-0.5, 2.0, 40)
+    seen = TASK.seen(observations)
+    assert seen.dtype == np.float32
+    np.testing.assert_allclose(np.exp(1j * seen[:, 1]), np.exp(1j * observations[:, 1]), atol=1e-5)
+    assert np.abs(seen[:, 1]).max() <= np.pi + 1e-6
     others = np.arange(11) != 1
-    np.testing.assert_array_equal(wound[:, others], observations[:, others])
-    assert find_task("Hopper").wound(observations) is observations
+    np.testing.assert_array_equal(seen[:, :11][:, others], observations[:, others])
+    body, foot = clearances(observations)
+    np.testing.assert_array_equal(seen[:, 11:], np.stack([body < 0.01, foot < 0.01], 1))
+    assert 0 < seen[:, 11].sum() < 40
+    assert find_task("Hopper").seen(observations) is observations
+
+
+def test_its_environment_has_the_space_of_what_is_seen():
+    env = make_env(TASK)
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.shape == observation.shape == (13,)
+    assert observation in env.observation_space
 
 
 def test_a_run_says_how_many_flips_there_are(tmp_path, monkeypatch):
@@ -215,7 +234,7 @@ def test_the_benchmark_is_the_interquartile_mean_over_seeds(tmp_path, monkeypatc
     (tmp_path / "seed-1").mkdir()
     (tmp_path / "seed-1" / "config.yaml").touch()
     figures = benchmark.benchmark_backflips(tmp_path / "figures.json", tmp_path)
-    assert ran == [("backflip", seed, 900, 1_000_000, seed == 1) for seed in range(5)]
+    assert ran == [("backflip", seed, 900, 500_000, seed == 1) for seed in range(5)]
     assert figures["backflips"] == pytest.approx((1 + 4 + 9) / 3)
     low, high = figures["backflips_interval"]
     assert 0 <= low < figures["backflips"] < high <= 16
