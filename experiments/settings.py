@@ -39,8 +39,8 @@ _WALKER = KnownGood(schedule=lambda: Constant(initial=0.5), warm_up=4, start_ove
 # learned after 500,000 steps, but what turning is has to be learned in the first 100,000.
 _BACKFLIP = KnownGood(
     comparisons=900,
-    steps=500_000,
-    rounds=20,
+    steps=1_000_000,
+    rounds=25,
     schedule=lambda: Hyperbolic(half_life=200_000),
     start_over=100,
 )

@@ -234,7 +234,7 @@ def test_the_benchmark_is_the_interquartile_mean_over_seeds(tmp_path, monkeypatc
     (tmp_path / "seed-1").mkdir()
     (tmp_path / "seed-1" / "config.yaml").touch()
     figures = benchmark.benchmark_backflips(tmp_path / "figures.json", tmp_path)
-    assert ran == [("backflip", seed, 900, 500_000, seed == 1) for seed in range(5)]
+    assert ran == [("backflip", seed, 900, 1_000_000, seed == 1) for seed in range(5)]
     assert figures["backflips"] == pytest.approx((1 + 4 + 9) / 3)
     low, high = figures["backflips_interval"]
     assert 0 <= low < figures["backflips"] < high <= 16
