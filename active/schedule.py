@@ -182,7 +182,7 @@ class WhenUnsure(Schedule):
         20
     """
 
-    def __init__(self, level: float = 0.1, share: float = 0.1, initial: float = 0.25) -> None:
+    def __init__(self, level: float = 0.2, share: float = 0.1, initial: float = 0.25) -> None:
         super().__init__(initial)
         if not 0 <= level <= math.log(2):
             raise InvalidInput(f"level: expected nats from 0 to log 2 = 0.693, got {level}.")

@@ -40,7 +40,7 @@ from experiments.tasks import find_task
 from rewardmodels import InvalidInput
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
-BUDGETS = (50, 100, 200)
+BUDGETS = (25, 50, 100)
 ARMS: tuple[RewardName, ...] = ("task", "zero", "constant", "random")
 
 

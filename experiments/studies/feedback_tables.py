@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from experiments.figures import STYLE
 from experiments.results import ARMS, GREY
@@ -197,6 +198,7 @@ def asked(rows: Sequence[Row]) -> Figure:
             )
             axes.step(x, y, color=colour, where="post", label=label)
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("steps of the policy's training")
     return _finished(figure)
 
