@@ -379,7 +379,7 @@ def test_a_task_comes_with_settings_known_to_be_good():
     assert (cheetah.warm_up, cheetah.start_over, cheetah.schedule.initial) == (1, 1000, 0.25)
     assert LearnConfig(task="Walker2d", warm_up=1).warm_up == 1
     flips = LearnConfig(task="backflip", rounds=5)
-    assert (flips.comparisons, flips.steps, flips.rounds) == (900, 300_000, 5)
+    assert (flips.comparisons, flips.steps, flips.rounds) == (900, 1_000_000, 5)
     assert (walker.comparisons, walker.steps, walker.rounds) == (400, 300_000, 10)
 
 
