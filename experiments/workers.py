@@ -98,7 +98,7 @@ def _loky(jobs: int, address: str | None) -> Iterator[Submit]:
 def _dask(jobs: int, address: str | None) -> Iterator[Submit]:
     from distributed import Client
 
-    local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
+    local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": ":0"}
     with _reaching(address):
         started = Client(address) if address else Client(**local)
     with started as client:

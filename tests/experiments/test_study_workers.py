@@ -217,7 +217,7 @@ def test_a_cluster_that_is_there_is_joined_and_left_running(cells, log, out, bac
     if backend == "dask":
         from distributed import Client, LocalCluster
 
-        with LocalCluster(2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with LocalCluster(2, threads_per_worker=1, dashboard_address=":0") as cluster:
             address = cluster.scheduler_address
             found = run(cells.square, grid(log, 2, 3), out, jobs=2, backend="dask", address=address)
             with Client(address) as client:
