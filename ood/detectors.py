@@ -21,7 +21,7 @@ Array = NDArray[Any]
 
 # A number that never changed in training has no scale of its own; it gets this share of its size,
 # so that any real change of it is strange.
-_CONSTANT = 1e-6
+CONSTANT = 1e-6
 _RIDGE = 1e-6  # of a correlation matrix, whose eigenvalues sum to F
 
 
@@ -73,7 +73,7 @@ class OODDetector(ABC):
         _check_finite(frames)
         self.width, self.revision = 0, self.revision + 1
         self.mean = frames.mean(0)
-        self.scale = np.maximum(frames.std(0), _CONSTANT * np.maximum(1, np.abs(self.mean)))
+        self.scale = np.maximum(frames.std(0), CONSTANT * np.maximum(1, np.abs(self.mean)))
         self._fit(frames)
         self.width = frames.shape[1]
         return self

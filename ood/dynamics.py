@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ood.detectors import _CONSTANT, Array, OODDetector, whitening
+from ood.detectors import CONSTANT, Array, OODDetector, whitening
 from ood.networks import BATCH, Members, check_hidden, keep, layers_of, names_of, train
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
@@ -102,7 +102,7 @@ class DynamicsEnsemble(OODDetector):
             )
         change = features[:, -size:] - features[:, :size]
         self.change_mean = change.mean(0)
-        floor = _CONSTANT * np.maximum(1, np.abs(features[:, -size:]).max(0))
+        floor = CONSTANT * np.maximum(1, np.abs(features[:, -size:]).max(0))
         self.change_scale = np.maximum(change.std(0), floor)
         inputs = torch.from_numpy(self._inputs(features))
         targets = torch.from_numpy((change - self.change_mean) / self.change_scale).float()
@@ -126,7 +126,7 @@ class DynamicsEnsemble(OODDetector):
         self.missed = missed.mean(0)
         self.missed_whitening = whitening(missed - self.missed)
         sizes = self._signed(some)[:, -1]
-        self.size = np.array([sizes.mean(), max(sizes.std(), _CONSTANT)])
+        self.size = np.array([sizes.mean(), max(sizes.std(), CONSTANT)])
         self._folded = -1, None  # of which the size is part
 
     def _score(self, features: Array) -> Array:

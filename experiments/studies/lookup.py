@@ -39,9 +39,8 @@ def found_class(
     try:
         inspect.signature(found).bind_partial(**arguments)
     except TypeError as error:
-        raise InvalidInput(
-            f"{what}: expected arguments of {path}{inspect.signature(found)}, got {name}."
-        ) from error
+        taken = ", ".join(inspect.signature(found).parameters)
+        raise InvalidInput(f"{what}: expected {path} with some of {taken}; got {name}.") from error
     return partial(found, **arguments)
 
 

@@ -30,8 +30,16 @@ def started(out, *flags):
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
+def opened(browser, link):
+    page = browser.new_page()
+    page.goto(link)
+    page.fill("#name", "Ann")
+    page.keyboard.press("Enter")
+    return page
+
+
 def answer(page, n):
-    """Presses a key for each pair as it comes into sight; how many did, until none came."""
+    """Presses a key for each of the next n pairs as it comes into sight."""
     for given in range(n):
         until(page, "pairs.length > 0 && pairs[0].seen", seconds=120)
         page.keyboard.press("ArrowLeft" if given % 2 else "ArrowRight")
@@ -51,10 +59,7 @@ def test_an_agent_learns_while_somebody_answers_and_both_sides_die_on_the_way(tm
         with sync_api.sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_FLAGS)
             with page_beside(run, "Hopper", repeat_every=0) as (link,):
-                page = browser.new_page()
-                page.goto(link)
-                page.fill("#name", "Ann")
-                page.keyboard.press("Enter")
+                page = opened(browser, link)
                 answer(page, 2)
             agent.kill()
             agent.communicate()
@@ -63,10 +68,7 @@ def test_an_agent_learns_while_somebody_answers_and_both_sides_die_on_the_way(tm
                 assert len(before) == 2
             agent = started(run, "--resume")
             with page_beside(run, "Hopper", repeat_every=0) as (link,):
-                page = browser.new_page()
-                page.goto(link)
-                page.fill("#name", "Ann")
-                page.keyboard.press("Enter")
+                page = opened(browser, link)
                 answer(page, 2)
                 # The rest while it trains; fewer where it is through before they are answered.
                 while agent.poll() is None:
