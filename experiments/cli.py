@@ -89,9 +89,9 @@ def _run(words: str, arguments: list[str]) -> int:
 
 
 def _learn(words: str, arguments: list[str]) -> None:
-    from experiments.config import LearnConfig
-    from experiments.learn import learn
     from experiments.people import spelled_out
+    from experiments.training.config import LearnConfig
+    from experiments.training.learn import learn
     from rewardmodels.errors import InvalidInput
 
     arguments = spelled_out(arguments)
@@ -188,11 +188,11 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "label": (
         "serve the page on which people answer a run's questions",
-        _from("experiments.labelling_page.command:label", positional=True),
+        _from("experiments.labelling.command:label", positional=True),
     ),
     "guard": (
         "run a trained agent under a guard, which is calibrated once and kept beside it",
-        _from("experiments.guarding:guard_run", positional=True),
+        _from("experiments.deploy:guard_run", positional=True),
     ),
     "export": (
         "write all answers, marks and ratings of a run as CSV or Parquet",
@@ -204,7 +204,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "pool": (
         "record an agent at every stage of its training, as a Minari data set",
-        _from("experiments.minari_pools:export_pool"),
+        _from("experiments.datasets.minari:export_pool"),
     ),
     "study predictors": (
         "compare predictors: whether their uncertainty may be believed",
@@ -279,7 +279,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
 _DEFAULTS = {
     "model": {
         "class_path": "rewardmodels.DeepEnsemble",
-        # As in experiments.config, which takes seconds to import.
+        # As in experiments.training.config, which takes seconds to import.
         "init_args": {"activation": "leaky_relu", "weight_decay": 0.01},
     },
     "strategy": {"class_path": "active.GreedyInformation"},

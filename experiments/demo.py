@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.config import LearnConfig
-from experiments.learn import learn
-from experiments.report import write_report
-from experiments.results import RunFiles
-from experiments.sentences import headline
+from experiments.training.config import LearnConfig
+from experiments.training.learn import learn
+from experiments.training.report import write_report
+from experiments.training.results import RunFiles
+from experiments.training.sentences import headline
 
 
 def demo(

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from active import QueryStrategy, Schedule, Teacher
 from active.rules import BatchRule
-from experiments.describing import constructor_arguments
+from experiments.registry import constructor_arguments
 from rewardmodels.errors import InvalidInput, RewardModelsError, UnknownName
 from rewardmodels.model import RewardModel
 

@@ -9,10 +9,10 @@ import numpy as np
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
+from experiments.analysis.stats import bootstrap_interval, interquartile_mean
 from experiments.benchmarks.figures import check_settings, publish
-from experiments.config import LearnConfig
-from experiments.learn import learn
-from experiments.statistics import bootstrap_interval, interquartile_mean
+from experiments.training.config import LearnConfig
+from experiments.training.learn import learn
 
 OUT = Path("runs/backflips")
 

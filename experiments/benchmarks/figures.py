@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from experiments.run import versions, write_atomically
+from experiments.training.run_directory import versions, write_atomically
 from rewardmodels import InvalidInput
 
 # What `make_pool` is given for figures that only show a trend.

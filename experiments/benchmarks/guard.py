@@ -15,15 +15,15 @@ from experiments.benchmarks.figures import check_settings, publish
 from experiments.benchmarks.guard_cost import SCALED, scale_cost, step_cost
 from experiments.benchmarks.guard_promise import ALPHA, false_alarm_rates, highest_rate
 from experiments.benchmarks.guard_selective import selective_cell
-from experiments.guard_episodes import train
-from experiments.pools import make_pool
-from experiments.shifts import Severity
+from experiments.datasets.pools import make_pool
+from experiments.envs.guard_episodes import train
+from experiments.envs.shifts import Severity
+from experiments.envs.tasks import find_task
+from experiments.grid import run_study
 from experiments.studies.drift import ARMS, study_drift
 from experiments.studies.drift_figures import drift_kept
 from experiments.studies.guard import guard_cell, worlds
 from experiments.studies.guard_tables import COSTLY, FOUND
-from experiments.study import run_study
-from experiments.tasks import find_task
 from ood import DynamicsEnsemble
 from ood.saving import DETECTORS
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from experiments.guard_episodes import Act, load_policy, play
-from experiments.tasks import Task, find_task, make_env
+from experiments.envs.guard_episodes import Act, load_policy, play
+from experiments.envs.tasks import Task, find_task, make_env
 from ood import (
     CUSUM,
     KNN,
@@ -53,7 +53,7 @@ def step_cost(task: str, agent: Path, *, steps: int = 3000, repeats: int = 3) ->
 
     Args:
         task: By name.
-        agent: What `experiments.guard_episodes.train` wrote.
+        agent: What `experiments.envs.guard_episodes.train` wrote.
         steps: Of each environment, at each repeat.
         repeats: Of which the median is taken.
 

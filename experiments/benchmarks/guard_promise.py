@@ -13,10 +13,10 @@ import torch
 from scipy.stats import betabinom
 from torch import Tensor
 
-from experiments.guard_episodes import Act, load_policy
+from experiments.envs.guard_episodes import Act, load_policy
+from experiments.envs.tasks import Task, find_task
+from experiments.envs.vector import make_vec_env
 from experiments.studies.guard import make_detector
-from experiments.tasks import Task, find_task
-from experiments.vecenvs import make_vec_env
 from ood import Monitor
 from ood.conformal import conformal_rank, episode_maxima
 from ood.features import transition
@@ -48,7 +48,7 @@ def false_alarm_rates(
 
     Args:
         task: By name.
-        agent: What `experiments.guard_episodes.train` wrote.
+        agent: What `experiments.envs.guard_episodes.train` wrote.
         detectors: By name.
         calibrations: R.
         calibration: Episodes of each.

@@ -4,7 +4,7 @@ Haider et al. 2023 ("Out-of-distribution detection for reinforcement learning ag
 probabilistic dynamics models", AAMAS, appendix, Table 7) disturb an episode from a random step on,
 and ask of single frames whether they came after it: AUROC, average precision and false positives
 over the frames of all episodes. Here the same is asked, of the two disturbances that have a
-counterpart in `experiments.shifts`.
+counterpart in `experiments.envs.shifts`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from experiments.guard_episodes import Act, Episodes, load_policy, play
-from experiments.run import write_atomically
-from experiments.shifts import Severity, shifted
+from experiments.envs.guard_episodes import Act, Episodes, load_policy, play
+from experiments.envs.shifts import Severity, shifted
+from experiments.envs.tasks import Task, find_task, make_env
 from experiments.studies.guard import make_detector
 from experiments.studies.guard_figures import Array, along
 from experiments.studies.summary import markdown
-from experiments.tasks import Task, find_task, make_env
+from experiments.training.run_directory import write_atomically
 from ood import MEWMA, Monitor
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
@@ -61,7 +61,7 @@ def compare_published(
     Args:
         published: CSV of their figures, with columns `env`, `mod` and `<DETECTOR>_auroc`, `_ap`
             and `_fpr95`.
-        agent: What `experiments.guard_episodes.train` wrote of HalfCheetah.
+        agent: What `experiments.envs.guard_episodes.train` wrote of HalfCheetah.
         detector: A name of ours, or an import path.
         familiar: Episodes that it learns from; theirs are 50.
         calibration: Episodes by which the statistic is standardised; theirs has none.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.pools import make_pool
+from experiments.datasets.pools import make_pool
 from experiments.studies.predictors import asked, half, maker
 from ood.selective import confidence, select
 from rewardmodels import Calibrated, fit

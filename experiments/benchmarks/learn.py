@@ -17,13 +17,13 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from active import all_pairs, mutual_information
-from experiments.agents import PPO_ROLLOUT
+from experiments.analysis.stats import bootstrap_interval, interquartile_mean
 from experiments.benchmarks.figures import check_settings, publish
-from experiments.config import LearnConfig
-from experiments.learn import Learner, learn
-from experiments.rewarding import LearnedReward
-from experiments.run import Run
-from experiments.statistics import bootstrap_interval, interquartile_mean
+from experiments.training.agents import PPO_ROLLOUT
+from experiments.training.config import LearnConfig
+from experiments.training.learn import Learner, learn
+from experiments.training.rewarding import LearnedReward
+from experiments.training.run_directory import Run
 from rewardmodels import Clips, Comparisons, DeepEnsemble, fit
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")

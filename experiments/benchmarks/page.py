@@ -15,19 +15,19 @@ import numpy as np
 import torch
 
 from active import FeedbackStore, all_pairs
-from experiments.agents import PPO_ROLLOUT
 from experiments.benchmarks.backflips import OUT as BACKFLIPS
 from experiments.benchmarks.backflips import count_backflips
 from experiments.benchmarks.figures import QUICK_POOL, check_settings, publish
 from experiments.benchmarks.page_kills import answer_through_kills
-from experiments.labelling_page.beside import page_beside
-from experiments.labelling_page.videos import Videos
-from experiments.minari_pools import find_pool
+from experiments.datasets.minari import find_pool
+from experiments.envs.tasks import find_task, make_env, simulator_state
+from experiments.grid import run_study
+from experiments.labelling.beside import page_beside
+from experiments.labelling.videos import Videos
 from experiments.studies.marks import OUT, POOLS, marks_cell, marks_cells
 from experiments.studies.marks_tables import marks_saving
 from experiments.studies.summary import by
-from experiments.study import run_study
-from experiments.tasks import find_task, make_env, simulator_state
+from experiments.training.agents import PPO_ROLLOUT
 from rewardmodels import Clips, InvalidInput
 
 CHROMIUM: Final = Path("/usr/bin/chromium")

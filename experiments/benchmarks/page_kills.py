@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from active import FeedbackStore
-from experiments.labelling_page.desk import Choice
-from experiments.labelling_page.gate import Person
-from experiments.labelling_page.server import make_app
-from experiments.labelling_page.videos import Job, Videos
+from experiments.labelling.desk import Choice
+from experiments.labelling.gate import Person
+from experiments.labelling.server import make_app
+from experiments.labelling.videos import Job, Videos
 
 _CHOICES: Final[tuple[Choice, ...]] = ("left", "right", "same", "unsure", "skip")
 _PREFERENCE: Final = {"left": 0.0, "right": 1.0, "same": 0.5, "unsure": None, "skip": None}

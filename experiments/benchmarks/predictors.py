@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from experiments.benchmarks.figures import check_settings, publish
-from experiments.pools import make_pool
+from experiments.datasets.pools import make_pool
+from experiments.grid import run_study
 from experiments.studies.predictor_scores import COVERAGE
 from experiments.studies.predictors import PREDICTORS, TASKS, simulated, speed
 from experiments.studies.summary import Row, by, numbers, pooled
-from experiments.study import run_study
 from rewardmodels import Clips, Comparisons, LaplaceHead, fit
 
 _QUICK_POOL = {"steps": 20_480, "episodes": 4}

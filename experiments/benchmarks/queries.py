@@ -13,16 +13,16 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from active import GreedyInformation, KCenter, QueryStrategy, all_pairs
-from experiments.agents import PPO_ROLLOUT
 from experiments.benchmarks.figures import QUICK_POOL, check_settings, publish
-from experiments.pools import make_pool
+from experiments.datasets.pools import make_pool
+from experiments.grid import read_study, run_study
 from experiments.studies.feedback import BUDGETS, study_feedback
 from experiments.studies.feedback import TASKS as FEEDBACK_TASKS
 from experiments.studies.feedback_savings import at_same_budget, unsure_ratio
 from experiments.studies.strategies import TASKS, pool_cell
 from experiments.studies.strategy_tables import ratios
 from experiments.studies.summary import by
-from experiments.study import read_study, run_study
+from experiments.training.agents import PPO_ROLLOUT
 from rewardmodels import SampledPosterior
 
 DEFAULT, REFERENCE = GreedyInformation.__name__, "Uniform"

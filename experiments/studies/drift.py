@@ -36,19 +36,19 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from active import BALD, Constant, Schedule, SyntheticTeacher, WhenUnsure, all_pairs
-from experiments.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
-from experiments.evaluation import play
-from experiments.guard_episodes import train
-from experiments.history import History
-from experiments.pausing import PauseOnAlarm
-from experiments.rewarding import LearnedReward, RewardWrapper, unlearned_reward
+from experiments.analysis.page import about_study
+from experiments.envs.guard_episodes import train
+from experiments.envs.tasks import Task, find_task
+from experiments.envs.vector import make_vec_env
+from experiments.grid import Result, run_study
 from experiments.studies.drift_figures import SAYING_NOTHING, write_tables
 from experiments.studies.predictors import maker
-from experiments.studies.report import about_study
 from experiments.studies.summary import Row
-from experiments.study import Result, run_study
-from experiments.tasks import Task, find_task
-from experiments.vecenvs import make_vec_env
+from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
+from experiments.training.clip_buffer import History
+from experiments.training.evaluation import play
+from experiments.training.pausing import PauseOnAlarm
+from experiments.training.rewarding import LearnedReward, RewardWrapper, unlearned_reward
 from ood import Mahalanobis, Monitor
 from rewardmodels import (
     Clips,
@@ -113,7 +113,7 @@ def study_drift(
         horizon: Steps per episode.
         seeds: Draws of everything but that agent.
         jobs: Cells side by side.
-        backend: loky for this machine, or a cluster; as `experiments.study` has it.
+        backend: loky for this machine, or a cluster; as `experiments.grid` has it.
         address: The cluster's; None starts one here.
         out: Where results and the agent are kept; a second call goes on with those there.
 

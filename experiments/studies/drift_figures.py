@@ -13,14 +13,9 @@ from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.figures import STYLE
-from experiments.labelling import named
-from experiments.rendering import RenderingUnavailable, render_states
-from experiments.results import GREY
-from experiments.run import write_atomically
-from experiments.sentences import number
-from experiments.statistics import Values, bootstrap_interval, interquartile_mean
-from experiments.studies.report import (
+from experiments.analysis.figures import STYLE
+from experiments.analysis.line_labels import named
+from experiments.analysis.page import (
     About,
     Section,
     Table,
@@ -28,9 +23,14 @@ from experiments.studies.report import (
     plural,
     write_report,
 )
+from experiments.analysis.stats import Values, bootstrap_interval, interquartile_mean
+from experiments.envs.rendering import RenderingUnavailable, render_states
+from experiments.envs.tasks import find_task
+from experiments.envs.video import write_video
 from experiments.studies.summary import Row, as_csv, by, numbers
-from experiments.tasks import find_task
-from experiments.video import write_video
+from experiments.training.results import GREY
+from experiments.training.run_directory import write_atomically
+from experiments.training.sentences import number
 
 _CURVES = ("step", "true", "predicted", "std", "comparisons")
 SAYING_NOTHING = ("zero", "constant", "random")

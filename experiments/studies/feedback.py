@@ -23,20 +23,20 @@ from typing import Any, Literal
 import numpy as np
 
 from active import SCHEDULES, STRATEGIES, TEACHERS, QueryStrategy, Schedule, Teacher
-from experiments.config import LearnConfig, RewardName, default_model
-from experiments.learn import learn
-from experiments.limits import check_least
-from experiments.pools import make_pool
-from experiments.results import RunFiles
-from experiments.settings import known_good
+from experiments.analysis.page import about_study
+from experiments.datasets.pools import make_pool
+from experiments.envs.tasks import find_task
+from experiments.grid import Result, read_study, run_study
+from experiments.lookup import found_class
 from experiments.studies.feedback_tables import write_tables
-from experiments.studies.lookup import found_class
+from experiments.studies.limits import check_least
 from experiments.studies.predictors import maker
-from experiments.studies.report import about_study
 from experiments.studies.strategies import pool_cell
 from experiments.studies.summary import Row
-from experiments.study import Result, read_study, run_study
-from experiments.tasks import find_task
+from experiments.training.config import LearnConfig, RewardName, default_model
+from experiments.training.learn import learn
+from experiments.training.results import RunFiles
+from experiments.training.settings import known_good
 from rewardmodels import InvalidInput
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
@@ -79,7 +79,7 @@ def study_feedback(
         steps: For which a policy is trained.
         seeds: Of everything.
         jobs: Cells side by side.
-        backend: loky for this machine, or a cluster; as `experiments.study` has it.
+        backend: loky for this machine, or a cluster; as `experiments.grid` has it.
         address: The cluster's; None starts one here.
         pools: Where pools are kept; a cluster's workers read it too.
         out: Where results are kept. A second call goes on with those that are there, and tells of

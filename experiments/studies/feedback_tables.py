@@ -12,21 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from experiments.figures import STYLE
-from experiments.results import ARMS, GREY
-from experiments.run import write_atomically
-from experiments.sentences import number
-from experiments.statistics import bootstrap_interval, interquartile_mean
-from experiments.studies.feedback_savings import (
-    SHARE,
-    arm,
-    at_same_budget,
-    by_budget,
-    labels,
-    needed,
-    unsure_ratio,
-)
-from experiments.studies.report import (
+from experiments.analysis.figures import STYLE
+from experiments.analysis.page import (
     COLOURS,
     LEAST_SEEDS,
     About,
@@ -36,7 +23,20 @@ from experiments.studies.report import (
     verdict,
     write_report,
 )
+from experiments.analysis.stats import bootstrap_interval, interquartile_mean
+from experiments.studies.feedback_savings import (
+    SHARE,
+    arm,
+    at_same_budget,
+    by_budget,
+    labels,
+    needed,
+    unsure_ratio,
+)
 from experiments.studies.summary import Row, as_csv, by, numbers
+from experiments.training.results import ARMS, GREY
+from experiments.training.run_directory import write_atomically
+from experiments.training.sentences import number
 
 _LINES = tuple(colour for colour in COLOURS if colour != ARMS["task"].colour)
 

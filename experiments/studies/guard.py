@@ -3,7 +3,7 @@
 One agent is trained with PPO on the task's own reward. Of its episodes in the usual world some
 teach each detector what is familiar, others give each statistic the threshold that keeps a promised
 rate of false alarms (`ood.conformal`), and others test. Each test is played again, from the same
-first state, in a world that changes at a known step (`experiments.shifts`). The monitor only
+first state, in a world that changes at a known step (`experiments.envs.shifts`). The monitor only
 watches, so that what the shift costs is measured on the same episodes. Then those with an alarm
 are played a third time, and halted where it came: what is earned so, less what was earned
 unguarded, is the harm that the guard prevented, or did. The agent is the same for every seed, which
@@ -24,17 +24,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from experiments.guard_episodes import load_policy, play, train
-from experiments.limits import check_least
-from experiments.run import write_atomically
-from experiments.shifts import SHIFTS, Severity, shifted
+from experiments.analysis.page import about_study, write_report
+from experiments.envs.guard_episodes import load_policy, play, train
+from experiments.envs.shifts import SHIFTS, Severity, shifted
+from experiments.envs.tasks import Task, find_task, make_env
+from experiments.grid import Result, run_study
+from experiments.lookup import found_class
 from experiments.studies.guard_figures import along, figures, halting_steps, step_micros
 from experiments.studies.guard_tables import lead, sections
-from experiments.studies.lookup import found_class
-from experiments.studies.report import about_study, write_report
+from experiments.studies.limits import check_least
 from experiments.studies.summary import Row, as_csv
-from experiments.study import Result, run_study
-from experiments.tasks import Task, find_task, make_env
+from experiments.training.run_directory import write_atomically
 from ood import Monitor, OODDetector
 from ood.saving import DETECTORS
 from ood.sequential import STATISTICS, Statistic
@@ -81,7 +81,7 @@ def study_guard(
         tests: Episodes in the usual world, and in each other.
         seeds: Draws of all these episodes.
         jobs: Cells side by side.
-        backend: loky for this machine, or a cluster; as `experiments.study` has it.
+        backend: loky for this machine, or a cluster; as `experiments.grid` has it.
         address: The cluster's; None starts one here.
         out: Where results and the agent are kept; a second call goes on with those there.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from experiments.guard_episodes import Episodes
+from experiments.envs.guard_episodes import Episodes
 from ood import Monitor
 
 Array = NDArray[Any]

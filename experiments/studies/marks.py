@@ -1,6 +1,6 @@
 """What is a mark worth? Comparisons alone, beside as many with marks of the clips they show.
 
-One agent's clips at ten stages of training are cut from its kept episodes (`experiments.pools`),
+One agent's clips at ten stages of training are cut from its kept episodes (`datasets.pools`),
 and pairs drawn at random are answered by the true return. For some counts of comparisons a
 predictor is made anew and taught these, or these and marks: a synthetic person who has been shown
 a pair also marks one of its clips, or both, the stretch with the best true reward as good and the
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from active import SyntheticMarker, SyntheticTeacher
-from experiments.limits import check_least, check_tasks
-from experiments.minari_pools import find_pool
+from experiments.analysis.page import about_study
+from experiments.datasets.minari import find_pool
+from experiments.grid import Result, cell_file, run_study
+from experiments.grid_files import read_cell
+from experiments.studies.limits import check_least, check_tasks
 from experiments.studies.marks_tables import write_tables
 from experiments.studies.predictors import half, maker
-from experiments.studies.report import about_study
 from experiments.studies.summary import Row
-from experiments.study import Result, cell_file, run_study
-from experiments.study_files import read_cell
 from rewardmodels import Comparisons, InvalidInput, fit
 from rewardmodels import calibration as score
 

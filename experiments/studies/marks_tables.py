@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.run import write_atomically
-from experiments.statistics import Values, interquartile_mean
-from experiments.studies.report import (
+from experiments.analysis.page import (
     About,
     Section,
     Table,
@@ -19,9 +17,11 @@ from experiments.studies.report import (
     verdict,
     write_report,
 )
+from experiments.analysis.stats import Values, interquartile_mean
 from experiments.studies.strategy_figures import Interval, curves_figure, looks
 from experiments.studies.strategy_savings import labels_needed, labels_ratio
 from experiments.studies.summary import Row, as_csv, by, pooled
+from experiments.training.run_directory import write_atomically
 
 _RESAMPLES = 2000
 _NAMES = {0: "comparisons alone", 1: "one clip marked", 2: "both clips marked"}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.study import Result
+from experiments.grid import Result
 from rewardmodels import (
     Calibrated,
     Clips,

@@ -7,16 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.run import write_atomically
-from experiments.studies.predictor_figures import people, trust
-from experiments.studies.predictor_sentences import (
-    against_baseline,
-    against_first,
-    calibrating,
-    in_short,
-    surest_half,
-)
-from experiments.studies.report import (
+from experiments.analysis.page import (
     About,
     Section,
     Table,
@@ -24,6 +15,14 @@ from experiments.studies.report import (
     as_markdown,
     command_line,
     write_report,
+)
+from experiments.studies.predictor_figures import people, trust
+from experiments.studies.predictor_sentences import (
+    against_baseline,
+    against_first,
+    calibrating,
+    in_short,
+    surest_half,
 )
 from experiments.studies.summary import (
     Row,
@@ -33,6 +32,7 @@ from experiments.studies.summary import (
     numbers,
     pooled,
 )
+from experiments.training.run_directory import write_atomically
 
 BASELINE = "logistic regression"
 

@@ -1,13 +1,13 @@
 """May its uncertainty be believed? Every predictor, in distribution, shifted, and on real people.
 
 **Simulated.** One agent is trained on each MuJoCo task's own reward, and its episodes at ten
-stages of training are kept (`experiments.pools`). A synthetic teacher compares clips of the four
+stages of training are kept (`datasets.pools`). A synthetic teacher compares clips of the four
 worst stages. A predictor is taught most of the answers and calibrated on the rest, and then
 asked about clips of the same stages from episodes that weren't labelled ("in distribution"), and of
 the three best stages ("shifted"): behaviour far better than any that was labelled. Right is what
 the true return says.
 
-**Real people.** Three published sets of comparisons (`experiments.human_data`), in folds that keep
+**Real people.** Three published sets of comparisons (`datasets.people`), in folds that keep
 together what belongs together; and deliveries through mud by predictors that never saw any. The
 weight decay is chosen inside each training fold, for predictors as for the regression they
 are compared with.
@@ -30,10 +30,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from active.teachers import SyntheticTeacher
-from experiments.human_data import HUMAN_DATA, HumanData, baseline, splits
-from experiments.limits import check_least, check_tasks
-from experiments.pools import Pool, make_pool
-from experiments.studies.lookup import found_class
+from experiments.datasets.people import HUMAN_DATA, HumanData, baseline, splits
+from experiments.datasets.pools import Pool, make_pool
+from experiments.grid import Cell, Result, run_study
+from experiments.lookup import found_class
+from experiments.studies.limits import check_least, check_tasks
 from experiments.studies.predictor_scores import (
     CALIBRATED_ON,
     coverage,
@@ -43,7 +44,6 @@ from experiments.studies.predictor_scores import (
 )
 from experiments.studies.predictor_tables import BASELINE, write_tables
 from experiments.studies.summary import Row
-from experiments.study import Cell, Result, run_study
 from rewardmodels import (
     Calibrated,
     Clips,
@@ -106,7 +106,7 @@ def study_predictors(
         tests: Pairs asked about afterwards.
         seeds: Draws of clips and of initial weights.
         jobs: Cells side by side.
-        backend: loky for this machine, or a cluster; as `experiments.study` has it.
+        backend: loky for this machine, or a cluster; as `experiments.grid` has it.
         address: The cluster's; None starts one here.
         pools: Where the agents' episodes are kept; a cluster's workers read it too.
         out: Where results are kept; a second call goes on with those that are there.

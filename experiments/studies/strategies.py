@@ -1,14 +1,14 @@
 """Which questions teach most? Strategies side by side, where every answer is already known.
 
 **Pool mode.** One agent's clips at ten stages of training are cut from its kept episodes
-(`experiments.pools`), and all their pairs may be asked about. Each strategy starts from the same
+(`datasets.pools`), and all their pairs may be asked about. Each strategy starts from the same
 random batch; then it is shown the belief of a predictor that was taught the answers so far, chooses
 a batch, and gets the answers. A predictor is made anew for each round, so that no strategy has
 another's luck. After each batch its accuracy is measured on pairs of clips from other episodes.
 Candidates, tests and first batches depend on the task and the seed alone: what is compared are
 strategies, seed by seed.
 
-**Real people.** The same with published answers (`experiments.human_data`): only pairs that
+**Real people.** The same with published answers (`datasets.people`): only pairs that
 somebody compared may be asked about, and tests are of groups that were left out.
 """
 
@@ -22,18 +22,18 @@ import numpy as np
 import torch
 
 from active import STRATEGIES, TEACHERS, QueryStrategy, SyntheticTeacher, Teacher, all_pairs
-from experiments.human_data import HUMAN_DATA, HumanData, splits
-from experiments.limits import check_least, check_tasks
-from experiments.minari_pools import find_pool, is_minari
-from experiments.pools import Pool
-from experiments.studies.lookup import found_class
+from experiments.analysis.page import about_study
+from experiments.datasets.minari import find_pool, is_minari
+from experiments.datasets.people import HUMAN_DATA, HumanData, splits
+from experiments.datasets.pools import Pool
+from experiments.grid import Cell, Result, cell_file, run_study
+from experiments.grid_files import read_cell, remember
+from experiments.grid_workers import check_workers
+from experiments.lookup import found_class
+from experiments.studies.limits import check_least, check_tasks
 from experiments.studies.predictors import half, maker, people
-from experiments.studies.report import about_study
 from experiments.studies.strategy_tables import write_tables
 from experiments.studies.summary import Row
-from experiments.study import Cell, Result, cell_file, run_study
-from experiments.study_files import read_cell, remember
-from experiments.workers import check_workers
 from rewardmodels import Comparisons, InvalidInput, fit
 from rewardmodels import calibration as score
 
@@ -77,7 +77,7 @@ def study_strategies(
         tests: Pairs that accuracy is measured on.
         seeds: Draws of candidates, tests, first batches and initial weights.
         jobs: Cells side by side.
-        backend: loky for this machine, or a cluster; as `experiments.study` has it.
+        backend: loky for this machine, or a cluster; as `experiments.grid` has it.
         address: The cluster's; None starts one here.
         pools: Where the agents' episodes are kept; a cluster's workers read it too.
         out: Where results are kept; a second call goes on with those that are there.

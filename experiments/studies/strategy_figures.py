@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from experiments.figures import STYLE
-from experiments.results import GREY
-from experiments.statistics import Values, interquartile_mean
-from experiments.studies.report import COLOURS
+from experiments.analysis.figures import STYLE
+from experiments.analysis.page import COLOURS
+from experiments.analysis.stats import Values, interquartile_mean
+from experiments.training.results import GREY
 
 REFERENCE = "Uniform"
 _LINES = ("-", "-.", ":")

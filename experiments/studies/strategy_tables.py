@@ -12,10 +12,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from experiments.figures import save
-from experiments.run import write_atomically
-from experiments.statistics import Values, bootstrap_interval, interquartile_mean
-from experiments.studies.report import (
+from experiments.analysis.figures import save
+from experiments.analysis.page import (
     LEAST_SEEDS,
     About,
     Section,
@@ -25,9 +23,11 @@ from experiments.studies.report import (
     verdict,
     write_report,
 )
+from experiments.analysis.stats import Values, bootstrap_interval, interquartile_mean
 from experiments.studies.strategy_figures import Interval, curves_figure, looks, task_figure
 from experiments.studies.strategy_savings import Paired, friedman, labels_ratio
 from experiments.studies.summary import Row, as_csv, by, pooled
+from experiments.training.run_directory import write_atomically
 
 _QUARTERS = (0.25, 0.5, 0.75, 1.0)
 

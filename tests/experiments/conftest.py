@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report import write_report
+from experiments.training.report import write_report
 
 from .made_runs import make_run
 
@@ -68,7 +68,7 @@ def fragile(n, log, once=(), always=()):
 
 
 if __name__ == "__main__":
-    from experiments.study import run_study
+    from experiments.grid import run_study
 
     out, log, n, seconds, jobs = sys.argv[1:]
     grid = [{"n": k, "log": log, "seconds": float(seconds)} for k in range(int(n))]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 
-from experiments.video import write_video
+from experiments.envs.video import write_video
 
 COLUMNS = [
     *("step", "comparisons", "queries", "skipped", "episodes", "task_return", "learned_return"),

@@ -1,6 +1,6 @@
 """Studies of the cells of `conftest.py`, and what they computed."""
 
-from experiments.study import run_study
+from experiments.grid import run_study
 
 
 def grid(log, *n, **more):

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from experiments.analysis.stats import interquartile_mean
 from experiments.benchmarks import learn as benchmark
-from experiments.statistics import interquartile_mean
 from rewardmodels import InvalidInput
 
 

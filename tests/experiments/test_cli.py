@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import learn as learning
 from experiments.cli import main
-from experiments.describing import describe_settings
+from experiments.registry import describe_settings
+from experiments.training import learn as learning
 from rewardmodels.errors import InvalidInput
 
 TINY = [

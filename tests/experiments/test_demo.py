@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from experiments import learn as learning
 from experiments.cli import main
-from experiments.results import RunFiles
-from experiments.sentences import number
+from experiments.training import learn as learning
+from experiments.training.results import RunFiles
+from experiments.training.sentences import number
 
 WORDS = ["demo", "--task=Pendulum", "--steps=8192", "--comparisons=12"]
 

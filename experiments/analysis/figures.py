@@ -1,0 +1,195 @@
+"""The figures drawn from what a run of `learn` left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+from experiments.analysis.line_labels import End, named
+from experiments.training.results import ARMS, BLUE, FAINT, GREY, INK, OTHER, Arm, Floats, RunFiles
+from rewardmodels.errors import InvalidInput
+
+P = ParamSpec("P")
+
+STYLE: Any = {
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+    "axes.unicode_minus": True,
+    "svg.hashsalt": "rewardmodels",  # or the same figure gives another file each time
+    "pdf.fonttype": 42,  # TrueType, which publishers accept
+}
+
+
+def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw in the house style, and leave the caller's Matplotlib settings as they were."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def save(figure: Figure, stem: Path) -> str:
+    """Write `stem.svg`, for a page, and `stem.pdf`, for a paper; returns the SVG's text."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out now; each format would do so twice more
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+    return stem.with_suffix(".svg").read_text("utf-8")
+
+
+@_styled
+def return_vs_steps(runs: Sequence[RunFiles]) -> Figure:
+    """True return over training, a line a run; runs of one arm share a colour and a label.
+
+    Raises:
+        InvalidInput: If no run has a finished episode.
+    """
+    figure, axes = _figure()
+    ends = []
+    for run in runs:
+        x, y = run.curve("step", "task_return")
+        if len(x):
+            ends.append(_line(axes, x, y, run.arm))
+    if not ends:
+        raise InvalidInput("runs: expected a row of metrics with a task_return, got none.")
+    axes.set_xlabel("environment steps")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_ylabel("true return per episode\n(the task's reward units)")
+    return named(figure, {axes: ends})
+
+
+@_styled
+def return_vs_comparisons(runs: Sequence[RunFiles]) -> Figure:
+    """True return over answers given; a run that asks nothing is a level line at its result.
+
+    Raises:
+        InvalidInput: If no run has made a comparison and finished an episode.
+    """
+    figure, axes = _figure()
+    ends = []
+    for run in runs:
+        x, y = run.curve("comparisons", "task_return")
+        if len(x) and x.max() > 0:
+            ends.append(_line(axes, x, y, run.arm))
+    if not ends:
+        raise InvalidInput("runs: expected a run with comparisons and a task_return, got none.")
+    right = max(end[0] for end in ends)
+    for run in runs:
+        if not run.last("comparisons") > 0 and np.isfinite(run.final_return):
+            level = np.full(2, run.final_return)
+            ends.append(_line(axes, np.array([0, right]), level, run.arm, marker=""))
+    axes.set_xlabel("comparisons (answers given)")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_ylabel("true return per episode\n(the task's reward units)")
+    return named(figure, {axes: ends})
+
+
+@_styled
+def held_out(run: RunFiles) -> Figure:
+    """Accuracy and log loss on answers kept from training, over comparisons, beside guessing.
+
+    Raises:
+        InvalidInput: If the run has no held-out accuracy.
+    """
+    x, accuracy = run.curve("comparisons", "held_out_accuracy")
+    if not len(x):
+        raise InvalidInput("run: expected a row of metrics with held_out_accuracy, got none.")
+    figure, top, bottom = _figure(4.8, rows=2)
+    top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    above = [_line(top, x, accuracy, ARMS["learned"], "held out")]
+    above.append(_level(top, 0.5, x[-1], "chance"))
+    below = []
+    for column, arm, name in (
+        ("held_out_log_loss", ARMS["learned"], "held out"),
+        ("train_log_loss", OTHER, "training"),
+    ):
+        at, loss = run.curve("comparisons", column)
+        if len(at):
+            below.append(_line(bottom, at, loss, arm, name))
+    below.append(_level(bottom, float(np.log(2)), x[-1], "chance"))
+    bottom.set_xlabel("comparisons (answers given)")
+    bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    top.set_ylabel("answers predicted")
+    bottom.set_ylabel("log loss\n(nats per answer)")
+    return named(figure, {top: above, bottom: below})
+
+
+@_styled
+def predicted_vs_true(frames: Mapping[str, Floats]) -> Figure:
+    """Learned against true reward of single frames: their density, and the belief about them.
+
+    The bars stand at the mean of each tenth of the frames, ordered by true reward, and reach one
+    epistemic standard deviation (its mean in that tenth) to either side.
+
+    Args:
+        frames: `predicted`, `std` (both in the learned reward's units) and `true`, each `(M,)`.
+
+    Raises:
+        InvalidInput: If there are no frames.
+    """
+    if not len(frames.get("true", ())):
+        raise InvalidInput("frames: expected predicted, std and true of at least one frame.")
+    predicted, std, true = (frames[name] for name in ("predicted", "std", "true"))
+    figure, axes = _figure(3.8)
+    # Ever more opaque rather than ever darker: it then works on a dark page too.
+    shades = LinearSegmentedColormap.from_list("shades", [to_rgba(BLUE, 0.15), to_rgba(BLUE, 1)])
+    axes.hexbin(true, predicted, gridsize=28, mincnt=1, bins="log", cmap=shades, edgecolors="none")
+    tenths = np.array_split(np.argsort(true, kind="stable"), min(10, len(true)))
+    x, y, reach = (np.array([v[part].mean() for part in tenths]) for v in (true, predicted, std))
+    axes.errorbar(x, y, reach, fmt="o", color=INK, markersize=3.5, linewidth=1.2, capsize=2)
+    axes.set_xlabel("true reward of a frame (the task's units)")
+    axes.set_ylabel("learned reward of a frame\n(arbitrary units)")
+    return figure
+
+
+def _figure(height: float = 3.3, rows: int = 1) -> tuple[Any, ...]:
+    """A figure and its axes, one above the other, through which the page's colour is seen."""
+    # As wide as a phone shows without shrinking the text much.
+    figure = Figure(figsize=(5.2, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+    for patch in figure.patch, *(axes.patch for axes in panels):
+        patch.set_alpha(0)
+    return figure, *panels
+
+
+def _line(
+    axes: Axes, x: Floats, y: Floats, arm: Arm, name: str = "", marker: str | None = None
+) -> End:
+    name = name or arm.name
+    if marker is None:
+        marker = arm.marker if len(x) <= 40 else ""
+    axes.plot(x, y, color=arm.colour, linestyle=arm.line, marker=marker, label=name, clip_on=False)
+    return float(x[-1]), float(y[-1]), name, arm.colour
+
+
+def _level(axes: Axes, y: float, right: float, name: str) -> End:
+    axes.axhline(y, color=GREY, linestyle=":", label=name)
+    return right, y, name, GREY

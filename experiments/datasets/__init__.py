@@ -1,0 +1,1 @@
+"""Recorded behaviour and people's comparisons."""

@@ -1,0 +1,294 @@
+"""Pools of behaviour of every skill, for studies that ask about clips and train no agent.
+
+A run of `learn` takes minutes, most of them spent on the policy. What a strategy, a predictor or a
+detector does with a fixed set of clips takes seconds, so a pool is made once for a task and a
+seed, kept in a file, and read by every cell of a study.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from stable_baselines3.common.vec_env import VecNormalize
+from torch import Tensor
+from tqdm import tqdm
+
+from experiments.envs.tasks import Task, find_task
+from experiments.envs.vector import make_vec_env
+from experiments.studies.limits import check_least
+from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
+from experiments.training.evaluation import play
+from experiments.training.run_directory import versions
+from rewardmodels import Clips, InvalidInput, UnreadableFile
+from rewardmodels.clips import cut
+from rewardmodels.files import whole
+from rewardmodels.fitting import isolated_randomness
+
+FORMAT = 1
+_COLUMNS = ("observations", "actions", "rewards", "states")
+_MAX_SEED = 2**31 - 10_001  # EnvPool's are 32 bits, and each copy of an environment has its own
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Whole episodes of one agent at several stages of its training.
+
+    Each stage is a skill, numbered from worst to best by the mean true return of its episodes.
+    Mostly that is the order of training, and skill 0 the untrained policy; but a return needn't
+    grow with training, and `steps` says where it didn't. An episode's return may well lie among
+    those of another skill.
+
+    Args:
+        task: Its name, for `find_task`.
+        seed: Of the agent and its environments.
+        trajectories: N whole episodes with the task's own rewards and, where there are any,
+            simulator states. A frame is an action and the observation it led to, not normalised.
+        skill: `(N,)` long, which policy played the episode; every one of 0 to L − 1 occurs.
+        steps: `(L,)` long, environment steps for which the policy of each skill was trained.
+
+    Raises:
+        InvalidInput: Trajectories without rewards, or skills that don't fit them or `steps`.
+
+    Example:
+        >>> frames = torch.zeros(6, 100, 3), torch.zeros(6, 100, 1)
+        >>> episodes = Clips(*frames, rewards=torch.ones(6, 100))
+        >>> skill, steps = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 2048, 4096])
+        >>> pool = Pool("Hopper", 0, episodes, skill, steps)
+        >>> clips = pool.clips(8, 25, torch.Generator().manual_seed(0), skills=range(1, 3))
+        >>> clips.observations.shape
+        torch.Size([8, 25, 3])
+    """
+
+    task: str
+    seed: int
+    trajectories: Clips
+    skill: Tensor
+    steps: Tensor
+
+    def __post_init__(self) -> None:
+        _ = self.returns  # raises where there are no rewards
+        if self.skill.dtype != torch.long or self.skill.shape != (len(self.trajectories),):
+            raise InvalidInput(
+                f"skill: expected a long for each of {len(self.trajectories)} trajectories, got "
+                f"{self.skill.dtype} of shape {tuple(self.skill.shape)}."
+            )
+        if self.skill.unique().tolist() != list(range(len(self.steps))):
+            raise InvalidInput(
+                f"skill: expected every number from 0 to {len(self.steps) - 1}, one for each of "
+                f"steps, got {self.skill.unique().tolist()}."
+            )
+
+    @property
+    def returns(self) -> Tensor:
+        """`(N,)`, the episodes' true returns, in reward units."""
+        return self.trajectories.returns
+
+    def clips(
+        self,
+        n: int,
+        length: int,
+        generator: torch.Generator,
+        *,
+        skills: slice | Sequence[int] | None = None,
+    ) -> Clips:
+        """Cuts n clips, as many from each skill as from any other (or one more), in random order.
+
+        Within a skill every place is equally likely, and draws are with replacement, so clips may
+        overlap: to judge on behaviour that nobody labelled, take other skills.
+
+        Args:
+            n: Clips.
+            length: Frames per clip.
+            generator: Source of randomness, on the CPU.
+            skills: From which, e.g. `range(0, 4)` for the four worst, `slice(-3, None)` for the
+                three best; None takes all.
+
+        Raises:
+            InvalidInput: Fewer than one clip, frames that no episode has, or skills that the pool
+                doesn't have.
+        """
+        every = range(len(self.steps))
+        skills = slice(None) if skills is None else skills
+        chosen = sorted(set(every[skills] if isinstance(skills, slice) else skills))
+        if not chosen or not set(chosen) <= set(every):
+            raise InvalidInput(f"skills: expected some of 0 to {len(every) - 1}, got {chosen}.")
+        if n < 1:
+            raise InvalidInput(f"n: expected at least 1 clip, got {n}.")
+        if not 1 <= length <= self.trajectories.length:
+            raise InvalidInput(
+                f"length: expected 1 to {self.trajectories.length} frames, an episode's length, "
+                f"got {length}."
+            )
+        # Where n isn't a multiple, chance says which skills have one more.
+        turn = torch.randperm(len(chosen), generator=generator).tolist()
+        parts = [
+            cut(self.trajectories[self.skill == chosen[k]], length, share, generator=generator)
+            for place, k in enumerate(turn)
+            if (share := len(range(place, n, len(turn))))
+        ]
+        return Clips.cat(parts)[torch.randperm(n, generator=generator)]
+
+
+def make_pool(
+    task: str,
+    *,
+    seed: int = 0,
+    steps: int = 300_000,
+    levels: int = 10,
+    episodes: int = 8,
+    folder: Path = Path("runs/pools"),
+    progress: bool = True,
+) -> Pool:
+    """Trains PPO on the task's own reward, and records what it does on the way; or reads the file.
+
+    The policy plays as it explores (actions drawn, not their mean), in environments of its own. It
+    learns the same whatever `levels` and `episodes` are, and the same again from the same seed on
+    the same machine. The caller's global generators and number of threads stay as they are.
+
+    Processes that make the same pool at once don't disturb each other, but each trains: make it
+    before a study fans out. The file's header says which versions made it.
+
+    Args:
+        task: A task's name, or a Gymnasium id with a time limit.
+        seed: Of everything that is drawn at random.
+        steps: Environment steps to train for.
+        levels: Policies, at evenly spaced steps from 0 (untrained) to `steps`, each rounded up to
+            whole updates of 2,048 steps.
+        episodes: Whole episodes recorded of each.
+        folder: Where pools are kept; made if need be.
+        progress: Show a progress bar on standard error.
+
+    Raises:
+        InvalidInput: A number out of range, a task without a time limit, or a folder that can't be
+            written to.
+        UnknownName: No such task.
+        UnreadableFile: The pool's file is damaged.
+
+    Example:
+        >>> make_pool("Pendulum", steps=100)
+        Traceback (most recent call last):
+            ...
+        rewardmodels.errors.InvalidInput: steps: expected at least 18,432 for 10 levels, ...
+    """
+    found = find_task(task)
+    _check(seed, steps, levels, episodes)
+    name = f"{task.replace('/', '_')}-{steps}-steps-{levels}x{episodes}-seed-{seed}.v{FORMAT}"
+    path = Path(folder) / f"{name}.safetensors"
+    if path.exists():
+        return _read(path, task, seed)
+    _make_folder(path.parent)
+    with tqdm(
+        total=steps, unit=" steps", unit_scale=True, mininterval=1.0, disable=not progress
+    ) as bar:
+        recorded, trained_for = _record(found, seed, steps, levels, episodes, bar)
+    best_last = torch.stack([clips.returns.mean() for clips in recorded]).argsort(stable=True)
+    pool = Pool(
+        task,
+        seed,
+        Clips.cat([recorded[level] for level in best_last]),
+        torch.arange(levels).repeat_interleave(episodes),
+        torch.tensor(trained_for)[best_last],
+    )
+    _write(pool, path)
+    return pool
+
+
+def _check(seed: int, steps: int, levels: int, episodes: int) -> None:
+    check_least(("levels", levels, 2), ("episodes", episodes, 1))
+    if not 0 <= seed <= _MAX_SEED:
+        raise InvalidInput(f"seed: expected 0 to {_MAX_SEED:,}, got {seed}.")
+    if steps < (least := (levels - 1) * PPO_ROLLOUT):
+        raise InvalidInput(
+            f"steps: expected at least {least:,} for {levels} levels, since the policy changes "
+            f"once in {PPO_ROLLOUT:,} steps, got {steps:,}. Train for longer, or take fewer levels."
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(
+            f"folder: expected a directory, or room for one, got {folder}: {error}."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise InvalidInput(f"folder: expected one that can be written to, got {folder}.")
+
+
+def _record(
+    task: Task, seed: int, steps: int, levels: int, episodes: int, bar: tqdm
+) -> tuple[list[Clips], list[int]]:
+    """Episodes of each level in the order of training, and the steps it was trained for."""
+    recorded: list[Clips] = []
+    trained_for: list[int] = []
+    with (
+        _global_state_kept(seed),
+        closing(VecNormalize(make_vec_env(task, PPO_ENVS, seed))) as normalised,
+    ):
+        agent = make_agent("PPO", normalised, task, seed)
+
+        def advance(*_: Any) -> bool:
+            bar.update(min(agent.num_timesteps, bar.total) - bar.n)  # rollouts are whole
+            return True
+
+        for level in range(levels):
+            until = steps * level // (levels - 1)
+            if until > agent.num_timesteps:
+                left = until - agent.num_timesteps
+                agent.learn(left, callback=advance, reset_num_timesteps=False)
+            step = agent.num_timesteps
+            own_seed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0] % _MAX_SEED)
+            # What is drawn here mustn't change what is learned next.
+            with isolated_randomness(own_seed):
+                clips = play(agent, normalised, task, episodes=episodes, seed=own_seed)
+            recorded.append(clips)
+            trained_for.append(step)
+            bar.set_postfix_str(f"level {level + 1}/{levels}, return {clips.returns.mean():.0f}")
+    return recorded, trained_for
+
+
+@contextmanager
+def _global_state_kept(seed: int) -> Iterator[None]:
+    """Runs on one thread, and puts back that number and the generators that SB3 seeds."""
+    threads, python, numpy = torch.get_num_threads(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        torch.set_num_threads(1)
+        with isolated_randomness(seed):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _write(pool: Pool, path: Path) -> None:
+    clips = pool.trajectories
+    tensors = {name: getattr(clips, name) for name in _COLUMNS}
+    tensors |= {"skill": pool.skill, "steps": pool.steps}
+    present = {name: value.contiguous() for name, value in tensors.items() if value is not None}
+    with whole(path) as beside:
+        save_file(present, beside, {"versions": json.dumps(versions())})
+
+
+def _read(path: Path, task: str, seed: int) -> Pool:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        skill, steps = tensors.pop("skill"), tensors.pop("steps")
+        return Pool(task, seed, Clips(**tensors), skill, steps)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UnreadableFile(
+            f"{path}: expected a pool that make_pool wrote, got a damaged file ({error!r}). "
+            "Delete it, and make_pool makes it anew."
+        ) from error

@@ -1,0 +1,1 @@
+"""Environments: tasks, vector environments, perturbations, rendering."""

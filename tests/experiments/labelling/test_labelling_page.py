@@ -1,0 +1,159 @@
+"""The page in Chromium, by keyboard; its screenshots stay in runs/labelling-page/."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.benchmarks.page import (
+    CHROMIUM,
+    CHROMIUM_FLAGS,
+    benchmark_page,
+    put_queries,
+    shown,
+    until,
+)
+from experiments.benchmarks.page_kills import answer_through_kills
+from experiments.labelling.beside import page_beside
+from rewardmodels import InvalidInput
+
+SCREENSHOTS = Path(__file__).parents[3] / "runs" / "labelling-page"
+KEYS = {"ArrowLeft": 0.0, "ArrowRight": 1.0, "ArrowUp": 0.5, "ArrowDown": None, "s": None}
+pytestmark = pytest.mark.slow
+
+
+def idle(page: Any) -> None:
+    until(page, "unsaved === 0")
+
+
+def next_loaded(page: Any) -> None:
+    until(page, "pairs.length > 0 && pairs[0].seen")
+
+
+def rows(run: Path, sql: str) -> list[Any]:
+    db = sqlite3.connect(run / "answers.sqlite")
+    found = db.execute(sql).fetchall()
+    db.close()
+    return found
+
+
+def photograph(page: Any, name: str) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+
+@pytest.mark.skipif(not CHROMIUM.is_file(), reason="needs Chromium")
+def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    put_queries(tmp_path, "HalfCheetah", 40, clips=16)
+    curve = [(0, 0, -300), (10, 3000, -120), (20, 6000, 240), (30, 9000, 700)]
+    lines = [f"{step},{n},{value}" for n, step, value in curve]
+    (tmp_path / "metrics.csv").write_text("\n".join(["step,comparisons,task_return", *lines]))
+    keys, said, errors = list(KEYS), {}, []
+    with (
+        page_beside(tmp_path, "HalfCheetah", repeat_every=0) as (link,),
+        sync_api.sync_playwright() as driver,
+    ):
+        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_FLAGS)
+        context = browser.new_context(viewport={"width": 1100, "height": 1000})
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(error))
+        page.goto(link)
+        page.fill("#name", "Ann")
+        photograph(page, "name")
+        page.keyboard.press("Enter")
+        shown(page, 1, seconds=120)
+        photograph(page, "first")
+
+        # The first clip, by keys: a stretch held down, and four stars.
+        next_loaded(page)
+        first = page.evaluate("pairs[0].clips.map((clip) => clip.id)")
+        page.evaluate("pairs[0].videos.forEach((v) => { v.currentTime = 0.2; }); playOrPause()")
+        page.keyboard.down("+")
+        page.wait_for_timeout(300)
+        page.keyboard.up("+")
+        idle(page)
+        held = [*map(int, re.findall(r"\d+", page.inner_text("#status")))]
+        page.keyboard.press("4")
+        # The second, by hand: dragged backwards over its lower lane, frames 14 to 5 of 25.
+        lane = page.locator(".pair.now .clip:nth-child(2) .lane.bad").bounding_box()
+        y = lane["y"] + lane["height"] / 2
+        page.mouse.move(lane["x"] + lane["width"] * 14.5 / 25, y)
+        page.mouse.down()
+        page.mouse.move(lane["x"] + lane["width"] * 5.5 / 25, y, steps=4)
+        page.mouse.up()
+        idle(page)
+        photograph(page, "marks")
+        # One more, which is taken back.
+        page.keyboard.press("f")
+        page.keyboard.press("f")
+        page.keyboard.press("1")
+        page.keyboard.press("u")
+        idle(page)
+        assert page.inner_text("#status") == "Taken back: your last rating."
+
+        for given in range(30):
+            if given == 12:
+                page.close(run_before_unload=False)
+                page = context.new_page()
+                page.on("pageerror", lambda error: errors.append(error))
+                page.goto(link.partition("?")[0])
+                shown(page, 1)
+            next_loaded(page)
+            query, key = page.evaluate("pairs[0].id"), keys[given % len(keys)]
+            page.keyboard.press(key)
+            if given == 20:
+                idle(page)
+                page.keyboard.press("u")
+                until(page, f"pairs[0].id === {query}")
+                next_loaded(page)
+                key = "ArrowUp"
+                page.keyboard.press(key)
+            said[query] = KEYS[key]
+        idle(page)
+        until(page, "!document.getElementById('curve').hidden")
+        names = page.evaluate(
+            "[...document.querySelectorAll('button, input, .clip, video, [role=img]')].map((e) => "
+            "e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.innerText "
+            "|| (e.labels && e.labels.length) || e.closest('[hidden]') || '')"
+        )
+        assert all(names)
+        for width in (1100, 375):
+            for scheme in ("light", "dark"):
+                page.set_viewport_size({"width": width, "height": 800})
+                page.emulate_media(color_scheme=scheme)
+                page.wait_for_timeout(300)
+                photograph(page, f"{width}-{scheme}")
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+        browser.close()
+    assert not errors
+    standing = dict(rows(tmp_path, "SELECT query, preference FROM standing WHERE teacher = 'Ann'"))
+    assert standing == said
+    assert len(said) == 30
+    assert len(rows(tmp_path, "SELECT * FROM answers")) == 31
+    assert len(rows(tmp_path, "SELECT * FROM withdrawals")) == 2
+    assert all(0 <= taken < 60 for (taken,) in rows(tmp_path, "SELECT seconds FROM answers"))
+    marks = rows(tmp_path, "SELECT clip, first, last, good FROM marks ORDER BY id")
+    assert marks == [(first[0], *held, 1), (first[1], 5, 14, 0)]
+    assert held[0] < held[1]
+    assert rows(tmp_path, "SELECT clip, rating FROM ratings")[0] == (first[0], 0.75)
+
+
+def test_kills_lose_and_double_nothing(tmp_path):
+    put_queries(tmp_path, "Hopper", 120, clips=20)
+    found = answer_through_kills(tmp_path, kills=3, lease_seconds=1.0)
+    assert found["acknowledged_lost"] == found["doubled"] == found["left_open"] == 0
+    # All but the few that were stored when a kill took the reply away.
+    assert 120 - 3 * 4 <= found["acknowledged"] <= 120
+    assert len(rows(tmp_path, "SELECT DISTINCT query FROM answers")) == 120
+
+
+def test_the_benchmark_refuses_before_it_starts(tmp_path):
+    with pytest.raises(InvalidInput, match="json: "):
+        benchmark_page(json=tmp_path / "nowhere" / "x.json")
+    with pytest.raises(InvalidInput, match="chromium: "):
+        benchmark_page(chromium=tmp_path / "chromium")

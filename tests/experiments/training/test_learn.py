@@ -1,0 +1,396 @@
+"""The loop does what it says: who is asked what, who answers how, and nothing lost by a kill."""
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from active import Constant, FeedbackStore, QueryStrategy, WhenUnsure
+from experiments.cli import main
+from experiments.training.config import LearnConfig
+from experiments.training.learn import Learner, learn
+from experiments.training.run_directory import Run
+from rewardmodels import DeepEnsemble, InvalidInput, UnknownName, load
+
+ROUNDS, COMPARISONS, STEPS = 3, 20, 9000
+TINY = {
+    "task": "Pendulum",
+    "steps": STEPS,
+    "rounds": ROUNDS,
+    "comparisons": COMPARISONS,
+    "clip_length": 40,
+    "candidates": 30,
+    "epochs": 3,
+    "evaluate": 2,
+    "video": False,
+}
+
+
+def tiny(out, **settings):
+    return LearnConfig(
+        **{**TINY, "model": DeepEnsemble(members=2, hidden=(8,))} | settings, out=out
+    )
+
+
+FLAGS = [
+    *(
+        f"--{name}={str(value).lower() if name == 'video' else value}"
+        for name, value in TINY.items()
+    ),
+    *("--model.members=2", "--model.hidden=[8]"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("learn") / "run"
+    assert main(["learn", *FLAGS, "--out", str(out)]) == 0
+    return out
+
+
+def metrics(out):
+    with open(out / "metrics.csv", newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def due(round):
+    """A quarter at once, the rest in even parts, all by the last round."""
+    share = 0.25 + 0.75 * round / (ROUNDS - 1)
+    return math.floor(COMPARISONS * share + 0.5)
+
+
+def test_questions_are_asked_as_scheduled(finished):
+    with FeedbackStore(finished / "answers.sqlite") as answers:
+        by_round = [len(answers.queries(round)) for round in range(ROUNDS)]
+        assert answers.counts() == (COMPARISONS, COMPARISONS, 0)
+    assert np.cumsum(by_round).tolist() == [due(round) for round in range(ROUNDS)]
+    rows = metrics(finished)
+    assert [row["comparisons"] for row in rows] == [due(round) for round in range(ROUNDS)]
+    # PPO goes on to the end of a rollout of 64 steps in each of 32 copies.
+    rollout = 64 * 32
+    steps = [rollout * math.ceil((r + 1) * STEPS / ROUNDS / rollout) for r in range(ROUNDS)]
+    assert [row["step"] for row in rows] == steps
+
+
+def test_answers_are_what_the_teacher_thinks_of_the_clips(finished):
+    with FeedbackStore(finished / "answers.sqlite") as answers:
+        for query in answers.queries():
+            clips, pair = answers.clips_of([query.id])
+            first, second = (math.fsum(clips.rewards[i].tolist()) for i in pair[0].tolist())
+            assert query.preference == (1.0 if second > first else 0.0 if second < first else 0.5)
+            assert query.teacher == "SyntheticTeacher"
+
+
+def test_clips_are_whole_stretches_of_the_task(finished):
+    with FeedbackStore(finished / "answers.sqlite") as answers:
+        clips = answers.comparisons().clips
+    assert clips.mask.all()
+    assert clips.length == TINY["clip_length"]
+    cos, sin, speed = clips.observations[:, :-1].unbind(-1)  # led to by the action before
+    push = clips.actions[:, 1:, 0].clamp(-2, 2)
+    cost = torch.atan2(sin, cos) ** 2 + 0.1 * speed**2 + 0.001 * push**2  # Gymnasium's formula
+    torch.testing.assert_close(clips.rewards[:, 1:], -cost, rtol=1e-3, atol=1e-3)
+
+
+def test_the_policy_is_paid_what_the_model_says(finished):
+    config = tiny(finished)
+    learner = Learner(config, Run(finished))
+    assert learner.rounds_done == ROUNDS
+    learner.seed(ROUNDS)
+    model = load(finished / "model.safetensors")
+    newest = max((finished / "checkpoints").glob("[0-9]*"))
+    scale, shift = json.loads((newest / "reward.json").read_text())
+    learner.env.reset()
+    paid, expected = [], []
+    for _ in range(20):
+        action = np.stack([learner.env.action_space.sample() for _ in range(32)])
+        observations, rewards, _, _ = learner.env.step(action)
+        seen = model.frame_posterior(torch.from_numpy(observations), torch.from_numpy(action))
+        paid.append(rewards)
+        expected.append(seen.mean.numpy())
+    paid, expected = np.concatenate(paid), np.concatenate(expected)
+    np.testing.assert_allclose(paid, scale * expected + shift, rtol=1e-4, atol=1e-5)
+    assert scale > 0
+
+
+def test_the_result_says_what_its_files_say(finished):
+    result = json.loads((finished / "result.json").read_text())
+    rows = metrics(finished)
+    assert result["steps"] == rows[-1]["step"]
+    assert result["comparisons"] == result["queries"] == COMPARISONS
+    assert result["final_return"] == pytest.approx(np.mean(result["final_returns"]))
+    assert len(result["final_returns"]) == 2
+    assert all(-3260 < value < 0 for value in result["final_returns"])
+    assert result["wall_seconds"] == pytest.approx(rows[-1]["seconds"])
+    assert result["steps_per_second"] == pytest.approx(result["steps"] / result["wall_seconds"])
+    with np.load(finished / "frames.npz") as frames:
+        naive = np.corrcoef(frames["predicted"], frames["true"])[0, 1]
+    assert result["reward_correlation"] == pytest.approx(naive, abs=1e-4)
+    assert (finished / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("arm", ["zero", "task"])
+def test_an_arm_to_compare_with_is_paid_zero_or_the_tasks_reward(arm, tmp_path):
+    out = tmp_path / "run"
+    result = learn(tiny(out, reward=arm, rounds=1, steps=8192), progress=False)
+    assert result["comparisons"] == result["queries"] == 0
+    rows = [row for row in metrics(out) if "task_return" in row]
+    assert rows
+    for row in rows:
+        assert row["task_return"] < -300
+        assert row["learned_return"] == (0 if arm == "zero" else pytest.approx(row["task_return"]))
+    assert not (out / "model.safetensors").exists()
+
+
+def _start(out):
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    resume = ["--resume"] if (out / "config.yaml").exists() else FLAGS
+    os._exit(main(["learn", *resume, "--out", str(out)]))
+
+
+def answered(out):
+    """The answers of a run that nobody works on, by query."""
+    if not (out / "answers.sqlite").exists():
+        return {}
+    with FeedbackStore(out / "answers.sqlite") as answers:
+        return {q.id: q.preference for q in answers.queries() if q.teacher is not None}
+
+
+def check_kills(finished, out, start, kills, last, seed):
+    """Kills a run at random moments, resumes it, and compares with one that ran through."""
+    luck, before = random.Random(seed), {}
+    for _ in range(kills):
+        process = start()
+        time.sleep(luck.uniform(0, last))
+        os.kill(process.pid, signal.SIGKILL)
+        getattr(process, "join", getattr(process, "wait", None))()
+        now = answered(out)
+        assert before.items() <= now.items(), "no answer is lost or changed"
+        before = now
+        if not (out / "config.yaml").exists():
+            assert not list(out.glob("[!c]*"))
+    flags = ["--resume"] if (out / "config.yaml").exists() else FLAGS
+    assert main(["learn", *flags, "--out", str(out)]) == 0
+    assert before.items() <= answered(out).items()
+    counted = ("step", "comparisons", "queries", "skipped")
+    assert [[row[name] for name in counted] for row in metrics(out)] == [
+        [row[name] for name in counted] for row in metrics(finished)
+    ]
+    with sqlite3.connect(out / "answers.sqlite") as db:
+        rounds = db.execute("SELECT round, count(*) FROM queries GROUP BY round").fetchall()
+        assert rounds == [(r, due(r) - (due(r - 1) if r else 0)) for r in range(ROUNDS)]
+        answers, distinct = db.execute(
+            "SELECT count(*), count(DISTINCT query) FROM answers"
+        ).fetchone()
+        assert answers == distinct == COMPARISONS
+    db.close()
+    one, other = (json.loads((d / "result.json").read_text()) for d in (out, finished))
+    for name in ("steps", "comparisons", "queries", "skipped", "task", "reward", "seed"):
+        assert one[name] == other[name]
+    assert (out / "report.html").exists()
+
+
+def test_a_killed_run_goes_on_and_loses_nothing(finished, tmp_path):
+    out = tmp_path / "run"
+
+    def start():
+        # A fork has Lightning imported already, which would be most of each life.
+        process = multiprocessing.get_context("fork").Process(target=_start, args=(out,))
+        process.start()
+        return process
+
+    seconds = json.loads((finished / "result.json").read_text())["wall_seconds"]
+    check_kills(finished, out, start, kills=5, last=0.6 * seconds, seed=1)
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_and_loses_nothing(finished, tmp_path):
+    out = tmp_path / "run"
+    command = Path(sys.executable).with_name("rewardmodels")
+
+    def start():
+        flags = ["--resume"] if (out / "config.yaml").exists() else FLAGS
+        return subprocess.Popen(
+            [command, "learn", *flags, "--out", out],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    started = time.monotonic()
+    start_up = subprocess.run([command, "learn", "--help"], capture_output=True)
+    assert start_up.returncode == 0
+    whole = time.monotonic() - started
+    seconds = json.loads((finished / "result.json").read_text())["wall_seconds"]
+    check_kills(finished, out, start, kills=8, last=whole + 0.8 * seconds, seed=0)
+
+
+def test_a_round_cut_off_between_question_and_answer_is_answered(finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeedbackStore, "answer", die)
+        assert main(["learn", *FLAGS, "--out", str(out)]) == 130
+    with FeedbackStore(out / "answers.sqlite") as answers:
+        assert answers.counts() == (due(0), 0, 0)
+    assert main(["learn", "--resume", "--out", str(out)]) == 0
+    assert [row["queries"] for row in metrics(out)] == [due(round) for round in range(ROUNDS)]
+
+
+def test_time_is_counted_across_interruptions(tmp_path, monkeypatch):
+    out, keep = tmp_path / "run", Learner.keep
+
+    def keep_once(learner, *args):
+        keep(learner, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "keep", keep_once)
+        patch.setattr(time, "monotonic", lambda: 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            learn(tiny(out, reward="zero"), progress=False)
+    rows = json.loads((out / "checkpoints" / "0000" / "rows.json").read_text())
+    rows[0]["seconds"] = 1000.0
+    (out / "checkpoints" / "0000" / "rows.json").write_text(json.dumps(rows))
+    result = learn(tiny(out, reward="zero"), resume=True, progress=False)
+    assert 1000 < result["wall_seconds"] < 1100
+    assert [row["seconds"] > 1000 for row in metrics(out)] == [False, True, True]
+
+
+def test_settings_out_of_range_are_refused():
+    for name, value in (
+        ("comparisons", 7), ("steps", 0), ("rounds", 0), ("clip_length", 0), ("evaluate", 0),
+        ("threads", 0), ("seed", -1), ("pessimism", -0.1), ("pessimism", math.nan),
+        ("pessimism", math.inf), ("epochs", 0), ("seed", 2**31), ("focus", math.inf),
+        ("warm_up", 0), ("start_over", 0),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=f"^{name}: expected"):
+            LearnConfig(**{name: value})
+    with pytest.raises(InvalidInput, match="candidates: expected enough clips"):
+        LearnConfig(candidates=10, comparisons=46)
+    with pytest.raises(UnknownName, match="Did you mean 'Hopper'"):
+        LearnConfig(task="Hoper")
+
+
+@pytest.mark.slow
+def test_an_off_policy_algorithm_learns_goes_on_and_relabels(tmp_path):
+    config = tiny(tmp_path / "run", algorithm="SAC", steps=3000, comparisons=12)
+    keep = Learner.keep
+
+    def keep_once(learner, *args):
+        keep(learner, *args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "keep", keep_once)
+        with pytest.raises(KeyboardInterrupt):
+            learn(config, progress=False)
+    result = learn(config, resume=True, progress=False)
+    assert result["steps"] == 3000
+    assert result["comparisons"] == 12
+    learner = Learner(config, Run(config.out))
+    buffer = learner.agent.replay_buffer
+    assert buffer.size() == 3000
+    learner.seed(ROUNDS)
+    learner.pay(learner.env.reward)
+    model = load(config.out / "model.safetensors")
+    for row in (0, 1500, 2999):
+        seen = model.frame_posterior(
+            torch.from_numpy(buffer.next_observations[row]),
+            torch.from_numpy(2 * buffer.actions[row]),  # SAC's are scaled to [-1, 1]
+        )
+        expected = learner.env.reward.scale * float(seen.mean) + learner.env.reward.shift
+        assert buffer.rewards[row, 0] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_warm_up_asks_in_parts_before_the_policy_is_trained(tmp_path):
+    settings = {"warm_up": 3, "rounds": 2, "steps": 6000, "comparisons": 24}
+    out = tmp_path / "run"
+    learn(tiny(out, schedule=Constant(initial=0.5), **settings), progress=False)
+    rows = metrics(out)
+    # Half of 24 in three parts, then the rest by the last round of training.
+    assert [row["comparisons"] for row in rows] == [4, 8, 12, 24]
+    assert [row["step"] for row in rows] == [0, 0, 4096, 6144]
+    with FeedbackStore(out / "answers.sqlite") as answers:
+        assert [len(answers.queries(round)) for round in range(4)] == [4, 4, 4, 12]
+
+
+def test_a_schedule_may_go_by_the_belief_about_the_latest_clips(finished):
+    learner = Learner(tiny(finished), Run(finished))
+    learner.seed(0)
+    first, tenth = COMPARISONS // 4, math.floor(COMPARISONS / 10 + 0.5)
+    for level, more in ((0.0, tenth), (math.log(2), 0)):
+        learner.schedule = WhenUnsure(level)
+        assert learner._due(1, first) == first + more
+        # In warm-up there is no policy to be unsure about.
+        assert learner._due(0, 0) == first
+
+
+def test_an_agent_that_acts_at_random_starts_over(tmp_path):
+    config = tiny(tmp_path / "run", start_over=100)
+    learner = Learner(config, Run(config.out))
+    learner.seed(0)
+    learner._act_at_random()
+    first = learner.history.cut(40, 10_000, learner.rng)
+    # 40 frames inside stretches of 100, in each of 32 copies of `latest` steps.
+    stretches, rest = divmod(learner.latest, 100)
+    assert len(first) == 32 * (stretches * 61 + max(0, rest - 39))
+
+
+class Remembers(QueryStrategy):
+    """Keeps the weights that it is given."""
+
+    def select(self, posterior, pairs, n, *, weights=None, generator=None):
+        self.hope = posterior.mean + posterior.variance.sqrt()
+        self.weights = weights
+        return torch.arange(n)
+
+
+@pytest.mark.parametrize("focus", [0.0, 4.0])
+def test_clips_count_by_their_rank_in_optimistic_return(finished, focus):
+    strategy = Remembers()
+    learner = Learner(tiny(finished), Run(finished))
+    learner.config.strategy, learner.config.focus = strategy, focus
+    learner.seed(0)
+    learner._choose(learner._latest_clips(20), 5)
+    order = np.argsort(strategy.hope.numpy())
+    np.testing.assert_allclose(strategy.weights[order], (np.arange(1, 21) / 20) ** focus, rtol=1e-6)
+
+
+def test_a_task_comes_with_settings_known_to_be_good():
+    walker, cheetah = LearnConfig(task="Walker2d"), LearnConfig(task="HalfCheetah")
+    assert (walker.warm_up, walker.start_over, walker.schedule.initial) == (4, 50, 0.5)
+    assert (cheetah.warm_up, cheetah.start_over, cheetah.schedule.initial) == (1, 1000, 0.25)
+    assert LearnConfig(task="Walker2d", warm_up=1).warm_up == 1
+    flips = LearnConfig(task="backflip", rounds=5)
+    assert (flips.comparisons, flips.steps, flips.rounds) == (900, 1_000_000, 5)
+    assert (walker.comparisons, walker.steps, walker.rounds) == (400, 300_000, 10)
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "DQN"])
+def test_a_choice_among_actions_stays_one(algorithm, tmp_path):
+    steps = {"PPO": STEPS, "DQN": 600}[algorithm]
+    config = tiny(tmp_path, task="MountainCar-v0", algorithm=algorithm, steps=steps)
+    learn(config, progress=False)
+    model = load(tmp_path / "model.safetensors")
+    assert model.spec.discrete_actions == 3
+    with FeedbackStore(tmp_path / "answers.sqlite") as answers:
+        actions = answers.comparisons().clips.actions
+    assert not actions.is_floating_point()
+    assert set(actions.unique().tolist()) == {0, 1, 2}
