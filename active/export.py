@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import sqlite3
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -13,6 +12,7 @@ from typing import Any, Final, Literal, get_args
 
 from active.database import Database
 from rewardmodels.errors import InvalidInput, UnknownName, UnreadableFile
+from rewardmodels.saving import atomic_path
 
 Format = Literal["csv", "parquet"]
 
@@ -97,35 +97,34 @@ def import_feedback(folder: Path, store: Path) -> None:
         raise InvalidInput(f"folder: expected what export_feedback wrote, got {folder}.")
     read = _read_csv if format == "csv" else _read_parquet
     # It appears under its name only once it is whole.
-    part = store.with_name(f".{store.name}.{os.getpid()}.part")
     try:
-        file = Database(part)
-        with closing(file.connection):
-            # Ids and times come as they were, in an order that the trigger against second
-            # answers couldn't know: withdrawals are read last.
-            with file.transaction() as db:
-                (trigger,) = db.execute("SELECT sql FROM sqlite_master WHERE name = 'one_stands'")
-                db.execute("DROP TRIGGER one_stands")
-                for table in _TABLES:
-                    columns = _columns(db, table)
-                    rows = read(folder / f"{table}.{format}", columns)
-                    if table == "clips":
-                        columns = {**columns, "data": "BLOB"}
-                        rows = (_with_data(folder, row) for row in rows)
-                    places = ", ".join("?" * len(columns))
-                    sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"
-                    db.executemany(sql, rows)
-                db.execute(trigger[0])
-                sql = "SELECT query FROM standing GROUP BY query HAVING count(*) > 1"
-                if twice := db.execute(sql).fetchone():
-                    raise ValueError(f"query {twice[0]} has two answers that stand")
-            file.connection.execute("PRAGMA journal_mode = DELETE")  # one file, to be moved
-        os.link(part, store)  # where a rename would overwrite what has come meanwhile
+        # A rename would overwrite what has come meanwhile.
+        with atomic_path(store, overwrite=False) as part:
+            file = Database(part)
+            with closing(file.connection):
+                # Ids and times come as they were, in an order that the trigger against second
+                # answers couldn't know: withdrawals are read last.
+                with file.transaction() as db:
+                    (trigger,) = db.execute(
+                        "SELECT sql FROM sqlite_master WHERE name = 'one_stands'"
+                    )
+                    db.execute("DROP TRIGGER one_stands")
+                    for table in _TABLES:
+                        columns = _columns(db, table)
+                        rows = read(folder / f"{table}.{format}", columns)
+                        if table == "clips":
+                            columns = {**columns, "data": "BLOB"}
+                            rows = (_with_data(folder, row) for row in rows)
+                        places = ", ".join("?" * len(columns))
+                        sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"
+                        db.executemany(sql, rows)
+                    db.execute(trigger[0])
+                    sql = "SELECT query FROM standing GROUP BY query HAVING count(*) > 1"
+                    if twice := db.execute(sql).fetchone():
+                        raise ValueError(f"query {twice[0]} has two answers that stand")
+                file.connection.execute("PRAGMA journal_mode = DELETE")  # one file, to be moved
     except (OSError, ValueError, KeyError, TypeError, sqlite3.Error) as error:
         raise UnreadableFile(f"{folder}: expected a whole export, got {error!r}.") from error
-    finally:
-        for rest in part.parent.glob(f"{part.name}*"):
-            rest.unlink()
 
 
 def _with_data(folder: Path, row: Row) -> Row:

@@ -14,8 +14,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from experiments.training.run_directory import versions, write_atomically
+from experiments.training.run_directory import versions
 from rewardmodels.errors import InvalidInput, RewardModelsError, UnreadableFile
+from rewardmodels.saving import write_text_atomically
 
 FORMAT = 1
 
@@ -139,7 +140,7 @@ def write_record(file: Path, record: Record) -> None:
         StudyIncomplete: It couldn't be written, as when a disk is full.
     """
     try:
-        write_atomically(file, json.dumps(record, indent=1, default=_plain))
+        write_text_atomically(file, json.dumps(record, indent=1, default=_plain))
     except OSError as error:
         raise no_room(file, error) from error
 

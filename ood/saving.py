@@ -23,7 +23,7 @@ from ood.monitor import Monitor, StaleThreshold
 from ood.sequential import STATISTICS
 from rewardmodels import InvalidInput
 from rewardmodels.errors import UnreadableFile
-from rewardmodels.files import whole
+from rewardmodels.saving import atomic_path
 
 FORMAT = 1
 DETECTORS: dict[str, type[OODDetector]] = {
@@ -75,8 +75,8 @@ def save_monitor(monitor: Monitor, path: str | os.PathLike[str], *, agent: str =
         # JSON has no infinity.
         about["threshold"] = {**fields, "value": repr(monitor.threshold.value)}
     contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    with whole(path) as beside:
-        save_file(contiguous, beside, {"ood": json.dumps(about)})
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, {"ood": json.dumps(about)})
 
 
 def load_monitor(path: str | os.PathLike[str], *, agent: str | None = None) -> Monitor:

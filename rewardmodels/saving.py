@@ -1,12 +1,16 @@
-"""One file for a fitted model: tensors and JSON, so that loading a stranger's runs no code."""
+"""Saved models, as safetensors and JSON (loading one runs no code), and atomic file writes."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,7 +21,6 @@ from rewardmodels.dropout import MCDropout
 from rewardmodels.ensemble import DeepEnsemble
 from rewardmodels.epinet import Epinet
 from rewardmodels.errors import InvalidInput, NotFitted, UnreadableFile
-from rewardmodels.files import whole
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.frames import FrameSpec
 from rewardmodels.gp import GPHead
@@ -31,6 +34,59 @@ PREDICTORS: dict[str, type[RewardModel]] = {
     cls.__name__: cls for cls in (DeepEnsemble, Epinet, GPHead, LaplaceHead, MCDropout)
 }
 """Those that `load` knows by name. It never imports what a file names."""
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and rename it to `path` once the block is done.
+
+    A reader, or a crash, finds the old file or the complete new one. If the block raises, the old
+    file stays and the temporary one is deleted. What is written may also be a directory, which
+    the block makes; then `path` may not exist.
+
+    Args:
+        path: Final path, in a directory that exists.
+        overwrite: Replace a file that exists at the end of the block.
+
+    Yields:
+        A new hidden path in the same directory.
+
+    Raises:
+        FileExistsError: `overwrite` is False and `path` exists (files only).
+        OSError: The system can't write or rename the file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with atomic_path(Path(folder) / "notes.txt") as temporary:
+        ...         _ = temporary.write_text("complete")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['notes.txt']
+    """
+    path = Path(path)
+    # A process id wouldn't do: machines that share a folder may share that too.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
+    try:
+        yield temporary
+        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+            if file.is_file():
+                with open(file, "rb+") as written:
+                    os.fsync(written.fileno())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file through `atomic_path`."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> None:
@@ -71,8 +127,8 @@ def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> None:
     }
     tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     tensors |= {_CALIBRATION + name: value.contiguous() for name, value in calibration.items()}
-    with whole(path) as beside:
-        save_file(tensors, beside, {"rewardmodels": json.dumps(about)})
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"rewardmodels": json.dumps(about)})
 
 
 def load(

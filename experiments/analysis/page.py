@@ -24,8 +24,9 @@ from experiments.grid_files import read_cell
 from experiments.studies.summary import Row, markdown
 from experiments.training.report import inline
 from experiments.training.results import BLUE, INK, ORANGE
-from experiments.training.run_directory import versions, write_atomically
+from experiments.training.run_directory import versions
 from rewardmodels.errors import InvalidInput
+from rewardmodels.saving import write_text_atomically
 
 LEAST_SEEDS = 5
 """With fewer, no sentence claims a difference."""
@@ -263,8 +264,8 @@ def write_report(
         settings={k: _said(v) for k, v in about.settings.items()},
         clock=_clock(about.seconds),
     )
-    write_atomically(out / "tables.md", as_markdown(sections) + "\n")
-    write_atomically(out / "report.html", page)
+    write_text_atomically(out / "tables.md", as_markdown(sections) + "\n")
+    write_text_atomically(out / "report.html", page)
     return out / "report.html"
 
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from experiments.training.run_directory import versions, write_atomically
+from experiments.training.run_directory import versions
 from rewardmodels import InvalidInput
+from rewardmodels.saving import write_text_atomically
 
 # What `make_pool` is given for figures that only show a trend.
 QUICK_POOL: Final[dict[str, int]] = {"steps": 20_480, "episodes": 4}
@@ -50,5 +51,5 @@ def publish(figures: dict[str, Any], file: Path | None) -> dict[str, Any]:
     text = json.dumps(figures, indent=2)
     print(text)
     if file is not None:
-        write_atomically(Path(file), text + "\n")
+        write_text_atomically(Path(file), text + "\n")
     return figures

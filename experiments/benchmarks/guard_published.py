@@ -24,10 +24,10 @@ from experiments.envs.tasks import Task, find_task, make_env
 from experiments.studies.guard import make_detector
 from experiments.studies.guard_figures import Array, along
 from experiments.studies.summary import markdown
-from experiments.training.run_directory import write_atomically
 from ood import MEWMA, Monitor
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
+from rewardmodels.saving import write_text_atomically
 
 TASK, THEIRS = "HalfCheetah", "MJHalfCheetah-v0"
 NEAREST: dict[tuple[str, Severity], tuple[str, str]] = {
@@ -103,7 +103,7 @@ def compare_published(
     text = f"{markdown(header, lines)}\n\n{DIFFERS}\n"
     print(text)
     if out is not None:
-        write_atomically(out, text)
+        write_text_atomically(out, text)
     return text
 
 

@@ -6,13 +6,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from experiments.datasets.pools import Pool, make_pool
 from experiments.envs.tasks import find_task, make_env
 from rewardmodels import Clips, InvalidInput, UnreadableFile
+from rewardmodels.saving import atomic_path
 
 _MINARI = "minari:"
 
@@ -93,9 +92,9 @@ def write_minari(pool: Pool, out: Path, *, name: str) -> None:
     clips = pool.trajectories
     assert clips.rewards is not None  # or there were no pool
     out = out.absolute()  # Minari joins a relative path to itself
-    part = out.with_name(f"{out.name}.{uuid4().hex}.part")
-    part.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out) as part:
+        part.mkdir()
         task = find_task(pool.task)
         with make_env(task) as env:
             spec = deepcopy(env.unwrapped.spec)
@@ -135,9 +134,6 @@ def write_minari(pool: Pool, out: Path, *, name: str) -> None:
             about.append({"skill": skill, "policy_steps": int(pool.steps[skill])})
         storage.update_episodes(buffers)
         storage.update_episode_metadata(about)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def pool_from_minari(name_or_path: str | Path, *, levels: int = 10) -> Pool:

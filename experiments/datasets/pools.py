@@ -32,8 +32,8 @@ from experiments.training.evaluation import play
 from experiments.training.run_directory import versions
 from rewardmodels import Clips, InvalidInput, UnreadableFile
 from rewardmodels.clips import cut
-from rewardmodels.files import whole
 from rewardmodels.fitting import isolated_randomness
+from rewardmodels.saving import atomic_path
 
 FORMAT = 1
 _COLUMNS = ("observations", "actions", "rewards", "states")
@@ -277,8 +277,8 @@ def _write(pool: Pool, path: Path) -> None:
     tensors = {name: getattr(clips, name) for name in _COLUMNS}
     tensors |= {"skill": pool.skill, "steps": pool.steps}
     present = {name: value.contiguous() for name, value in tensors.items() if value is not None}
-    with whole(path) as beside:
-        save_file(present, beside, {"versions": json.dumps(versions())})
+    with atomic_path(path) as temporary:
+        save_file(present, temporary, {"versions": json.dumps(versions())})
 
 
 def _read(path: Path, task: str, seed: int) -> Pool:

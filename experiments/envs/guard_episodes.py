@@ -22,6 +22,7 @@ from experiments.training.agents import PPO_ENVS, make_agent
 from ood.features import Features, named
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
+from rewardmodels.saving import atomic_path
 
 Array = NDArray[Any]
 Act = Callable[[Array, Array], Array]
@@ -141,9 +142,8 @@ def train(task: Task, steps: int, file: Path) -> None:
         seen: Any = normalised.obs_rms
         tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
         tensors |= {"mean": torch.from_numpy(seen.mean), "var": torch.from_numpy(seen.var)}
-        beside = file.with_suffix(".part")
-        save_file(tensors, beside)
-        beside.replace(file)
+        with atomic_path(file) as temporary:
+            save_file(tensors, temporary)
 
 
 def load_policy(task: Task, file: Path) -> Act:

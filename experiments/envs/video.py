@@ -13,6 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
 from rewardmodels.errors import InvalidInput, RewardModelsError
+from rewardmodels.saving import atomic_path
 
 # H.264 plays everywhere; the others are for builds of PyAV without libx264.
 CODECS = ("libx264", "libopenh264", "libvpx-vp9")
@@ -50,13 +51,8 @@ def write_video(frames: NDArray[np.uint8], path: str | os.PathLike[str], fps: fl
         raise InvalidInput(f"path: expected a name ending in .mp4, got {path.name!r}.")
     if not (np.isfinite(fps) and fps > 0):
         raise InvalidInput(f"fps: expected a positive number of frames a second, got {fps!r}.")
-    # The process id keeps two writers of the same path out of each other's file.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        _encode(frames, unfinished, Fraction(fps).limit_denominator(1001))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        _encode(frames, temporary, Fraction(fps).limit_denominator(1001))
 
 
 def _checked(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -29,8 +29,8 @@ from experiments.envs.tasks import find_task
 from experiments.envs.video import write_video
 from experiments.studies.summary import Row, as_csv, by, numbers
 from experiments.training.results import GREY
-from experiments.training.run_directory import write_atomically
 from experiments.training.sentences import number
+from rewardmodels.saving import write_text_atomically
 
 _CURVES = ("step", "true", "predicted", "std", "comparisons")
 SAYING_NOTHING = ("zero", "constant", "random")
@@ -64,7 +64,7 @@ def write_tables(rows: Sequence[Row], out: Path, about: About) -> str:
         for row in rows
         for values in zip(*(row[name] for name in _CURVES), strict=True)
     ]
-    write_atomically(out / "curves.csv", as_csv(lines))
+    write_text_atomically(out / "curves.csv", as_csv(lines))
     told = [sentence(rows), *_film(rows, out)]
     sections = [
         Section("Return while training on the learned reward", told, curves(rows)),

@@ -35,8 +35,8 @@ from experiments.studies.feedback_savings import (
 )
 from experiments.studies.summary import Row, as_csv, by, numbers
 from experiments.training.results import ARMS, GREY
-from experiments.training.run_directory import write_atomically
 from experiments.training.sentences import number
+from rewardmodels.saving import write_text_atomically
 
 _LINES = tuple(colour for colour in COLOURS if colour != ARMS["task"].colour)
 
@@ -61,7 +61,7 @@ def write_tables(rows: Sequence[Row], mode: str, out: Path, about: About) -> Non
         lines = [{k: v for k, v in row.items() if not k.startswith("by ")} for row in rows]
         sections = [_returns(rows), _trivial(rows), _asked(rows)]
     write_report(out / mode, f"How much feedback is needed ({mode})", sections, about)
-    write_atomically(out / mode / "cells.csv", as_csv(lines))
+    write_text_atomically(out / mode / "cells.csv", as_csv(lines))
 
 
 def _returns(rows: Sequence[Row]) -> Section:

@@ -34,12 +34,12 @@ from experiments.studies.guard_figures import along, figures, halting_steps, ste
 from experiments.studies.guard_tables import lead, sections
 from experiments.studies.limits import check_least
 from experiments.studies.summary import Row, as_csv
-from experiments.training.run_directory import write_atomically
 from ood import Monitor, OODDetector
 from ood.saving import DETECTORS
 from ood.sequential import STATISTICS, Statistic
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
+from rewardmodels.saving import write_text_atomically
 
 Array = NDArray[Any]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -120,7 +120,7 @@ def study_guard(
         for cell, result in zip(cells, found, strict=True)
         for row in result["rows"]
     ]
-    write_atomically(out / "rows.csv", as_csv(rows))
+    write_text_atomically(out / "rows.csv", as_csv(rows))
     made = [{**cell, **result} for cell, result in zip(cells, found, strict=True)]
     write_report(
         out,

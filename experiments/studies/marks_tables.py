@@ -21,7 +21,7 @@ from experiments.analysis.stats import Values, interquartile_mean
 from experiments.studies.strategy_figures import Interval, curves_figure, looks
 from experiments.studies.strategy_savings import labels_needed, labels_ratio
 from experiments.studies.summary import Row, as_csv, by, pooled
-from experiments.training.run_directory import write_atomically
+from rewardmodels.saving import write_text_atomically
 
 _RESAMPLES = 2000
 _NAMES = {0: "comparisons alone", 1: "one clip marked", 2: "both clips marked"}
@@ -47,7 +47,7 @@ def write_tables(rows: Sequence[Row], out: Path, about: About, *, note: str = ""
         for row in rows for at, n in enumerate(row["counts"])
     ]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "curves.csv", as_csv(lines))
+    write_text_atomically(out / "curves.csv", as_csv(lines))
     tasks = {task: cells for task, cells in by(rows, "task").items() if _compared(cells)}
     sections = [_task(task, cells) for task, cells in tasks.items()]
     told = [_together(tasks, marked) for marked in (1, 2)]

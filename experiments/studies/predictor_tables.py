@@ -32,7 +32,7 @@ from experiments.studies.summary import (
     numbers,
     pooled,
 )
-from experiments.training.run_directory import write_atomically
+from rewardmodels.saving import write_text_atomically
 
 BASELINE = "logistic regression"
 
@@ -58,7 +58,7 @@ def write_tables(rows: Mapping[str, Sequence[Row]], out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     for kind, cells in rows.items():
         plain = [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in cells]
-        write_atomically(out / f"{kind}.csv", as_csv(plain))
+        write_text_atomically(out / f"{kind}.csv", as_csv(plain))
     simulated_rows, sections = rows["simulated"], []
     for test in ("in distribution", "shifted"):
         said = against_first(simulated_rows, test)

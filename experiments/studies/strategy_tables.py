@@ -27,7 +27,7 @@ from experiments.analysis.stats import Values, bootstrap_interval, interquartile
 from experiments.studies.strategy_figures import Interval, curves_figure, looks, task_figure
 from experiments.studies.strategy_savings import Paired, friedman, labels_ratio
 from experiments.studies.summary import Row, as_csv, by, pooled
-from experiments.training.run_directory import write_atomically
+from rewardmodels.saving import write_text_atomically
 
 _QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
@@ -57,7 +57,7 @@ def write_tables(
         )
     ]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "curves.csv", as_csv(lines))
+    write_text_atomically(out / "curves.csv", as_csv(lines))
     style = looks(list(by(every, "strategy")))
     tasks: dict[str, Paired] = {}
     sections: list[Section] = []

@@ -43,7 +43,7 @@ from experiments.training.config import LearnConfig
 from experiments.training.evaluation import counted, play, show, write_frames
 from experiments.training.report import write_report
 from experiments.training.rewarding import LearnedReward, RewardWrapper, relabel, unlearned_reward
-from experiments.training.run_directory import Run, versions, write_atomically
+from experiments.training.run_directory import Run, versions
 from rewardmodels import (
     Clips,
     ReturnPosterior,
@@ -53,6 +53,7 @@ from rewardmodels import (
     save,
 )
 from rewardmodels.fitting import MIN_COMPARISONS
+from rewardmodels.saving import write_text_atomically
 
 
 def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -349,7 +350,7 @@ class Learner:
             self.agent.save_replay_buffer(folder / "replay.pkl")
         if isinstance(reward := self.env.reward, LearnedReward):
             save(self.model, folder / "model.safetensors")
-            write_atomically(folder / "reward.json", json.dumps([reward.scale, reward.shift]))
+            write_text_atomically(folder / "reward.json", json.dumps([reward.scale, reward.shift]))
 
     def _read(self, folder: Path, number: int) -> None:
         self.rounds_done, self.seconds = number + 1, self.run.rows[-1]["seconds"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from experiments.training import results, sentences
 from experiments.training.results import RunFiles
 from experiments.training.sentences import headline, labels, number, percent
 from rewardmodels.errors import InvalidInput
+from rewardmodels.saving import write_text_atomically
 
 # Larger pages are slow to open and refused by many mail servers.
 EMBEDDED_VIDEO_BYTES = 8_000_000
@@ -87,9 +87,7 @@ def write_report(run: Path, *, references: Sequence[Path] = ()) -> Path:
         repeat=REPEAT,
     )
     target = run / "report.html"
-    unfinished = run / f".report.html.{os.getpid()}.part"
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, target)
+    write_text_atomically(target, page)
     return target
 
 

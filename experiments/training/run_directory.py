@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from experiments.registry import describe_settings
 from rewardmodels import InvalidInput, UnreadableFile
-from rewardmodels.files import whole
+from rewardmodels.saving import atomic_path, write_text_atomically
 
 METRICS = (
     "step",
@@ -87,7 +87,7 @@ class Run:
         file = self.path / "config.yaml"
         if not file.exists():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, yaml.safe_dump(describe_settings(config), sort_keys=False))
+            write_text_atomically(file, yaml.safe_dump(describe_settings(config), sort_keys=False))
 
     def log(self, row: dict[str, float]) -> None:
         """Adds a row to `metrics.csv` and to TensorBoard.
@@ -100,7 +100,7 @@ class Run:
         writer = csv.DictWriter(text, METRICS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_atomically(self.path / "metrics.csv", text.getvalue())
+        write_text_atomically(self.path / "metrics.csv", text.getvalue())
         step = int(row["step"])
         # One file a process: TensorBoard reads those of one second in no order, and each purges.
         if self._board is None:
@@ -113,15 +113,13 @@ class Run:
     def checkpoint(self, number: int, write: Callable[[Path], None]) -> None:
         """Keeps what `write` puts into a fresh directory; the one before stays as a spare."""
         folder = self.path / "checkpoints"
-        part = folder / "part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        write(part)
-        write_atomically(part / "rows.json", json.dumps(self.rows))
-        for file in part.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        os.replace(part, folder / f"{number:04d}")
+        for stale in folder.glob(".*.part"):  # of a process that was killed
+            shutil.rmtree(stale)
+        folder.mkdir(exist_ok=True)
+        with atomic_path(folder / f"{number:04d}") as part:
+            part.mkdir()
+            write(part)
+            (part / "rows.json").write_text(json.dumps(self.rows))
         for old in self._checkpoints()[:-2]:
             shutil.rmtree(old)
 
@@ -145,7 +143,7 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes `result.json`, which marks the run as complete."""
-        write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        write_text_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -173,14 +171,6 @@ def versions() -> dict[str, str]:
     with suppress(PackageNotFoundError):
         found["envpool"] = version("envpool")
     return {"python": platform.python_version(), **found}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old one or the new one."""
-    with whole(path) as beside, open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import torch
 from experiments import grid_workers as workers
 from experiments.grid import StudyIncomplete, cell_file, read_study, run_study
 from experiments.training.run_directory import versions
-from rewardmodels import InvalidInput, UnknownName, UnreadableFile, files
+from rewardmodels import InvalidInput, UnknownName, UnreadableFile, saving
 
 from .studying import computed, grid, names, run
 
@@ -157,7 +157,7 @@ def test_damaged_results_are_put_aside_and_computed_again(cells, log, out):
     assert len(warned) == 4
     assert computed(log) == 2 * [0, 1, 2, 3]
     assert files[1].with_suffix(".damaged").read_bytes() == b'{"cell": {"n"'
-    killed = files[0].with_name(f"{files[0].name}.{uuid4().hex}.part")
+    killed = files[0].with_name(f".{files[0].name}.{uuid4().hex}.part")
     killed.write_text("{")  # of a process that was killed
     assert run(cells.square, grid(log, *range(4)), out) == whole
 
@@ -166,13 +166,13 @@ def test_damaged_results_are_put_aside_and_computed_again(cells, log, out):
 def test_a_full_disk_loses_nothing_and_the_same_call_goes_on(cells, log, out, monkeypatch):
     run(cells.square, grid(log, 0), out)
     full = cell_file(cells.square, grid(log, 2)[0], out)
-    monkeypatch.setattr(files, "uuid4", lambda: SimpleNamespace(hex="beside"))
-    full.with_name(f"{full.name}.beside.part").symlink_to("/dev/full")
+    monkeypatch.setattr(saving, "uuid4", lambda: SimpleNamespace(hex="beside"))
+    full.with_name(f".{full.name}.beside.part").symlink_to("/dev/full")
     with pytest.raises(StudyIncomplete, match=r"No space left on device.*make room") as caught:
         run(cells.square, grid(log, *range(4)), out)
     assert caught.value.__cause__.errno == errno.ENOSPC
     assert sorted(row["n"] for row in read_study(out)) == [0, 1]
-    assert not list(out.glob("*.part"))
+    assert not list(out.glob(".*.part"))
     assert len(run(cells.square, grid(log, *range(4)), out)) == 4
     assert computed(log) == [0, 1, 2, 2, 3]
     assert names(out) - {"study.lock", "study.json"} == {

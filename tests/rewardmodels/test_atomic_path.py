@@ -1,16 +1,16 @@
-"""A file is the old one or the new one, and nothing is left beside it."""
+"""A file is the old one or the new one, and nothing is left temporary it."""
 
 import pytest
 
-from rewardmodels.files import whole
+from rewardmodels.saving import atomic_path
 
 
-def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path):
+def test_the_old_file_stands_until_the_new_one_is_atomic_path(tmp_path):
     path = tmp_path / "notes"
     path.write_text("old")
-    with whole(str(path)) as beside:
-        assert beside.parent == path.parent  # elsewhere may be another disk, to which none moves
-        beside.write_text("new")
+    with atomic_path(str(path)) as temporary:
+        assert temporary.parent == path.parent  # elsewhere may be another disk, to which none moves
+        temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
@@ -24,8 +24,8 @@ def test_what_fails_leaves_the_old_file_and_no_other(tmp_path, error, stood):
         path.write_text("old")
 
     def write():
-        with whole(path) as beside:
-            beside.write_text("half")
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
             raise error
 
     with pytest.raises(error):
@@ -35,7 +35,7 @@ def test_what_fails_leaves_the_old_file_and_no_other(tmp_path, error, stood):
 
 def test_writers_at_once_do_not_share_a_file(tmp_path):
     path = tmp_path / "notes"
-    with whole(path) as one, whole(path) as other:
+    with atomic_path(path) as one, atomic_path(path) as other:
         one.write_text("first")
         other.write_text("second, and longer")
     assert path.read_text() == "first"  # the outer one ends last
@@ -45,6 +45,6 @@ def test_writers_at_once_do_not_share_a_file(tmp_path):
 def test_nothing_written_is_an_error_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "notes"
     path.write_text("old")
-    with pytest.raises(FileNotFoundError), whole(path):
+    with pytest.raises(FileNotFoundError), atomic_path(path):
         pass
     assert path.read_text() == "old"
