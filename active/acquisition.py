@@ -22,7 +22,7 @@ from torch import Tensor
 
 from active.pairs import over_differences
 from rewardmodels.errors import UnknownName
-from rewardmodels.likelihood import check_mistake_rate, preference_probability
+from rewardmodels.likelihood import check_random_answer_rate, preference_probability
 
 Acquisition = Callable[[Tensor, Tensor], Tensor]
 
@@ -101,7 +101,9 @@ def predictive_entropy(returns: Tensor, pairs: Tensor) -> Tensor:
     return over_differences(returns, pairs, lambda d: _entropy(*_preference(d)))
 
 
-def mutual_information(returns: Tensor, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+def mutual_information(
+    returns: Tensor, pairs: Tensor, *, random_answer_rate: float = 0.0
+) -> Tensor:
     r"""Information that the answer is expected to give about the reward function (BALD).
 
     $H[\mathbb{E}_s p_s] - \mathbb{E}_s H[p_s]$ with
@@ -112,7 +114,7 @@ def mutual_information(returns: Tensor, pairs: Tensor, *, mistake_rate: float = 
     Args:
         returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
         pairs: `(Q, 2)` integers, indices into the N clips.
-        mistake_rate: $\epsilon$, probability that the teacher answers at random, as in
+        random_answer_rate: $\epsilon$, probability that the teacher answers at random, as in
             `rewardmodels.likelihood.preference_probability`.
 
     Returns:
@@ -127,11 +129,11 @@ def mutual_information(returns: Tensor, pairs: Tensor, *, mistake_rate: float = 
         >>> mutual_information(returns, torch.tensor([[0, 1], [0, 2]]))
         tensor([0.6931, 0.0000])
     """
-    check_mistake_rate(mistake_rate)
+    check_random_answer_rate(random_answer_rate)
 
     def score(difference: Tensor) -> Tensor:
-        second = preference_probability(difference, mistake_rate=mistake_rate)
-        first = preference_probability(-difference, mistake_rate=mistake_rate)
+        second = preference_probability(difference, random_answer_rate=random_answer_rate)
+        first = preference_probability(-difference, random_answer_rate=random_answer_rate)
         total = _entropy(second.mean(0), first.mean(0))
         return (total - _entropy(second, first).mean(0)).clamp_min(0)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rewardmodels.clips import Clips
+from rewardmodels.comparisons import Marks
 from rewardmodels.errors import InvalidInput
-from rewardmodels.marks import Marks
 
 
 @final

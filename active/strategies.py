@@ -28,7 +28,7 @@ from active.rules import BatchRule, Candidates, Power, TopK
 from active.thompson import BestVsWorst, Thompson
 from active.variety import EachClipOnce, FarthestFirst, GreedyLogDet
 from rewardmodels.errors import InvalidInput
-from rewardmodels.likelihood import check_mistake_rate
+from rewardmodels.likelihood import check_random_answer_rate
 from rewardmodels.posterior import ReturnPosterior
 
 
@@ -152,19 +152,19 @@ class BALD(ScoredStrategy):
         power: Draw the batch with probability proportional to score to this power
             (`active.rules.Power`); None takes the highest scores, which are often the same
             question many times over.
-        mistake_rate: Probability that the teacher answers at random.
+        random_answer_rate: Probability that the teacher answers at random.
 
     Raises:
         InvalidInput: Fewer than 1 sample, a negative power, or a mistake rate outside [0, 1).
     """
 
     def __init__(
-        self, samples: int = 32, power: float | None = 1.0, mistake_rate: float = 0.0
+        self, samples: int = 32, power: float | None = 1.0, random_answer_rate: float = 0.0
     ) -> None:
-        check_mistake_rate(mistake_rate)
-        score = partial(mutual_information, mistake_rate=mistake_rate)
+        check_random_answer_rate(random_answer_rate)
+        score = partial(mutual_information, random_answer_rate=random_answer_rate)
         super().__init__(score, _rule(power), samples)
-        self.power, self.mistake_rate = power, mistake_rate
+        self.power, self.random_answer_rate = power, random_answer_rate
 
 
 @final

@@ -2,7 +2,7 @@
 
 from rewardmodels.calibrated import ActivelyChosenWarning, Calibrated
 from rewardmodels.clips import Clips, cut, transitions
-from rewardmodels.comparisons import Comparisons
+from rewardmodels.comparisons import Comparisons, Marks, Ratings
 from rewardmodels.dropout import MCDropout
 from rewardmodels.ensemble import DeepEnsemble
 from rewardmodels.epinet import Epinet
@@ -19,7 +19,6 @@ from rewardmodels.frames import FrameSpec
 from rewardmodels.gp import GPHead
 from rewardmodels.laplace import LaplaceHead
 from rewardmodels.likelihood import negative_log_likelihood, preference_probability
-from rewardmodels.marks import Marks, Ratings
 from rewardmodels.model import FitReport, PairBatch, RewardModel, SampledRewardModel
 from rewardmodels.posterior import (
     Difference,

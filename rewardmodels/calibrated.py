@@ -56,7 +56,7 @@ class Calibrated:
     each way would; samples and differences know nothing of that map.
 
     What is calibrated is `preference(pairs)`, answers as they were given, mistakes included; a
-    `mistake_rate` in the question is mixed in on top. The model is never changed.
+    `random_answer_rate` in the question is mixed in on top. The model is never changed.
 
     Args:
         model: A fitted model.
@@ -225,14 +225,14 @@ class CalibratedPosterior(ReturnPosterior):
     def difference(self, pairs: Tensor) -> Difference:
         return self._scaled.difference(pairs)
 
-    def preference(self, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+    def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
         if self._map is None:
-            return self._scaled.preference(pairs, mistake_rate=mistake_rate)
+            return self._scaled.preference(pairs, random_answer_rate=random_answer_rate)
         both = _both_ways(self._scaled, pairs).numpy()
         first, second = (torch.from_numpy(np.interp(column, *self._map)) for column in both.T)
         # The map is symmetric but for rounding.
         p = ((second + 1 - first) / 2).to(self.mean)
-        return (1 - mistake_rate) * p + mistake_rate / 2
+        return (1 - random_answer_rate) * p + random_answer_rate / 2
 
     def prediction_set(self, pairs: Tensor, coverage: float = 0.9) -> Tensor:
         r"""Which answers can't be ruled out: {first}, {second} or {both}.

@@ -195,7 +195,7 @@ def joint_log_loss(
     preference: Tensor,
     *,
     group_size: int = 10,
-    mistake_rate: float = 0.0,
+    random_answer_rate: float = 0.0,
 ) -> float:
     r"""Negative log likelihood of groups of answers taken together, in nats per comparison.
 
@@ -212,7 +212,7 @@ def joint_log_loss(
             be smaller.
         preference: `(Q,)`; a tie is half an answer each way.
         group_size: Comparisons per group.
-        mistake_rate: How often the teacher is taken to answer at random.
+        random_answer_rate: How often the teacher is taken to answer at random.
 
     Raises:
         InvalidInput: No pairs, shapes that don't agree, or a group size below 1.
@@ -238,7 +238,9 @@ def joint_log_loss(
     total = 0.0
     for some, answers in zip(pairs.split(group_size), said.split(group_size), strict=True):
         difference = samples[:, some[:, 1]] - samples[:, some[:, 0]]
-        nll = negative_log_likelihood(difference, answers, mistake_rate=mistake_rate).sum(1)
+        nll = negative_log_likelihood(
+            difference, answers, random_answer_rate=random_answer_rate
+        ).sum(1)
         total -= float(torch.logsumexp(-nll, 0)) - float(np.log(len(samples)))
     return total / len(pairs)
 

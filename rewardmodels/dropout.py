@@ -102,7 +102,7 @@ class MCDropout(SampledRewardModel):
         masks = [mask.to(self.device) for mask in self._draw(len(batch.index))]
         difference = self._each(batch.second, masks) - self._each(batch.first, masks)
         return negative_log_likelihood(
-            difference, batch.preference, mistake_rate=self.mistake_rate
+            difference, batch.preference, random_answer_rate=self.random_answer_rate
         ).mean()
 
     def _each(self, clips: Clips, masks: list[Tensor]) -> Tensor:

@@ -92,7 +92,9 @@ class DeepEnsemble(SampledRewardModel):
     def loss(self, batch: PairBatch) -> Tensor:
         """Mean over members and comparisons of the log loss times its count."""
         difference = self.returns(batch.second) - self.returns(batch.first)
-        nll = negative_log_likelihood(difference, batch.preference, mistake_rate=self.mistake_rate)
+        nll = negative_log_likelihood(
+            difference, batch.preference, random_answer_rate=self.random_answer_rate
+        )
         index = batch.index.cpu()
         counts = self.counts(int(index.max()) + 1)[index].T.to(nll)
         return (nll * counts).mean()

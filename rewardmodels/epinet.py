@@ -163,7 +163,7 @@ class Epinet(SampledRewardModel):
             for clips in (batch.first, batch.second)
         )
         return negative_log_likelihood(
-            second - first, batch.preference, mistake_rate=self.mistake_rate
+            second - first, batch.preference, random_answer_rate=self.random_answer_rate
         ).mean()
 
     def _draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:

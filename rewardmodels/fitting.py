@@ -6,20 +6,18 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from rewardmodels.answers import Answers
 from rewardmodels.clips import Clips
-from rewardmodels.comparisons import Comparisons
+from rewardmodels.comparisons import Comparisons, Marks, Ratings
 from rewardmodels.errors import FitDiverged, InvalidInput
-from rewardmodels.marks import Marks, Ratings
 from rewardmodels.model import FitReport, PairBatch, RewardModel
 
 AnyModel = TypeVar("AnyModel", bound=RewardModel)
@@ -118,7 +116,7 @@ def fit(
         model.initialise(said.clips)
         keeper = _KeepBest(model, said[~kept_back].compact(), said[kept_back].compact(), patience)
         keeper.logs = trainer is not None  # nobody reads what our own would log
-        model.observe(said.compact().clips)
+        model.before_fit(said.compact().clips)
         model.train()
         trainer = trainer or L.Trainer(max_epochs=epochs, **_PLAIN)
         # First, so that the caller's callbacks find what it logs.
@@ -155,6 +153,100 @@ def isolated_randomness(seed: int) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Comparisons, and what marks and ratings come to as comparisons.
+
+    What concerns one answer depends on its place among those of its kind alone, so that it stays
+    when answers of any kind are added.
+
+    Args:
+        said: `Q` comparisons: those that were made, then those of marks, then those of ratings.
+        index: `(Q,)` long, each one's place among the answers of its kind.
+        kept_back: `(Q,)` bool.
+    """
+
+    said: Comparisons
+    index: Tensor
+    kept_back: Tensor
+
+    @classmethod
+    def gather(
+        cls,
+        comparisons: Comparisons | None,
+        marks: Marks | None,
+        ratings: Ratings | None,
+        *,
+        held_out: float,
+        groups: Sequence[int] | Tensor | None,
+        seed: int,
+    ) -> Answers:
+        """Puts all answers in one list; as `fit` has the arguments.
+
+        Raises:
+            InvalidInput: Groups that aren't as many as the comparisons, or frames of one kind of
+                answer that have another shape than those of another.
+        """
+        parts, index, kept_back = [], [], []
+        if comparisons is not None:
+            parts.append(comparisons)
+            index.append(torch.arange(len(comparisons)))
+            kept_back.append(_draw(len(comparisons), held_out, groups, [seed]))
+        elif groups is not None:
+            raise InvalidInput("groups: expected none without comparisons to be grouped.")
+        for kind, single in enumerate((marks, ratings), start=1):
+            if single is None or not len(single):
+                continue
+            # Two marks of one clip share their frames: one kept back would be known already.
+            clip = single.rows[:, 0] if isinstance(single, Marks) else None
+            places = single.places().cpu()
+            parts.append(single.comparisons())
+            index.append(places)
+            kept_back.append(_draw(len(single), held_out, clip, [seed, kind])[places])
+        if not parts:
+            raise InvalidInput(
+                "comparisons: expected answers of some kind to learn from, got none."
+            )
+        said = parts[0] if len(parts) == 1 else Comparisons.cat(parts)
+        return cls(said, torch.cat(index), torch.cat(kept_back))
+
+    def batches(self, rows: Tensor) -> Dataset[PairBatch]:
+        """Serves these rows in minibatches, as a `DataLoader` asks for them."""
+        return _Batches(self, rows)
+
+
+class _Batches(Dataset[PairBatch]):
+    """Serves whole minibatches by index, so that nothing is collated one by one."""
+
+    def __init__(self, answers: Answers, rows: Tensor) -> None:
+        self.answers, self.rows = answers, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, places: list[int]) -> PairBatch:
+        rows, said = self.rows[places], self.answers.said
+        first, second = said.pairs[rows].T
+        index = self.answers.index[rows]
+        return PairBatch(said.clips[first], said.clips[second], said.preference[rows], index)
+
+
+def _draw(
+    n: int, share: float, groups: Sequence[int] | Tensor | None, seed: Sequence[int]
+) -> Tensor:
+    """`(n,)` bool, which answers of a kind are kept back."""
+    draws = np.random.default_rng(seed).random(n)
+    if groups is not None:
+        if len(groups) != n:
+            raise InvalidInput(
+                f"groups: expected a number for each of {n} comparisons, got {len(groups)}."
+            )
+        # A group's draw is that of its first answer, so that it stays when answers are added.
+        _, first, group = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
+        draws = draws[first[group.reshape(-1)]]
+    return torch.from_numpy(draws < share)
+
+
 class _KeepBest(L.Callback):
     """Keeps the weights of the best epoch, and says when to stop."""
 
@@ -189,7 +281,7 @@ class _KeepBest(L.Callback):
         assert isinstance(model, RewardModel)
         train = float(torch.stack(self.losses).sum()) / self.seen
         model.eval()
-        model.settle()
+        model.after_epoch()
         test, accuracy = self._score(model)
         sound = self._sound(model) and np.isfinite(train)
         if not sound or (len(self.held_out) and np.isnan(test)):
@@ -214,8 +306,8 @@ class _KeepBest(L.Callback):
         model.eval()
         if self.report:
             with torch.no_grad():
-                model.settle()
-                model.conclude(self.trained_on)
+                model.after_epoch()
+                model.after_fit(self.trained_on)
             # What was concluded may have made the belief surer or less sure than each epoch's was.
             test, accuracy = self._score(model)
             self.report = replace(self.report, held_out_log_loss=test, held_out_accuracy=accuracy)
@@ -226,17 +318,19 @@ class _KeepBest(L.Callback):
         # that what is believed overflows.
         few = model.reference_observations[:64], model.reference_actions[:64]
         with torch.no_grad():
-            belief = model.believe(Clips(*(part[:, None] for part in few)))
+            belief = model.compute_posterior(Clips(*(part[:, None] for part in few)))
         return bool(belief.mean.isfinite().all())
 
     def _score(self, model: RewardModel) -> tuple[float, float]:
         if not len(self.held_out):
             return float("nan"), float("nan")
         with torch.no_grad():
-            belief = model.believe(self.held_out.clips.to(model.device))
+            belief = model.compute_posterior(self.held_out.clips.to(model.device))
             pairs = self.held_out.pairs.to(model.device)
-            second = belief.preference(pairs, mistake_rate=model.mistake_rate).cpu()
-            first = belief.preference(pairs.flip(1), mistake_rate=model.mistake_rate).cpu()
+            second = belief.preference(pairs, random_answer_rate=model.random_answer_rate).cpu()
+            first = belief.preference(
+                pairs.flip(1), random_answer_rate=model.random_answer_rate
+            ).cpu()
         said = self.held_out.preference
         # Both tails from their own sigmoid: 1 - p would round a near-certain answer to certain.
         tiny = torch.finfo(second.dtype).tiny

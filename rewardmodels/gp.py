@@ -131,12 +131,12 @@ class GPHead(RewardModel):
         self.register_buffer("root", torch.zeros(size, size + self.inducing))
 
     @torch.no_grad()
-    def observe(self, clips: Clips) -> None:
+    def before_fit(self, clips: Clips) -> None:
         """Takes these clips into account, and chooses inducing frames among theirs.
 
         Where there are fewer than are to be inducing, all are, and it says so in a warning.
         """
-        super().observe(clips)
+        super().before_fit(clips)
         observations, actions = clips.observations[clips.mask], clips.actions[clips.mask]
         n = min(len(observations), max(_CANDIDATES, self.inducing))
         some = torch.linspace(0, len(observations) - 1, n, dtype=torch.double).long()
@@ -215,7 +215,7 @@ class GPHead(RewardModel):
         belief = Normal(projected @ self.variational_mean, spread, validate_args=False)
         expected = self.quadrature(
             lambda difference: negative_log_likelihood(
-                difference, preference, mistake_rate=self.mistake_rate
+                difference, preference, random_answer_rate=self.random_answer_rate
             ),
             belief,
         )
@@ -232,7 +232,7 @@ class GPHead(RewardModel):
         self.answers.fill_(len(self.trainer.train_dataloader.dataset))  # type: ignore[union-attr]
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def after_epoch(self) -> None:
         r"""Takes the belief about the weights of $\psi$, and centres it on the reference batch.
 
         Its mean is $B m$ and its covariance $I - B B^\top + B S B^\top$. With $G = B^\top B$,
@@ -250,7 +250,7 @@ class GPHead(RewardModel):
         self.root.copy_(torch.cat([residual, basis @ self.variational_root.tril()], 1))
 
     @torch.no_grad()
-    def conclude(self, comparisons: Comparisons) -> None:
+    def after_fit(self, comparisons: Comparisons) -> None:
         """Brings m and S to the bound's optimum at the features and the kernel that were kept.
 
         What z needs of these is fixed by now, so that L-BFGS over all comparisons takes less
@@ -273,9 +273,9 @@ class GPHead(RewardModel):
 
         with torch.enable_grad():
             optimizer.step(closure)
-        self.settle()
+        self.after_epoch()
 
-    def believe(self, clips: Clips) -> GaussianPosterior:
+    def compute_posterior(self, clips: Clips) -> GaussianPosterior:
         """A normal belief of rank F + H + M at most."""
         features = torch.cat([self.features(part) for part in in_parts(clips, functions=32)])
         centred = features - self.centre * clips.lengths[:, None]

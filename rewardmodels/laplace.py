@@ -15,7 +15,7 @@ from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, NotFitted
 from rewardmodels.likelihood import (
-    check_mistake_rate,
+    check_random_answer_rate,
     negative_log_likelihood,
     preference_probability,
 )
@@ -100,7 +100,7 @@ class LaplaceHead(RewardModel):
         """Mean log loss of the network alone."""
         difference = (self.features(batch.second) - self.features(batch.first)) @ self.weights
         return negative_log_likelihood(
-            difference, batch.preference, mistake_rate=self.mistake_rate
+            difference, batch.preference, random_answer_rate=self.random_answer_rate
         ).mean()
 
     def on_train_start(self) -> None:
@@ -108,14 +108,14 @@ class LaplaceHead(RewardModel):
         self.root.zero_()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def after_epoch(self) -> None:
         """Centres the features on the reference batch."""
         frames = self.inputs(self.reference_observations, self.reference_actions)
         self.centre[:-1] = self.network.features(frames).mean(0)
         self.centre[-1] = 1
 
     @torch.no_grad()
-    def conclude(self, comparisons: Comparisons) -> None:
+    def after_fit(self, comparisons: Comparisons) -> None:
         """Takes the inverse of the Hessian, and chooses the precision of the prior."""
         rows = self._rows(comparisons)
         values, vectors = torch.linalg.eigh(rows.T @ rows)
@@ -157,7 +157,7 @@ class LaplaceHead(RewardModel):
         self.root.copy_(root)
         return self
 
-    def believe(self, clips: Clips) -> GaussianPosterior:
+    def compute_posterior(self, clips: Clips) -> GaussianPosterior:
         """A normal belief of rank F."""
         features = torch.cat([self.features(part) for part in in_parts(clips)])
         centred = features - self.centre * clips.lengths[:, None]
@@ -180,10 +180,15 @@ class LaplaceHead(RewardModel):
         first, second = comparisons.pairs.cpu().T
         z = features[second] - features[first]
         difference = z @ self.weights.detach().cpu().double()
-        return z * fisher_information(difference, mistake_rate=self.mistake_rate).sqrt()[:, None]
+        return (
+            z
+            * fisher_information(difference, random_answer_rate=self.random_answer_rate).sqrt()[
+                :, None
+            ]
+        )
 
 
-def fisher_information(difference: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+def fisher_information(difference: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
     r"""How much an answer is expected to tell about a difference of returns.
 
     $i(d) = P'(d)^2 / [P(d)\,(1 - P(d))]$ for $P$ of `preference_probability`. Without mistakes it
@@ -193,7 +198,7 @@ def fisher_information(difference: Tensor, *, mistake_rate: float = 0.0) -> Tens
 
     Args:
         difference: Return of the second clip minus that of the first, any shape, reward units.
-        mistake_rate: $\epsilon$, from 0 to below 1.
+        random_answer_rate: $\epsilon$, from 0 to below 1.
 
     Returns:
         The same shape, in 1 / reward units².
@@ -205,12 +210,12 @@ def fisher_information(difference: Tensor, *, mistake_rate: float = 0.0) -> Tens
         >>> fisher_information(torch.tensor([0.0, 2.0]))
         tensor([0.2500, 0.1050])
     """
-    check_mistake_rate(mistake_rate)
-    slope = (1 - mistake_rate) * difference.sigmoid() * (-difference).sigmoid()
-    if mistake_rate == 0:
+    check_random_answer_rate(random_answer_rate)
+    slope = (1 - random_answer_rate) * difference.sigmoid() * (-difference).sigmoid()
+    if random_answer_rate == 0:
         return slope  # slope² / slope, which far out would be 0 / 0
-    second = preference_probability(difference, mistake_rate=mistake_rate)
-    first = preference_probability(-difference, mistake_rate=mistake_rate)
+    second = preference_probability(difference, random_answer_rate=random_answer_rate)
+    first = preference_probability(-difference, random_answer_rate=random_answer_rate)
     return slope.square() / (second * first)
 
 

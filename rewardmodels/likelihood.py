@@ -1,7 +1,7 @@
 """How a teacher's answer depends on the returns of the two clips.
 
 Every kind of answer has this likelihood: a mark of a part of a clip and a rating of a clip are
-comparisons, too, of clips that `rewardmodels.marks` makes of them.
+comparisons, too, of clips that `rewardmodels.comparisons` makes of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from rewardmodels.errors import InvalidInput
 
 
-def preference_probability(difference: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+def preference_probability(difference: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
     r"""Probability that the second clip is preferred (Bradley-Terry with mistakes).
 
     $P = (1 - \epsilon)\,\sigma(R_2 - R_1) + \epsilon / 2$: with probability $\epsilon$ the
@@ -23,7 +23,7 @@ def preference_probability(difference: Tensor, *, mistake_rate: float = 0.0) -> 
 
     Args:
         difference: Return of the second clip minus that of the first, any shape, reward units.
-        mistake_rate: $\epsilon$, from 0 to below 1.
+        random_answer_rate: $\epsilon$, from 0 to below 1.
 
     Returns:
         Probabilities of the same shape.
@@ -32,15 +32,15 @@ def preference_probability(difference: Tensor, *, mistake_rate: float = 0.0) -> 
         InvalidInput: A mistake rate out of range.
 
     Example:
-        >>> preference_probability(torch.tensor([0.0, 100.0]), mistake_rate=0.1)
+        >>> preference_probability(torch.tensor([0.0, 100.0]), random_answer_rate=0.1)
         tensor([0.5000, 0.9500])
     """
-    check_mistake_rate(mistake_rate)
-    return (1 - mistake_rate) * torch.sigmoid(difference) + mistake_rate / 2
+    check_random_answer_rate(random_answer_rate)
+    return (1 - random_answer_rate) * torch.sigmoid(difference) + random_answer_rate / 2
 
 
 def negative_log_likelihood(
-    difference: Tensor, preference: Tensor, *, mistake_rate: float = 0.0
+    difference: Tensor, preference: Tensor, *, random_answer_rate: float = 0.0
 ) -> Tensor:
     r"""Cross-entropy of each answer under `preference_probability`, in nats.
 
@@ -51,7 +51,7 @@ def negative_log_likelihood(
     Args:
         difference: Return of the second clip minus that of the first, reward units.
         preference: $\mu$, in [0, 1], of a shape that broadcasts against `difference`.
-        mistake_rate: $\epsilon$, from 0 to below 1.
+        random_answer_rate: $\epsilon$, from 0 to below 1.
 
     Returns:
         One number per answer, in the broadcast shape.
@@ -63,21 +63,21 @@ def negative_log_likelihood(
         >>> negative_log_likelihood(torch.tensor([0.0]), torch.tensor([1.0]))
         tensor([0.6931])
     """
-    check_mistake_rate(mistake_rate)
+    check_random_answer_rate(random_answer_rate)
     difference, preference = torch.broadcast_tensors(difference, preference)
     log_second, log_first = F.logsigmoid(difference), F.logsigmoid(-difference)
-    if mistake_rate > 0:
-        kept = math.log1p(-mistake_rate)
-        at_random = torch.full_like(difference, math.log(mistake_rate / 2))
+    if random_answer_rate > 0:
+        kept = math.log1p(-random_answer_rate)
+        at_random = torch.full_like(difference, math.log(random_answer_rate / 2))
         log_second = torch.logaddexp(kept + log_second, at_random)
         log_first = torch.logaddexp(kept + log_first, at_random)
     return -(preference * log_second + (1 - preference) * log_first)
 
 
-def check_mistake_rate(mistake_rate: float) -> None:
-    """Raises InvalidInput unless 0 <= mistake_rate < 1."""
-    if not 0 <= mistake_rate < 1:
+def check_random_answer_rate(random_answer_rate: float) -> None:
+    """Raises InvalidInput unless 0 <= random_answer_rate < 1."""
+    if not 0 <= random_answer_rate < 1:
         raise InvalidInput(
-            "mistake_rate: expected a probability from 0 to below 1 of a random answer, got "
-            f"{mistake_rate}."
+            "random_answer_rate: expected a probability from 0 to below 1 of a random answer, got "
+            f"{random_answer_rate}."
         )

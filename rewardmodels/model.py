@@ -15,7 +15,7 @@ from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, NotFitted
 from rewardmodels.frames import FrameInputs, FrameSpec
-from rewardmodels.likelihood import check_mistake_rate
+from rewardmodels.likelihood import check_random_answer_rate
 from rewardmodels.networks import CNN, MLP, Activation, FrameNetwork, MakeNetwork, network_maker
 from rewardmodels.posterior import ReturnPosterior, SampledPosterior
 from rewardmodels.scoring import Fold, FrameScorer
@@ -81,10 +81,9 @@ class PairBatch:
 class RewardModel(L.LightningModule, ABC):
     """A belief about rewards, learned from comparisons and their like by `rewardmodels.fit`.
 
-    A subclass says how it is built (`build`), what it minimises (`loss`), what follows each epoch
-    (`settle`) and, where it needs to, the last (`conclude`), and what it believes of clips
-    (`believe`). Its constructor takes hyper-parameters only, its own and, as `**options`, those
-    below; shapes come with the first data.
+    A subclass writes `build`, `loss`, `after_epoch`, `compute_posterior` and, where it needs to,
+    `before_fit` and `after_fit`. Its constructor takes hyper-parameters only, its own and, as
+    `**options`, those below; shapes come with the first data.
 
     Observations are vectors or, with three axes or more, images `(C, H, W)`; actions are vectors,
     or one whole number each. For the reward of a transition see `transitions`; for that of an item
@@ -114,7 +113,7 @@ class RewardModel(L.LightningModule, ABC):
         learning_rate: Step size of AdamW.
         weight_decay: Decoupled weight decay of AdamW, which takes `learning_rate` times as much of
             each weight at each step: 0.01 does next to nothing in a few hundred steps.
-        mistake_rate: How often the teacher is taken to answer at random (Christiano et al.
+        random_answer_rate: How often the teacher is taken to answer at random (Christiano et al.
             2017, §2.2.3, use 0.1).
 
     Attributes:
@@ -139,7 +138,7 @@ class RewardModel(L.LightningModule, ABC):
         discrete_actions: int = 0,
         learning_rate: float = 1e-3,
         weight_decay: float = 1.0,
-        mistake_rate: float = 0.0,
+        random_answer_rate: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
@@ -161,7 +160,7 @@ class RewardModel(L.LightningModule, ABC):
             raise InvalidInput(
                 f"discrete_actions: expected a number of at least 0, got {discrete_actions}."
             )
-        check_mistake_rate(mistake_rate)
+        check_random_answer_rate(random_answer_rate)
         # Of the subclass's constructor, too: Lightning looks at all of them.
         self.save_hyperparameters(ignore="network")
         self.hidden = self.hparams["hidden"] = hidden
@@ -170,7 +169,7 @@ class RewardModel(L.LightningModule, ABC):
         self.activation: Activation = activation
         self.reward_of, self.discrete_actions = reward_of, discrete_actions
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.mistake_rate = mistake_rate
+        self.random_answer_rate = random_answer_rate
         self.spec: FrameSpec | None = None
         self.frame_inputs: FrameInputs | None = None
         self.fitted = False
@@ -187,13 +186,13 @@ class RewardModel(L.LightningModule, ABC):
         """Scalar to minimise, in nats per comparison."""
 
     @abstractmethod
-    def settle(self) -> None:
+    def after_epoch(self) -> None:
         """Does what a belief needs after each epoch, and is quick: the gauge."""
 
-    def conclude(self, comparisons: Comparisons) -> None:
+    def after_fit(self, comparisons: Comparisons) -> None:
         """Does what is left once the best weights are back: an inverse Hessian, say.
 
-        Called once a fit, without gradients, in eval mode and after `settle`.
+        Called once a fit, without gradients, in eval mode and after `after_epoch`.
 
         Args:
             comparisons: Those that were trained on, and what marks and ratings came to; none that
@@ -201,7 +200,7 @@ class RewardModel(L.LightningModule, ABC):
         """
 
     @abstractmethod
-    def believe(self, clips: Clips) -> ReturnPosterior:
+    def compute_posterior(self, clips: Clips) -> ReturnPosterior:
         """The centred belief about checked clips; called without gradients, in eval mode."""
 
     def fold(self) -> Fold | None:
@@ -238,7 +237,7 @@ class RewardModel(L.LightningModule, ABC):
         self.reference_actions = clips.actions.flatten(0, 1)[chosen].clone()
         self.configure_model()
 
-    def observe(self, clips: Clips) -> None:
+    def before_fit(self, clips: Clips) -> None:
         """Adds the real frames of these clips to what inputs are normalised by."""
         assert self.frame_inputs is not None
         for part in in_parts(clips):
@@ -276,10 +275,10 @@ class RewardModel(L.LightningModule, ABC):
         self.check(clips)
         clips = clips.to(self.device)
         if not self.training:
-            return self.believe(clips)
+            return self.compute_posterior(clips)
         self.eval()
         try:
-            return self.believe(clips)
+            return self.compute_posterior(clips)
         finally:
             self.train()
 
@@ -362,12 +361,12 @@ class SampledRewardModel(RewardModel):
         """`(S, B)` rewards of B frames under each function, not yet centred."""
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def after_epoch(self) -> None:
         """Centres each function on the reference batch."""
         rewards = self.rewards(self.reference_observations, self.reference_actions)
         self.gauge = rewards.mean(1)
 
-    def believe(self, clips: Clips) -> SampledPosterior:
+    def compute_posterior(self, clips: Clips) -> SampledPosterior:
         """Sums centred rewards over each clip's real frames."""
         constant = self.gauge[:, None] * clips.lengths
         some = in_parts(clips, functions=len(self.gauge))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rewardmodels.errors import InvalidInput
-from rewardmodels.likelihood import check_mistake_rate, preference_probability
+from rewardmodels.likelihood import check_random_answer_rate, preference_probability
 
 _CHUNK = 1 << 20  # numbers held at once while many pairs are worked through (4 MiB)
 
@@ -73,12 +73,12 @@ class ReturnPosterior(ABC):
         """Mean and variance of second minus first, for pairs `(Q, 2)` of clip indices."""
 
     @abstractmethod
-    def preference(self, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+    def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
         """`(Q,)` probability that the second is preferred, the belief integrated out.
 
         Args:
             pairs: `(Q, 2)` indices of clips.
-            mistake_rate: How often the teacher is taken to answer at random.
+            random_answer_rate: How often the teacher is taken to answer at random.
         """
 
 
@@ -130,11 +130,11 @@ class SampledPosterior(ReturnPosterior):
             parts.append(_moments(d))
         return _join(parts)
 
-    def preference(self, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+    def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
         parts = []
         for some in _chunks(pairs, len(self.samples)):
             d = self.samples[:, some[:, 1]] - self.samples[:, some[:, 0]]
-            parts.append(preference_probability(d, mistake_rate=mistake_rate).mean(0))
+            parts.append(preference_probability(d, random_answer_rate=random_answer_rate).mean(0))
         return torch.cat(parts)
 
 
@@ -184,20 +184,20 @@ class GaussianPosterior(ReturnPosterior):
             parts.append(Difference(mean, root.square().sum(1)))
         return _join(parts)
 
-    def preference(self, pairs: Tensor, *, mistake_rate: float = 0.0) -> Tensor:
+    def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
         r"""`(Q,)` probability that the second is preferred, the belief integrated out.
 
         $\sigma(x) = \sum_i p_i \Phi(s_i x)$ turns the integral of the logistic against a normal
         into $\sum_i p_i \Phi(m / \sqrt{s_i^{-2} + v})$ (Monahan & Stefanski 1989), within
         1e-8 for every mean and variance, where quadrature fails for large variances.
         """
-        check_mistake_rate(mistake_rate)
+        check_random_answer_rate(random_answer_rate)
         mean, variance = self.difference(pairs)
         p = torch.zeros_like(mean)
         for weight, scale in zip(_LOGISTIC_WEIGHTS, _LOGISTIC_SCALES, strict=True):
             # erfc, since ndtr rounds small probabilities to nothing.
             p = p + weight / 2 * torch.erfc(-mean / (2 * (scale**-2 + variance)).sqrt())
-        return (1 - mistake_rate) * p + mistake_rate / 2
+        return (1 - random_answer_rate) * p + random_answer_rate / 2
 
 
 def _moments(samples: Tensor) -> Difference:

@@ -28,7 +28,7 @@ from rewardmodels.laplace import LaplaceHead
 from rewardmodels.model import RewardModel
 from rewardmodels.networks import MakeNetwork
 
-FORMAT = 1
+FORMAT = 2  # 1 said mistake_rate where 2 says random_answer_rate
 _CALIBRATION = "calibration."
 PREDICTORS: dict[str, type[RewardModel]] = {
     cls.__name__: cls for cls in (DeepEnsemble, Epinet, GPHead, LaplaceHead, MCDropout)
@@ -175,6 +175,8 @@ def load(
             f"{path}: expected a model written by rewardmodels.save, got a damaged file or one of "
             f"another format ({error!r})."
         ) from error
+    if version == 1 and "mistake_rate" in hparams:
+        hparams["random_answer_rate"] = hparams.pop("mistake_rate")
     if version > FORMAT:
         raise UnreadableFile(
             f"{path}: expected format {FORMAT} or older, got {version}; update rewardmodels."

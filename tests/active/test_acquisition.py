@@ -56,13 +56,13 @@ def test_preference_variance_is_numpys_variance():
         assert score == pytest.approx(np.var(p), rel=1e-12, abs=1e-15)
 
 
-@pytest.mark.parametrize("mistake_rate", [0.0, 0.2])
-def test_mutual_information_is_scipys_entropy_difference(mistake_rate):
+@pytest.mark.parametrize("random_answer_rate", [0.0, 0.2])
+def test_mutual_information_is_scipys_entropy_difference(random_answer_rate):
     returns, pairs = draw(7, 9), all_pairs(9)
-    scores = mutual_information(returns, pairs, mistake_rate=mistake_rate)
+    scores = mutual_information(returns, pairs, random_answer_rate=random_answer_rate)
     for score, (a, b) in zip(scores.tolist(), pairs.tolist(), strict=True):
         p = scipy.special.expit((returns[:, b] - returns[:, a]).numpy())
-        p = (1 - mistake_rate) * p + mistake_rate / 2
+        p = (1 - random_answer_rate) * p + random_answer_rate / 2
         table = np.stack([p, 1 - p])
         expected = scipy.stats.entropy(table.mean(1)) - scipy.stats.entropy(table).mean()
         assert score == pytest.approx(expected, rel=1e-9, abs=1e-14)
@@ -175,7 +175,7 @@ def test_closed_forms_at_the_extremes():
     assert mutual_information(split, one).item() == pytest.approx(math.log(2))
     # With mistakes it is the capacity of a binary symmetric channel that flips half as often.
     flips = scipy.stats.entropy([0.15, 0.85])
-    assert mutual_information(split, one, mistake_rate=0.3).item() == pytest.approx(
+    assert mutual_information(split, one, random_answer_rate=0.3).item() == pytest.approx(
         math.log(2) - flips, rel=1e-6
     )
     # All samples agree that it is a coin toss, or that it is certain: nothing to learn.
@@ -260,8 +260,8 @@ def test_names_and_mistake_rates_that_are_not_known():
     assert acquisition_named("mutual_information") is mutual_information
     with pytest.raises(UnknownName, match="Did you mean 'mutual_information'"):
         acquisition_named("mutual_informations")
-    with pytest.raises(InvalidInput, match="mistake_rate"):
-        mutual_information(torch.zeros(1, 2), torch.tensor([[0, 1]]), mistake_rate=1.0)
+    with pytest.raises(InvalidInput, match="random_answer_rate"):
+        mutual_information(torch.zeros(1, 2), torch.tensor([[0, 1]]), random_answer_rate=1.0)
 
 
 @pytest.mark.parametrize("score", SCORES)

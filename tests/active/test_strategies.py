@@ -269,10 +269,10 @@ def test_bald_takes_the_teachers_mistakes_into_account():
     # first, which told more while "yes" was rare and meant something.
     samples = torch.tensor([[0.5, 0.001, 0.35], [0.5, 0.15, 0.65]]).logit()
     posterior, pairs = SampledPosterior(samples), torch.tensor([[0, 1], [0, 2]])
-    assert BALD(2, power=None, mistake_rate=0.0).select(posterior, pairs, 1).item() == 0
-    assert BALD(2, power=None, mistake_rate=0.3).select(posterior, pairs, 1).item() == 1
-    with pytest.raises(InvalidInput, match="mistake_rate"):
-        BALD(mistake_rate=1.5)
+    assert BALD(2, power=None, random_answer_rate=0.0).select(posterior, pairs, 1).item() == 0
+    assert BALD(2, power=None, random_answer_rate=0.3).select(posterior, pairs, 1).item() == 1
+    with pytest.raises(InvalidInput, match="random_answer_rate"):
+        BALD(random_answer_rate=1.5)
 
 
 def test_a_gaussian_belief_is_asked_about_what_it_is_unsure_of():

@@ -128,8 +128,8 @@ def refused(capsys, words) -> str:
         ("learn --teacher SyntheticTeecher", "Did you mean 'SyntheticTeacher'?"),
         ("learn --model torch.nn.Linear", "import path of a RewardModel; got 'torch.nn.Linear'."),
         ("learn --model.memers 7", "model (DeepEnsemble): expected one of activation, "
-         "discrete_actions, hidden, learning_rate, members, mistake_rate, network, prior_scale, "
-         "reward_of, weight_decay; got 'memers'. Did you mean 'members'?"),
+         "discrete_actions, hidden, learning_rate, members, network, prior_scale, "
+         "random_answer_rate, reward_of, weight_decay; got 'memers'. Did you mean 'members'?"),
         ("learn --model.members seven", "model.members: expected a whole number, got 'seven'."),
         ("learn --model.members -3", "members: expected at least 1, got -3"),
         ("learn --model.hidden [3,a]", "model.hidden: expected a whole number, got 'a'."),

@@ -31,6 +31,6 @@ def fitted(comparisons: Comparisons, epochs: int = 3, **settings: Any) -> GPHead
     """A model in double precision, so that what is compared is the formula."""
     settings = {"hidden": (8,), "inducing": 12, "random_features": 64, **settings}
     model = fit(GPHead(**settings), comparisons, epochs=epochs, held_out=0.0).double()
-    model.settle()
-    model.conclude(comparisons)
+    model.after_epoch()
+    model.after_fit(comparisons)
     return model

@@ -3,7 +3,7 @@
 import torch
 
 from rewardmodels import Clips, Comparisons
-from rewardmodels.answers import Answers
+from rewardmodels.fitting import Answers
 
 
 def test_a_minibatch_is_the_rows_it_says():

@@ -136,8 +136,8 @@ def test_isotonic_is_antisymmetric_and_never_certain(spread):
     came = Calibrated(Fake(5.0, spread), "isotonic").calibrate(said, random=True)
     belief = came.posterior(fresh.clips)
     for mistakes in (0.0, 0.2):
-        p = belief.preference(fresh.pairs, mistake_rate=mistakes)
-        swapped = belief.preference(fresh.pairs.flip(1), mistake_rate=mistakes)
+        p = belief.preference(fresh.pairs, random_answer_rate=mistakes)
+        swapped = belief.preference(fresh.pairs.flip(1), random_answer_rate=mistakes)
         torch.testing.assert_close(p + swapped, torch.ones_like(p), atol=1e-12, rtol=0)
         assert p.min() >= (1 - mistakes) / 152 + mistakes / 2 - 1e-12
     even = torch.tensor([[0, 0]])

@@ -186,10 +186,10 @@ def test_joint_log_loss_is_a_loop(group_size, mistakes):
                 product *= p**mu * (1 - p) ** (1 - mu)
             likelihood.append(product)
         total -= math.log(np.mean(likelihood))
-    came = joint_log_loss(samples, pairs, said, group_size=group_size, mistake_rate=mistakes)
+    came = joint_log_loss(samples, pairs, said, group_size=group_size, random_answer_rate=mistakes)
     assert came == pytest.approx(total / 14, rel=1e-9)
     swapped = joint_log_loss(
-        samples, pairs.flip(1), 1 - said, group_size=group_size, mistake_rate=mistakes
+        samples, pairs.flip(1), 1 - said, group_size=group_size, random_answer_rate=mistakes
     )
     assert swapped == pytest.approx(came, rel=1e-12)
 

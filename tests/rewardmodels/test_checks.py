@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from rewardmodels import Clips, DeepEnsemble, RewardModelsError, SampledPosterior, _checking
+from rewardmodels import Clips, DeepEnsemble, RewardModelsError, SampledPosterior
 from rewardmodels import checks as checks_module
 from rewardmodels.checks import CHECKS, CheckFailed, check_reward_model
 
@@ -36,8 +36,8 @@ class Broken(DeepEnsemble):
     def __init__(self):
         super().__init__(members=4, hidden=(32,), learning_rate=3e-3)
 
-    def believe(self, clips):
-        return self.kind(super().believe(clips).samples)
+    def compute_posterior(self, clips):
+        return self.kind(super().compute_posterior(clips).samples)
 
 
 class NegativeEigenvalue(Broken):
@@ -91,32 +91,32 @@ class FirstMinusSecond(Broken):
 
 class AnswersAtTheMean(Broken):
     class kind(SampledPosterior):
-        def preference(self, pairs, *, mistake_rate=0.0):
+        def preference(self, pairs, *, random_answer_rate=0.0):
             p = torch.sigmoid(self.difference(pairs).mean)
-            return (1 - mistake_rate) * p + mistake_rate / 2
+            return (1 - random_answer_rate) * p + random_answer_rate / 2
 
 
 class ForgetsMistakes(Broken):
     class kind(SampledPosterior):
-        def preference(self, pairs, *, mistake_rate=0.0):
+        def preference(self, pairs, *, random_answer_rate=0.0):
             return super().preference(pairs)
 
 
 class LikesTheSecond(Broken):
     class kind(SampledPosterior):
-        def preference(self, pairs, *, mistake_rate=0.0):
-            return 0.95 * super().preference(pairs, mistake_rate=mistake_rate) + 0.05
+        def preference(self, pairs, *, random_answer_rate=0.0):
+            return 0.95 * super().preference(pairs, random_answer_rate=random_answer_rate) + 0.05
 
 
 class LooksAtPlaces(Broken):
-    def believe(self, clips):
-        belief = super(Broken, self).believe(clips)
+    def compute_posterior(self, clips):
+        belief = super(Broken, self).compute_posterior(clips)
         return SampledPosterior(belief.samples + torch.arange(len(clips)))
 
 
 class LooksAtNeighbours(Broken):
-    def believe(self, clips):
-        samples = super(Broken, self).believe(clips).samples
+    def compute_posterior(self, clips):
+        samples = super(Broken, self).compute_posterior(clips).samples
         return SampledPosterior(samples - samples.mean(1, keepdim=True))
 
 
@@ -129,8 +129,8 @@ class ForgetsTheMask(DeepEnsemble):
 
 
 class MeanOverFrames(DeepEnsemble):
-    def believe(self, clips):
-        return SampledPosterior(super().believe(clips).samples / clips.lengths)
+    def compute_posterior(self, clips):
+        return SampledPosterior(super().compute_posterior(clips).samples / clips.lengths)
 
 
 class FoldsWhatItsBaseBelieves(DeepEnsemble):
@@ -145,13 +145,13 @@ class FoldsAVariance(DeepEnsemble):
 
 
 class NeverCentres(DeepEnsemble):
-    def settle(self):
+    def after_epoch(self):
         self.gauge = torch.zeros(self.members)
 
 
 class CentresTheMeanOnly(DeepEnsemble):
-    def settle(self):
-        super().settle()
+    def after_epoch(self):
+        super().after_epoch()
         self.gauge = torch.full_like(self.gauge, float(self.gauge.mean()))
 
 
@@ -173,15 +173,15 @@ class DrawsItsOwnSeed(DeepEnsemble):
 
 
 class LearnsWhenAsked(DeepEnsemble):
-    def believe(self, clips):
-        self.observe(clips)
-        return super().believe(clips)
+    def compute_posterior(self, clips):
+        self.before_fit(clips)
+        return super().compute_posterior(clips)
 
 
 class UsesTheGlobalGenerator(DeepEnsemble):
-    def believe(self, clips):
+    def compute_posterior(self, clips):
         torch.rand(1)
-        return super().believe(clips)
+        return super().compute_posterior(clips)
 
 
 class StaysInEvalMode(DeepEnsemble):
@@ -205,12 +205,12 @@ class KeepsAGradient(DeepEnsemble):
 class KeepsAPlainAttribute(DeepEnsemble):
     scale = 1.0
 
-    def settle(self):
-        super().settle()
+    def after_epoch(self):
+        super().after_epoch()
         self.scale = 1.7
 
-    def believe(self, clips):
-        return SampledPosterior(super().believe(clips).samples * self.scale)
+    def compute_posterior(self, clips):
+        return SampledPosterior(super().compute_posterior(clips).samples * self.scale)
 
 
 class AnswersBeforeAFit(DeepEnsemble):
@@ -231,8 +231,8 @@ BUGS = [
     (IgnoresTheGenerator, "samples_match_mean_and_covariance", "one generator"),
     (SumsMarginalVariances, "difference_agrees_with_samples", "variance of a difference"),
     (FirstMinusSecond, "difference_agrees_with_samples", "mean of a difference"),
-    (AnswersAtTheMean, "preference_integrates_the_belief", "mistake_rate=0.0"),
-    (ForgetsMistakes, "preference_integrates_the_belief", "mistake_rate=0.2"),
+    (AnswersAtTheMean, "preference_integrates_the_belief", "random_answer_rate=0.0"),
+    (ForgetsMistakes, "preference_integrates_the_belief", "random_answer_rate=0.2"),
     (LikesTheSecond, "swapping_a_pair_turns_its_answer_round", "swapped pairs"),
     (LooksAtPlaces, "permuting_clips_permutes_the_posterior", "mean of permuted"),
     (LooksAtNeighbours, "a_clip_does_not_depend_on_its_neighbours", r"clips \[3\] alone"),
@@ -261,7 +261,7 @@ BUGS = [
 )
 def test_catches(broken, name, message, monkeypatch):
     if broken not in (LearnsTheOpposite, SaturatesFarAway):
-        monkeypatch.setattr(_checking, "EPOCHS", 5)  # all that most bugs need
+        monkeypatch.setattr(checks_module, "EPOCHS", 5)  # all that most bugs need
     with pytest.raises(CheckFailed, match=rf"(?s){message}.*Usual cause: "):
         getattr(checks_module, f"check_{name}")(broken)
 
@@ -280,7 +280,7 @@ def test_the_whole_list_says_all_that_failed():
 
 def test_a_crash_names_its_check(monkeypatch):
     monkeypatch.setattr(checks_module, "CHECKS", [checks_module.check_surer_near_the_data])
-    monkeypatch.setattr(_checking, "EPOCHS", 1)
+    monkeypatch.setattr(checks_module, "EPOCHS", 1)
 
     class Crashes(DeepEnsemble):
         def posterior(self, clips):
@@ -292,7 +292,7 @@ def test_a_crash_names_its_check(monkeypatch):
 
 
 def test_a_belief_that_is_no_number_fails(monkeypatch):
-    monkeypatch.setattr(_checking, "EPOCHS", 1)
+    monkeypatch.setattr(checks_module, "EPOCHS", 1)
 
     class Spoilt(DeepEnsemble):
         def posterior(self, clips):

@@ -123,7 +123,7 @@ def test_without_dropout_all_samples_are_the_network():
         ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
         ({"rate": 1.0}, "rate: .*1.0"),
         ({"rate": float("nan")}, "rate: .*nan"),
-        ({"mistake_rate": -0.1}, "mistake_rate: .*-0.1"),
+        ({"random_answer_rate": -0.1}, "random_answer_rate: .*-0.1"),
     ],
 )
 def test_refuses_hyper_parameters(setting, message):

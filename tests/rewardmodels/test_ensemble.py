@@ -98,12 +98,12 @@ def test_a_constant_per_member_changes_no_answer(model):
             before[:, pairs[:, 1]] - before[:, pairs[:, 0]],
             atol=1e-3, rtol=0,
         )  # fmt: skip
-        model.settle()
+        model.after_epoch()
         torch.testing.assert_close(model.posterior(clips).samples, before, atol=1e-3, rtol=0)
     finally:
         with torch.no_grad():
             model.network.biases[-1] -= constants.view(4, 1, 1)
-        model.settle()
+        model.after_epoch()
 
 
 def test_a_clip_is_the_sum_of_its_frames(model):
@@ -194,7 +194,7 @@ def test_refuses_other_shapes_and_early_questions(model):
         ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
         ({"learning_rate": -1.0}, "learning_rate: .*-1.0"),
         ({"weight_decay": float("nan")}, "weight_decay: .*nan"),
-        ({"mistake_rate": 1.0}, "mistake_rate: .*1.0"),
+        ({"random_answer_rate": 1.0}, "random_answer_rate: .*1.0"),
         ({"prior_scale": -1.0}, "prior_scale: .*-1.0"),
         ({"prior_scale": float("inf")}, "prior_scale: .*inf"),
     ],
@@ -237,7 +237,7 @@ def test_bootstraps_of_two_seeds_differ_and_last():
 def test_loss_is_a_loop_over_members_and_answers():
     clips, returns = world(n=12)
     some = answers(clips, returns, 10)
-    model = fit(DeepEnsemble(members=3, mistake_rate=0.1), some, epochs=1)
+    model = fit(DeepEnsemble(members=3, random_answer_rate=0.1), some, epochs=1)
     index = torch.tensor([7, 2, 9])
     first, second = some.pairs[index].T
     batch = PairBatch(clips[first], clips[second], some.preference[index], index)

@@ -24,7 +24,7 @@ from rewardmodels import (
     PairBatch,
     fit,
 )
-from rewardmodels.answers import Answers
+from rewardmodels.fitting import Answers
 
 
 def some(n: int = 60, seed: int = 0, shift: float = 0.0) -> Comparisons:

@@ -112,7 +112,7 @@ def test_with_every_frame_inducing_it_is_a_dense_laplace_process(inducing):
     # A prior under which answers are noisy (a difference's sd is about 0.7): there posteriors are
     # all but normal, and Laplace's mode and curvature all but the variational mean and variance.
     model.rbf.outputscale, model.linear.variance = 0.05, 0.02
-    model.conclude(comparisons)
+    model.after_fit(comparisons)
     frames = np.concatenate(mapped(model, comparisons.clips) + mapped(model, new.clips))
     x = torch.from_numpy(frames)
     with torch.no_grad():
@@ -134,11 +134,11 @@ def test_with_every_frame_inducing_it_is_a_dense_laplace_process(inducing):
     assert (variance / differences.diagonal()[20:]).min() < 0.8
 
 
-@pytest.mark.parametrize("mistake_rate", [0.0, 0.1])
-def test_in_the_end_the_bound_is_at_its_optimum(mistake_rate):
+@pytest.mark.parametrize("random_answer_rate", [0.0, 0.1])
+def test_in_the_end_the_bound_is_at_its_optimum(random_answer_rate):
     # Opper & Archambeau 2009: m = sum E[dlog p] v, and S^-1 = I - sum E[d2log p] v v'.
     comparisons = some(30)
-    model = fitted(comparisons, mistake_rate=mistake_rate)
+    model = fitted(comparisons, random_answer_rate=random_answer_rate)
     with torch.no_grad():
         features = model.features(comparisons.clips)
         z = features[comparisons.pairs[:, 1]] - features[comparisons.pairs[:, 0]]
@@ -148,7 +148,7 @@ def test_in_the_end_the_bound_is_at_its_optimum(mistake_rate):
         variance = z.square().sum(1) - v.square().sum(1) + (v @ root).square().sum(1)
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(80))
     at = (mean + variance.sqrt() * nodes[:, None]).requires_grad_()
-    nll = negative_log_likelihood(at, comparisons.preference, mistake_rate=mistake_rate)
+    nll = negative_log_likelihood(at, comparisons.preference, random_answer_rate=random_answer_rate)
     (slope,) = torch.autograd.grad(nll.sum(), at, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), at)
     expected = [weights @ part.detach() / math.sqrt(2 * math.pi) for part in (slope, curvature)]
@@ -159,13 +159,13 @@ def test_in_the_end_the_bound_is_at_its_optimum(mistake_rate):
     torch.testing.assert_close(torch.linalg.inv(root @ root.T), precision, atol=5e-3, rtol=5e-3)
 
 
-@pytest.mark.parametrize("mistake_rate", [0.0, 0.2])
-def test_the_bound_is_that_of_quadrature_and_distributions(mistake_rate):
+@pytest.mark.parametrize("random_answer_rate", [0.0, 0.2])
+def test_the_bound_is_that_of_quadrature_and_distributions(random_answer_rate):
     comparisons = some(5)
     comparisons = Comparisons(
         comparisons.clips, comparisons.pairs, torch.tensor([0.0, 1.0, 0.5, 0.3, 1.0])
     )
-    model = fitted(comparisons, mistake_rate=mistake_rate)
+    model = fitted(comparisons, random_answer_rate=random_answer_rate)
     assert float(model.answers) == 5
     projected = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).double()
     prior_var = projected.square().sum(1) + torch.arange(5)
@@ -183,7 +183,7 @@ def test_the_bound_is_that_of_quadrature_and_distributions(mistake_rate):
         def weighted(
             t: float, mean: float = mean, spread: float = spread, said: float = float(said)
         ) -> float:
-            p = (1 - mistake_rate) * expit(mean + spread * t) + mistake_rate / 2
+            p = (1 - random_answer_rate) * expit(mean + spread * t) + random_answer_rate / 2
             nll = -(said * np.log(p) + (1 - said) * np.log1p(-p))
             return float(nll * np.exp(-(t**2) / 2) / math.sqrt(2 * math.pi))
 
@@ -216,7 +216,7 @@ def test_the_start_takes_its_scales_from_the_data():
     comparisons = some(200)
     model = GPHead(hidden=(8,))
     model.initialise(comparisons.clips)
-    model.observe(comparisons.clips)
+    model.before_fit(comparisons.clips)
     frames = model.inputs(model.reference_observations, model.reference_actions)[:512]
     apart = torch.pdist(model.network(frames)).median()
     assert model.rbf.base_kernel.lengthscale.item() == pytest.approx(apart.item(), rel=1e-4)
@@ -297,7 +297,7 @@ def test_a_fit_that_diverges_leaves_the_model_as_it_was():
 def test_decay_shrinks_the_network_alone():
     model = GPHead(inducing=12, weight_decay=0.5, learning_rate=0.1)
     model.initialise(some(20).clips)
-    model.observe(some(20).clips)
+    model.before_fit(some(20).clips)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = model.configure_optimizers()
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 1.0]

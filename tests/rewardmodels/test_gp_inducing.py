@@ -76,8 +76,8 @@ def test_new_inducing_frames_believe_what_the_old_did():
     model = fit(GPHead(inducing=120), comparisons, epochs=3)
     before = model.posterior(new.clips).difference(new.pairs)
     old = model.inducing_observations
-    model.observe(comparisons.clips)
-    model.settle()
+    model.before_fit(comparisons.clips)
+    model.after_epoch()
     after = model.posterior(new.clips).difference(new.pairs)
     assert not torch.equal(model.inducing_observations, old)
     torch.testing.assert_close(after.mean, before.mean, atol=0.02, rtol=0.02)
@@ -91,7 +91,7 @@ def test_spare_inducing_frames_stay_as_the_prior_has_them():
     said = Comparisons(clips, torch.arange(40).view(20, 2), torch.ones(20))
     model = fit(GPHead(inducing=30), said, epochs=5)
     before = model.divergence().item()
-    model.observe(clips)
+    model.before_fit(clips)
     # Twenty-five directions of nothing but jitter would cost nats each, were they not at N(0, 1).
     assert model.divergence().item() == pytest.approx(before, rel=0.05)
 

@@ -37,8 +37,8 @@ def fitted(comparisons: Comparisons, **settings: Any) -> LaplaceHead:
     """A model in double precision, so that what is compared is the formula."""
     model = LaplaceHead(**{"hidden": (16, 6), "learning_rate": 1e-2, **settings})
     fit(model, comparisons, epochs=10, held_out=0.0)
-    model.double().settle()
-    model.conclude(comparisons)
+    model.double().after_epoch()
+    model.after_fit(comparisons)
     return model
 
 
@@ -66,7 +66,9 @@ def hessian(model: LaplaceHead, comparisons: Comparisons, said: torch.Tensor) ->
     z = rows[comparisons.pairs[:, 1]] - rows[comparisons.pairs[:, 0]]
 
     def negative_log_posterior(weights: torch.Tensor) -> torch.Tensor:
-        nll = negative_log_likelihood(z @ weights, said, mistake_rate=model.mistake_rate).sum()
+        nll = negative_log_likelihood(
+            z @ weights, said, random_answer_rate=model.random_answer_rate
+        ).sum()
         return nll + model.precision / 2 * weights.square().sum()
 
     found: torch.Tensor = torch.func.hessian(negative_log_posterior)(model.weights.detach())
@@ -84,10 +86,10 @@ def test_the_covariance_is_the_inverse_hessian(ragged, precision):
 
 def test_with_mistakes_it_is_that_of_the_expected_answers():
     comparisons = some()
-    model = fitted(comparisons, mistake_rate=0.2)
+    model = fitted(comparisons, random_answer_rate=0.2)
     rows = features(model, comparisons.clips)
     z = rows[comparisons.pairs[:, 1]] - rows[comparisons.pairs[:, 0]]
-    expected_answers = preference_probability(z @ model.weights.detach(), mistake_rate=0.2)
+    expected_answers = preference_probability(z @ model.weights.detach(), random_answer_rate=0.2)
     expected = torch.linalg.inv(hessian(model, comparisons, expected_answers))
     torch.testing.assert_close(model.root @ model.root.T, expected, rtol=1e-9, atol=1e-12)
 
@@ -135,27 +137,27 @@ def test_the_precision_stays_within_bounds():
     assert best_precision(torch.ones(3), 0.0) == pytest.approx(1e8)
 
 
-@pytest.mark.parametrize("mistake_rate", [0.0, 0.1, 0.5])
-def test_fisher_information_is_the_expected_second_derivative(mistake_rate):
+@pytest.mark.parametrize("random_answer_rate", [0.0, 0.1, 0.5])
+def test_fisher_information_is_the_expected_second_derivative(random_answer_rate):
     d = torch.linspace(-30, 30, 61, dtype=torch.double)
-    p = preference_probability(d, mistake_rate=mistake_rate)
+    p = preference_probability(d, random_answer_rate=random_answer_rate)
 
     def nll(x: torch.Tensor) -> torch.Tensor:
-        return negative_log_likelihood(x, p, mistake_rate=mistake_rate).sum()
+        return negative_log_likelihood(x, p, random_answer_rate=random_answer_rate).sum()
 
     expected = torch.func.hessian(nll)(d).diagonal()
-    came = fisher_information(d, mistake_rate=mistake_rate)
+    came = fisher_information(d, random_answer_rate=random_answer_rate)
     torch.testing.assert_close(came, expected, rtol=1e-6, atol=1e-15)
-    extreme = fisher_information(torch.tensor([-1e30, 1e30]), mistake_rate=mistake_rate)
+    extreme = fisher_information(torch.tensor([-1e30, 1e30]), random_answer_rate=random_answer_rate)
     assert extreme.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("mistake_rate", [0.0, 0.1])
-def test_added_answers_are_those_of_a_batch(mistake_rate):
+@pytest.mark.parametrize("random_answer_rate", [0.0, 0.1])
+def test_added_answers_are_those_of_a_batch(random_answer_rate):
     early, late = some(40), some(25, seed=1, ragged=True)
-    model = fitted(early, prior_precision=0.5, mistake_rate=mistake_rate)
-    other = fitted(early, prior_precision=0.5, mistake_rate=mistake_rate)
-    other.conclude(Comparisons.cat([early, late]))
+    model = fitted(early, prior_precision=0.5, random_answer_rate=random_answer_rate)
+    other = fitted(early, prior_precision=0.5, random_answer_rate=random_answer_rate)
+    other.after_fit(Comparisons.cat([early, late]))
     mean = model.posterior(late.clips).mean
     assert model.add(late[:10]).add(late[10:]) is model
     one, batch = model.posterior(late.clips), other.posterior(late.clips)
@@ -179,7 +181,7 @@ def test_many_added_answers_stay_those_of_a_batch_in_single_precision():
     for row in range(500):
         model.add(new[row])
     one = model.posterior(new.clips).difference(new.pairs).variance
-    model.conclude(Comparisons.cat([some(20), new]))
+    model.after_fit(Comparisons.cat([some(20), new]))
     batch = model.posterior(new.clips).difference(new.pairs).variance
     torch.testing.assert_close(one, batch, rtol=1e-3, atol=0)
 
@@ -196,9 +198,9 @@ def test_adding_is_refused_where_asking_would_be():
 class Spy(LaplaceHead):
     concluded: tuple[Comparisons, ...] = ()
 
-    def conclude(self, comparisons: Comparisons) -> None:
+    def after_fit(self, comparisons: Comparisons) -> None:
         self.concluded = (*self.concluded, comparisons)
-        super().conclude(comparisons)
+        super().after_fit(comparisons)
 
 
 def test_a_fit_concludes_once_with_what_was_trained_on():

@@ -22,7 +22,7 @@ def naive(difference: float, preference: float, mistakes: float) -> float:
 def test_is_the_formula(preference, mistakes):
     difference = torch.tensor(DIFFERENCES, dtype=torch.double)
     came = negative_log_likelihood(
-        difference, torch.tensor(preference, dtype=torch.double), mistake_rate=mistakes
+        difference, torch.tensor(preference, dtype=torch.double), random_answer_rate=mistakes
     )
     expected = [naive(d, preference, mistakes) for d in DIFFERENCES]
     np.testing.assert_allclose(came, expected, rtol=1e-9, atol=1e-15)
@@ -31,9 +31,11 @@ def test_is_the_formula(preference, mistakes):
 @pytest.mark.parametrize("mistakes", [0.0, 0.1])
 def test_is_minus_the_log_of_the_probability(mistakes):
     difference = torch.tensor([-2.0, 0.5, 4.0], dtype=torch.double)
-    p = preference_probability(difference, mistake_rate=mistakes)
-    one = negative_log_likelihood(difference, torch.ones(3).double(), mistake_rate=mistakes)
-    nought = negative_log_likelihood(difference, torch.zeros(3).double(), mistake_rate=mistakes)
+    p = preference_probability(difference, random_answer_rate=mistakes)
+    one = negative_log_likelihood(difference, torch.ones(3).double(), random_answer_rate=mistakes)
+    nought = negative_log_likelihood(
+        difference, torch.zeros(3).double(), random_answer_rate=mistakes
+    )
     torch.testing.assert_close(one, -p.log())
     torch.testing.assert_close(nought, -(1 - p).log())
 
@@ -56,7 +58,7 @@ def test_stays_finite_and_has_a_gradient_far_out():
 
 def test_mistakes_bound_what_one_answer_costs_and_pulls():
     difference = torch.tensor([-1e4, 1e4], requires_grad=True)
-    loss = negative_log_likelihood(difference, torch.tensor([1.0, 0.0]), mistake_rate=0.1)
+    loss = negative_log_likelihood(difference, torch.tensor([1.0, 0.0]), random_answer_rate=0.1)
     np.testing.assert_allclose(loss.detach(), -math.log(0.05), rtol=1e-6)
     loss.sum().backward()
     assert difference.grad.tolist() == [0, 0]
@@ -67,7 +69,7 @@ def test_gradient(mistakes):
     difference = torch.randn(6, dtype=torch.double, requires_grad=True)
     preference = torch.rand(6, dtype=torch.double)
     assert torch.autograd.gradcheck(
-        lambda d: negative_log_likelihood(d, preference, mistake_rate=mistakes), difference
+        lambda d: negative_log_likelihood(d, preference, random_answer_rate=mistakes), difference
     )
 
 
@@ -80,5 +82,5 @@ def test_broadcasts():
 @pytest.mark.parametrize("function", [preference_probability, negative_log_likelihood])
 def test_refuses_a_rate_that_is_no_probability(function, mistakes):
     arguments = [torch.zeros(1)] * (1 if function is preference_probability else 2)
-    with pytest.raises(InvalidInput, match=f"mistake_rate: .*got {mistakes}"):
-        function(*arguments, mistake_rate=mistakes)
+    with pytest.raises(InvalidInput, match=f"random_answer_rate: .*got {mistakes}"):
+        function(*arguments, random_answer_rate=mistakes)

@@ -20,7 +20,7 @@ from rewardmodels import (
     fit,
     negative_log_likelihood,
 )
-from rewardmodels.answers import Answers
+from rewardmodels.fitting import Answers
 
 WORTH = torch.tensor([1.0, -2.0])  # of a frame's inputs
 

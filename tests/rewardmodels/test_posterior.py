@@ -41,7 +41,10 @@ def test_sampled_is_loops_over_its_rows(mistakes):
         assert float(belief.mean[clip]) == pytest.approx(np.mean(column))
         assert float(belief.variance[clip]) == pytest.approx(np.var(column))
     np.testing.assert_allclose(belief.covariance, np.cov(np.array(rows).T, ddof=0))
-    came, preference = belief.difference(PAIRS), belief.preference(PAIRS, mistake_rate=mistakes)
+    came, preference = (
+        belief.difference(PAIRS),
+        belief.preference(PAIRS, random_answer_rate=mistakes),
+    )
     for q, (first, second) in enumerate(PAIRS.tolist()):
         apart = [row[second] - row[first] for row in rows]
         assert float(came.mean[q]) == pytest.approx(np.mean(apart), abs=1e-12)
@@ -90,7 +93,7 @@ def test_gaussian_preference_is_the_integral(mean, sd, mistakes):
     belief = GaussianPosterior(
         torch.tensor([0.0, mean]).double(), torch.tensor([[0.0], [sd]]).double()
     )
-    came = float(belief.preference(torch.tensor([[0, 1]]), mistake_rate=mistakes))
+    came = float(belief.preference(torch.tensor([[0, 1]]), random_answer_rate=mistakes))
 
     def at(z: float) -> float:
         return scipy.special.expit(mean + sd * z) * scipy.stats.norm.pdf(z)

@@ -129,7 +129,7 @@ def test_every_sample_is_worth_nothing_on_the_reference(model):
 def test_settling_again_changes_nothing(model):
     clips, _ = world()
     before = model.posterior(clips)
-    model.settle()
+    model.after_epoch()
     after = model.posterior(clips)
     assert torch.equal(after.mean, before.mean)
     assert torch.equal(after.variance, before.variance)
@@ -220,10 +220,14 @@ def test_round_trip(model, tmp_path):
 def test_a_command_line_makes_one(name):
     parser = ArgumentParser()
     parser.add_argument("--model", type=RewardModel)
-    line = [f"--model=rewardmodels.{name}", "--model.hidden=[8,4]", "--model.mistake_rate=0.1"]
+    line = [
+        f"--model=rewardmodels.{name}",
+        "--model.hidden=[8,4]",
+        "--model.random_answer_rate=0.1",
+    ]
     made = parser.instantiate(parser.parse_args(line)).model
     assert made.hparams["hidden"] == (8, 4)
-    assert made.mistake_rate == 0.1
+    assert made.random_answer_rate == 0.1
 
 
 @pytest.mark.gpu

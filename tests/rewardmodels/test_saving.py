@@ -39,7 +39,7 @@ class Mine(DeepEnsemble):
 
 @pytest.fixture(scope="module")
 def model() -> DeepEnsemble:
-    return fit(DeepEnsemble(members=3, hidden=(8, 4), mistake_rate=0.1), ANSWERS, epochs=3)
+    return fit(DeepEnsemble(members=3, hidden=(8, 4), random_answer_rate=0.1), ANSWERS, epochs=3)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_rewriting_alone_does_no_harm(file, model):
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"format": 2}, "expected format 1 or older, got 2; update rewardmodels"),
+        ({"format": 3}, "expected format 2 or older, got 3; update rewardmodels"),
         ({"format": "new"}, "damaged"),
         ({"format": None}, "damaged"),
         ({"class": "os.system"}, "expected one of DeepEnsemble, .*, got a os.system"),

@@ -112,7 +112,7 @@ def model(request) -> RewardModel:
         for name, parameter in model.named_parameters():
             if "bias" in name:  # clips of one length leave some at zero
                 parameter += torch.linspace(-0.3, 0.4, parameter.numel()).view_as(parameter)
-    model.settle()
+    model.after_epoch()
     return model
 
 

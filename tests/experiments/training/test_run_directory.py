@@ -198,7 +198,7 @@ def test_objects_are_told_by_class_path_and_arguments():
             "discrete_actions": 0,
             "learning_rate": 1e-3,
             "weight_decay": 1.0,
-            "mistake_rate": 0.0,
+            "random_answer_rate": 0.0,
         },
     }
     assert (
@@ -231,7 +231,7 @@ def test_settings_come_back_through_the_command_line():
     config = LearnConfig(
         task="Hopper",
         comparisons=33,
-        model=DeepEnsemble(members=2, hidden=(5,), mistake_rate=0.1),
+        model=DeepEnsemble(members=2, hidden=(5,), random_answer_rate=0.1),
         strategy=ScoredStrategy("preference_variance", Power(2.0), samples=8),
         schedule=Hyperbolic(initial=0.5, half_life=1000),
         teacher=SyntheticTeacher(rationality=3.0, same_threshold=0.25),
