@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
@@ -130,6 +131,37 @@ def _learn(words: str, arguments: list[str]) -> None:
     )
 
 
+def _study(words: str, arguments: list[str]) -> None:
+    """Run the study in the file of that name in `experiments.studies`."""
+    from experiments.grid import Run
+    from experiments.studies import run_study
+
+    name = words.split()[1]
+    study = import_module(f"experiments.studies.{name}")
+    parser = _parser(words)
+    parser.add_argument("--quick", action="store_true", help="a minute or two, for trends")
+    parser.add_argument("--json", type=Path, help="file for the figures, which are printed too")
+    parser.add_argument(
+        "--report_only", action="store_true", help="report on the cells that are finished"
+    )
+    parser.add_class_arguments(study.Settings)
+    parser.add_class_arguments(Run)
+    out = Path(f"runs/study-{name}")
+    parser.set_defaults(out=out, **(study.QUICK if "--quick" in arguments else {}))
+    made = _parse(parser, arguments)
+    settings = study.Settings(**{field.name: made[field.name] for field in fields(study.Settings)})
+    run = Run(**{field.name: made[field.name] for field in fields(Run)})
+    again = shlex.join(["rewardmodels", *words.split(), *arguments])
+    with _interruptible(lambda: f"The same command goes on: {again}"):
+        run_study(
+            study,
+            settings,
+            None if made.quick and run.out == out else run,  # a fresh temporary directory
+            json=made.json,
+            report_only=made.report_only,
+        )
+
+
 def _from(path: str, *, quick: str = "", positional: bool = False) -> Command:
     """A command that calls the function at `module:name`.
 
@@ -218,10 +250,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         "measure how many comparisons are needed, by schedule and by teacher",
         _from("experiments.studies.feedback:study_feedback"),
     ),
-    "study marks": (
-        "measure how many comparisons marks of parts of clips save",
-        _from("experiments.studies.marks:study_marks"),
-    ),
+    "study marks": ("measure how many comparisons marks of parts of clips save", _study),
     "study guard": (
         "compare detectors and statistics: which changes of the world they find, and how soon",
         _from("experiments.studies.guard:study_guard"),

@@ -1,95 +1,114 @@
-"""A study: a grid of cells, each a pure function of its settings, that may be stopped and resumed.
+"""The cells of a study: computed here, on Ray or on Dask, kept as files, resumable.
 
-A cell's result is one file, named by what decides it and written whole or not at all, by the
-process that called `run_study`: workers need no disk in common with it. So a study can be killed,
-gone on with, made larger, and run by several processes at once, which share what is left; a
-cell that stands there is never computed again.
+A cell is a pure function of its settings. Its result is one file, named by the settings and written
+atomically by the process that called `run_cells`, so workers need no shared disk. A study can be
+killed, resumed, enlarged, and run by several processes at once, which share the remaining cells;
+a finished cell is never computed again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import sys
 import time
 import traceback
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from experiments.grid_files import (
-    Cell,
-    Record,
-    Result,
-    StudyIncomplete,
-    as_read,
-    cell_file,
-    no_room,
-    read_cell,
-    remember,
-    write_record,
-)
 from experiments.grid_workers import Submit, check_workers, workers
 from experiments.training.run_directory import versions
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import InvalidInput, RewardModelsError, UnreadableFile
+from rewardmodels.saving import write_text_atomically
 
-__all__ = ["Cell", "Result", "StudyIncomplete", "cell_file", "read_study", "run_study"]
+FORMAT = 1
 
-_LIVES = 3  # workers that a cell may lose before it is given up
+_ATTEMPTS = 3  # workers that may die under a cell before it is given up
+
+Cell = Mapping[str, Any]
+"""Settings of a cell: names and plain values (numbers, text, lists of them)."""
+
+Result = dict[str, Any]
+
+Record = dict[str, Any]
+"""Content of a cell's file: its settings, result, seconds and versions."""
 
 
-def run_study(
-    function: Callable[..., Result],
-    cells: Sequence[Cell],
-    out: Path,
-    *,
-    jobs: int = 1,
-    backend: str = "loky",
-    address: str | None = None,
-    progress: bool = True,
-) -> list[Result]:
-    """Computes what isn't there yet, and returns every cell's result in the order of the cells.
+class StudyIncomplete(RewardModelsError, RuntimeError):
+    """Some cells of a study have no result; the finished ones are kept."""
 
-    A cell that raises doesn't stop the others. One whose worker dies (out of memory, a lost
-    machine) is computed again, the third time with no other beside it. With loky and `jobs=1` all
-    happens in this process, and its death ends the study; the same call goes on.
+
+@dataclass(frozen=True)
+class Run:
+    """Where and how the cells of a study are computed.
 
     Args:
-        function: Called as `function(**cell)`; returns plain data. It stands at the top of a
-            module, as other processes import it.
-        cells: The grid. A directory remembers what it saw of it in `study.json`; it may grow.
-        out: Directory of the results. Functions of one module may share it.
-        jobs: Cells at once.
-        backend: "loky" for processes on this machine, "ray" or "dask" for a cluster (with the
-            extras `rewardmodels[ray]` and `rewardmodels[dask]`).
+        out: Directory of the results; a second call with the same directory resumes.
+        jobs: Cells at once. With loky and 1, they are computed in this process.
+        backend: "loky" for processes on this machine, "ray" or "dask" for a cluster (extras
+            `rewardmodels[ray]` and `rewardmodels[dask]`).
         address: The cluster's, as Ray or Dask writes it; None starts one of `jobs` workers here,
             or takes the one that `ray.init` has connected to.
+
+    Raises:
+        InvalidInput: Fewer than one job, an address without a cluster, or a missing extra.
+        UnknownName: No such backend.
+    """
+
+    out: Path
+    jobs: int = 1
+    backend: Literal["loky", "ray", "dask"] = "loky"
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise InvalidInput(f"jobs: expected at least 1, got {self.jobs}.")
+        check_workers(self.backend, self.address)
+
+
+def run_cells(
+    function: Callable[..., Result], cells: Sequence[Cell], run: Run, *, progress: bool = True
+) -> list[Result]:
+    """Compute the missing cells, and return the results of all in the order of the cells.
+
+    A cell that raises doesn't stop the others. One whose worker dies (out of memory, a lost
+    machine) is computed again, the third time alone.
+
+    Args:
+        function: Called as `function(**cell)`; returns plain data. Other processes import it, so
+            it stands at the top of a module.
+        cells: The grid. The directory remembers it in `study.json`; it may grow.
+        run: Where and how.
         progress: Show a progress bar on standard error, with the time left.
 
     Raises:
-        InvalidInput: No cells, fewer than one job, an address without a cluster, an extra that
-            isn't installed, or a directory that can't be written to or holds another study or
+        InvalidInput: No cells, or a directory that can't be written to or holds another study or
             results of an incompatible version.
-        UnknownName: No such backend.
-        UnreadableFile: A damaged `study.json`, or a result that may not be read.
-        StudyIncomplete: Cells that raised or lost their workers, once all others are done; or
-            a result that couldn't be written, as when a disk is full.
+        UnreadableFile: A damaged `study.json`, or a result that can't be read.
+        StudyIncomplete: Cells that raised or lost their workers, once all others are done; or a
+            result that couldn't be written, as when a disk is full.
     """
     if not cells:
         raise InvalidInput("cells: expected at least one, got none.")
-    if jobs < 1:
-        raise InvalidInput(f"jobs: expected at least 1, got {jobs}.")
-    check_workers(backend, address)
+    out = run.out
     files = {cell_file(function, cell, out): cell for cell in cells}
     remember(function, cells, out)
     results = {file: record["result"] for file in files if (record := read_cell(file))}
     if missing := len(files) - len(results):
-        jobs = min(jobs, missing)
+        jobs = min(run.jobs, missing)
         with (
             tqdm(total=len(files), initial=len(results), smoothing=0, disable=not progress) as bar,
-            workers(backend, jobs, address) as submit,
+            workers(run.backend, jobs, run.address) as submit,
         ):
             failed = _fill(function, files, results, submit, jobs, bar)
         if failed:
@@ -102,34 +121,143 @@ def run_study(
     return [results[cell_file(function, cell, out)] for cell in cells]
 
 
-def read_study(out: Path, function: str | None = None) -> list[dict[str, Any]]:
-    """Every result that stands in a study's directory, as rows: settings, seconds and figures.
-
-    Args:
-        out: Directory of `run_study`.
-        function: Name of the function whose cells to read; None for all.
-
-    Returns:
-        A row a cell, in the order of the files' names.
-
-    Raises:
-        InvalidInput: A directory that isn't a study's.
+def read_cells(
+    function: Callable[..., Result], cells: Sequence[Cell], out: Path
+) -> list[tuple[Cell, Record]]:
+    """Return the cells that have a result, each with its record.
 
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as out:
-        ...     _ = run_study(dict, [{"seed": 0}, {"seed": 1}], Path(out), progress=False)
-        ...     sorted(row["seed"] for row in read_study(Path(out)))
-        [0, 1]
+        ...     _ = run_cells(dict, [{"seed": 0}], Run(Path(out)), progress=False)
+        ...     [(cell, record)] = read_cells(dict, [{"seed": 0}, {"seed": 1}], Path(out))
+        >>> record["result"]
+        {'seed': 0}
     """
-    if not (out / "study.json").is_file():
-        raise InvalidInput(f"out: expected a study's directory, got {out}: no study.json there.")
-    found = [record for file in sorted(out.glob(f"{'?' * 20}.json")) if (record := read_cell(file))]
-    return [
-        {**record["cell"], "seconds": record["seconds"], **record["result"]}
-        for record in found
-        if function in (None, record.get("function"))
-    ]
+    records = [(cell, read_cell(cell_file(function, cell, out))) for cell in cells]
+    return [(cell, record) for cell, record in records if record]
+
+
+def cell_file(function: Callable[..., Result], cell: Cell, out: Path) -> Path:
+    """Path of a cell's result: a hash of the function's name and all settings."""
+    settings = json.dumps([function.__qualname__, dict(cell)], sort_keys=True, default=str)
+    return out / f"{hashlib.sha256(settings.encode()).hexdigest()[:20]}.json"
+
+
+def remember(function: Callable[..., Result], cells: Sequence[Cell], out: Path) -> None:
+    """Add these cells to `study.json`; refuse a directory that holds another study.
+
+    `study.json` holds the module of the study's functions, the versions that began it, and for
+    each function every setting with its values so far.
+
+    Raises:
+        InvalidInput: It can't be written to, or holds cells of another module or version.
+        UnreadableFile: A damaged `study.json`.
+        StudyIncomplete: `study.json` couldn't be written.
+    """
+    file, name, ours = out / "study.json", _module(function), versions()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / "study.lock").acquire()
+    except OSError as error:
+        raise InvalidInput(f"out: expected a directory to write to, got {out}: {error}.") from error
+    with lock:
+        new: Record = {"format": FORMAT, "study": name, "versions": ours, "functions": {}}
+        try:
+            study = json.loads(file.read_text("utf-8")) if file.exists() else new
+            axes = study["functions"].setdefault(function.__qualname__, {})
+            format_, version = study["format"], study["versions"]["rewardmodels"]
+            other = study["study"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UnreadableFile(
+                f"{file}: expected the description of a study, got a damaged file "
+                f"({error!r}). Delete it, and run the study again: no result depends on it."
+            ) from error
+        if other != name:
+            raise InvalidInput(
+                f"out: expected a directory of {name}, or a new one, got {out}, which holds "
+                f"{other}. Give another."
+            )
+        mine = ours["rewardmodels"]
+        # Until 1.0 a minor release may break.
+        if format_ != FORMAT or version.split(".")[:2] != mine.split(".")[:2]:
+            raise InvalidInput(
+                f"out: expected results of rewardmodels {mine} (format {FORMAT}), got {out}, which "
+                f"holds those of {version} (format {format_}); the two may differ. Give another "
+                "directory, or go on with that version."
+            )
+        before = json.dumps(axes)
+        for cell in _as_read([dict(cell) for cell in cells]):
+            for axis, value in cell.items():
+                if value not in (seen := axes.setdefault(axis, [])):
+                    seen.append(value)
+        if json.dumps(axes) != before or not file.exists():
+            write_record(file, study)
+
+
+def _module(function: Callable[..., Result]) -> str:
+    """Module of a function; of the module that Python was started with, its import name."""
+    main = sys.modules["__main__"]
+    if function.__module__ != "__main__":
+        return function.__module__
+    spec = getattr(main, "__spec__", None)
+    return spec.name if spec else Path(getattr(main, "__file__", "__main__")).stem
+
+
+def read_cell(file: Path) -> Record | None:
+    """Return a cell's record; None without one, or with a damaged one, which is renamed.
+
+    Raises:
+        UnreadableFile: The system refuses to read the file.
+    """
+    try:
+        record: Record = json.loads(file.read_text("utf-8"))
+        _ = record["cell"], record["seconds"], record["result"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UnreadableFile(f"{file}: expected a cell's result, got {error}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        aside = file.with_suffix(".damaged")
+        warnings.warn(
+            f"{file}: expected a cell's result, got a damaged file ({error!r}). It is kept as "
+            f"{aside.name}; running the study computes the cell again.",
+            stacklevel=2,
+        )
+        with suppress(FileNotFoundError):  # another process was faster
+            os.replace(file, aside)
+        return None
+    return record
+
+
+def write_record(file: Path, record: Record) -> None:
+    """Write a record atomically.
+
+    Raises:
+        StudyIncomplete: It couldn't be written, as when a disk is full.
+    """
+    try:
+        write_text_atomically(file, json.dumps(record, indent=1, default=_plain))
+    except OSError as error:
+        raise _no_room(file, error) from error
+
+
+def _no_room(file: Path, error: OSError) -> StudyIncomplete:
+    """Error for a file that can't be written."""
+    return StudyIncomplete(
+        f"out: expected room for {file}, got {error}. All that was written before is kept: make "
+        "room, and the same call goes on."
+    )
+
+
+def _as_read(value: Any) -> Any:
+    """Pass a value through JSON, so that a first run returns what a second one reads."""
+    return json.loads(json.dumps(value, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """Convert NumPy's and PyTorch's numbers to Python's, and anything else to text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _fill(
@@ -140,26 +268,26 @@ def _fill(
     jobs: int,
     bar: tqdm,
 ) -> dict[Path, str]:
-    """Adds the results that are missing; returns why those failed that did.
+    """Add the missing results; return the reason of each failure.
 
-    What is being computed is locked, since the system frees a dead process's locks.
+    A running cell is locked by a file lock, which the system frees when the process dies.
     """
     waiting = deque(file for file in files if file not in results)
-    flying: dict[Future, tuple[Path, FileLock]] = {}
+    running: dict[Future, tuple[Path, FileLock]] = {}
     deaths: Counter[Path] = Counter()
     failed: dict[Path, str] = {}
 
-    def last_life(file: Path) -> bool:  # spent alone: loky's others die with the one
-        return deaths[file] == _LIVES - 1
+    def last_attempt(file: Path) -> bool:  # made alone: a dying loky worker takes the others along
+        return deaths[file] == _ATTEMPTS - 1
 
     try:
-        while waiting or flying:
+        while waiting or running:
             for _ in range(len(waiting)):
-                if len(flying) == jobs or any(last_life(file) for file, _ in flying.values()):
+                if len(running) == jobs or any(last_attempt(file) for file, _ in running.values()):
                     break
                 file = waiting.popleft()
                 lock = FileLock(file.with_suffix(".lock"))
-                if (flying and last_life(file)) or not _taken(lock):
+                if (running and last_attempt(file)) or not _acquire(lock):
                     waiting.append(file)
                 elif record := read_cell(file):  # another process was faster
                     file.with_suffix(".lock").unlink(missing_ok=True)
@@ -167,22 +295,22 @@ def _fill(
                     results[file] = record["result"]
                     bar.update()
                 else:
-                    flying[_start(submit, function, files[file])] = file, lock
-            if waiting and not flying:
+                    running[_start(submit, function, files[file])] = file, lock
+            if waiting and not running:
                 bar.set_postfix_str("other processes compute what is left")
                 time.sleep(0.5)
                 continue
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                file, lock = flying[future]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                file, lock = running[future]
                 try:
                     record = future.result()
                 except Exception as error:  # `_compute` lets none out: its worker is gone
                     deaths[file] += 1
-                    if deaths[file] < _LIVES:
+                    if deaths[file] < _ATTEMPTS:
                         waiting.append(file)
-                    said = [type(error).__name__, *str(error).strip().splitlines()]
-                    why = f"its worker failed {deaths[file]} times, last by {': '.join(said[:2])}"
-                    record = {"error": why, "traceback": said}
+                    lines = [type(error).__name__, *str(error).strip().splitlines()]
+                    why = f"its worker failed {deaths[file]} times, last by {': '.join(lines[:2])}"
+                    record = {"error": why, "traceback": lines}
                 if "result" in record:
                     write_record(file, record)
                     results[file] = record["result"]
@@ -193,21 +321,21 @@ def _fill(
                     failed[file] = record["error"]
                     write_record(file.with_suffix(".error"), {"cell": dict(files[file]), **record})
                     bar.set_postfix(failed=len(failed))
-                del flying[future]
+                del running[future]
                 lock.release()
     finally:
-        for _, lock in flying.values():
+        for _, lock in running.values():
             lock.release()
     return failed
 
 
-def _taken(lock: FileLock) -> bool:
+def _acquire(lock: FileLock) -> bool:
     try:
         lock.acquire(blocking=False)
     except Timeout:
         return False
     except OSError as error:
-        raise no_room(Path(lock.lock_file), error) from error
+        raise _no_room(Path(lock.lock_file), error) from error
     return True
 
 
@@ -223,9 +351,37 @@ def _start(submit: Submit, function: Callable[..., Result], cell: Cell) -> Futur
 def _compute(function: Callable[..., Result], cell: Cell) -> Record:
     started = time.perf_counter()
     try:
-        result = as_read(function(**cell))
+        result = _as_read(function(**cell))
     except Exception as error:
         trace = traceback.format_exc().splitlines()
         return {"error": f"{type(error).__name__}: {error}", "traceback": trace}
-    about = {"function": function.__qualname__, "cell": cell, "versions": versions()}
-    return {**about, "seconds": time.perf_counter() - started, "result": result}
+    record = {"function": function.__qualname__, "cell": cell, "versions": versions()}
+    return {**record, "seconds": time.perf_counter() - started, "result": result}
+
+
+def run_study(
+    function: Callable[..., Result], cells: Sequence[Cell], out: Path, *, progress: bool = True,
+    **where: Any,
+) -> list[Result]:  # fmt: skip
+    """Compute cells; for studies that don't have the runner's form yet."""
+    return run_cells(function, cells, Run(out, **where), progress=progress)
+
+
+def read_study(out: Path, function: str | None = None) -> list[dict[str, Any]]:
+    """Return every result in a study's directory as rows: settings, seconds and figures.
+
+    Args:
+        out: Directory of the results.
+        function: Name of the function whose cells to read; None for all.
+
+    Raises:
+        InvalidInput: The directory holds no study.
+    """
+    if not (out / "study.json").is_file():
+        raise InvalidInput(f"out: expected a study's directory, got {out}: no study.json there.")
+    found = [record for file in sorted(out.glob(f"{'?' * 20}.json")) if (record := read_cell(file))]
+    return [
+        {**record["cell"], "seconds": record["seconds"], **record["result"]}
+        for record in found
+        if function in (None, record.get("function"))
+    ]

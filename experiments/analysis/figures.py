@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib as mpl
@@ -15,31 +14,21 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from experiments.analysis.line_labels import End, named
-from experiments.training.results import ARMS, BLUE, FAINT, GREY, INK, OTHER, Arm, Floats, RunFiles
+from experiments.analysis.plots import (
+    ARMS,
+    BLUE,
+    GREY,
+    INK,
+    OTHER,
+    STYLE,
+    Arm,
+    End,
+    label_lines,
+)
+from experiments.training.results import Floats, RunFiles
 from rewardmodels.errors import InvalidInput
 
 P = ParamSpec("P")
-
-STYLE: Any = {
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "axes.unicode_minus": True,
-    "svg.hashsalt": "rewardmodels",  # or the same figure gives another file each time
-    "pdf.fonttype": 42,  # TrueType, which publishers accept
-}
 
 
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -51,17 +40,6 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
             return draw(*args, **kwargs)
 
     return drawn
-
-
-def save(figure: Figure, stem: Path) -> str:
-    """Write `stem.svg`, for a page, and `stem.pdf`, for a paper; returns the SVG's text."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(STYLE):
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it is laid out now; each format would do so twice more
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
-        figure.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
-    return stem.with_suffix(".svg").read_text("utf-8")
 
 
 @_styled
@@ -82,7 +60,7 @@ def return_vs_steps(runs: Sequence[RunFiles]) -> Figure:
     axes.set_xlabel("environment steps")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylabel("true return per episode\n(the task's reward units)")
-    return named(figure, {axes: ends})
+    return label_lines(figure, {axes: ends})
 
 
 @_styled
@@ -108,7 +86,7 @@ def return_vs_comparisons(runs: Sequence[RunFiles]) -> Figure:
     axes.set_xlabel("comparisons (answers given)")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylabel("true return per episode\n(the task's reward units)")
-    return named(figure, {axes: ends})
+    return label_lines(figure, {axes: ends})
 
 
 @_styled
@@ -138,7 +116,7 @@ def held_out(run: RunFiles) -> Figure:
     bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     top.set_ylabel("answers predicted")
     bottom.set_ylabel("log loss\n(nats per answer)")
-    return named(figure, {top: above, bottom: below})
+    return label_lines(figure, {top: above, bottom: below})
 
 
 @_styled

@@ -9,7 +9,7 @@ import numpy as np
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
-from experiments.analysis.stats import bootstrap_interval, interquartile_mean
+from experiments.analysis.old_stats import bootstrap_interval, interquartile_mean
 from experiments.benchmarks.figures import check_settings, publish
 from experiments.training.config import LearnConfig
 from experiments.training.learn import learn

@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from active import all_pairs, mutual_information
-from experiments.analysis.stats import bootstrap_interval, interquartile_mean
+from experiments.analysis.old_stats import bootstrap_interval, interquartile_mean
 from experiments.benchmarks.figures import check_settings, publish
 from experiments.training.agents import PPO_ROLLOUT
 from experiments.training.config import LearnConfig

@@ -15,19 +15,11 @@ import numpy as np
 import torch
 
 from active import FeedbackStore, all_pairs
-from experiments.benchmarks.backflips import OUT as BACKFLIPS
-from experiments.benchmarks.backflips import count_backflips
-from experiments.benchmarks.figures import QUICK_POOL, check_settings, publish
+from experiments.benchmarks.figures import check_settings, publish
 from experiments.benchmarks.page_kills import answer_through_kills
-from experiments.datasets.minari import find_pool
 from experiments.envs.tasks import find_task, make_env, simulator_state
-from experiments.grid import run_study
 from experiments.labelling.beside import page_beside
 from experiments.labelling.videos import Videos
-from experiments.studies.marks import OUT, POOLS, marks_cell, marks_cells
-from experiments.studies.marks_tables import marks_saving
-from experiments.studies.summary import by
-from experiments.training.agents import PPO_ROLLOUT
 from rewardmodels import Clips, InvalidInput
 
 CHROMIUM: Final = Path("/usr/bin/chromium")
@@ -38,27 +30,14 @@ def benchmark_page(
     json: Path | None = None,
     task: str = "Hopper",
     chromium: Path = CHROMIUM,
-    seeds: int = 5,
-    jobs: int = 1,
-    pools: Path = POOLS,
-    marks: Path = OUT,
-    backflips: Path = BACKFLIPS,
 ) -> dict[str, Any]:
-    """Measures what the page promises, and what is learned from answers of its kinds.
+    """Measure what the page loses when it is killed, and how long people wait.
 
     Args:
-        quick: In about three minutes, for trends: 200 answers, two kills, ten pairs; marks of two
-            draws on one task with a small pool of its own; a backflip that isn't trained for long
-            enough to be one.
+        quick: In about two minutes, for trends: 200 answers, two kills, ten pairs.
         json: File for the figures; they are printed too.
         task: Whose clips are drawn and shown.
         chromium: The browser.
-        seeds: Of the marks and of the backflip.
-        jobs: Processes side by side for these.
-        pools: Where the agents' episodes are kept.
-        marks: Where cells of `rewardmodels study marks` are kept; a second call goes on with those
-            that are there.
-        backflips: The same of the runs of `rewardmodels benchmark backflips`.
 
     Returns:
         Flat keys. Of four people who answer at once while the server is killed: `acknowledged`,
@@ -66,13 +45,11 @@ def benchmark_page(
         lease never came back), `kills`. In Chromium: `ready_ms`, from opening the page to its
         first pair in sight, clips drawn (median); `next_pair_ms_p95`, from a key to the next
         pair in sight. `pair_render_seconds`: both clips of a pair drawn and encoded (median).
-        `marks_saving.<Task>` and its interval, the share of comparisons that marks save, and
-        `marks_saving`, the median over tasks. Those of `rewardmodels benchmark backflips`.
 
     Raises:
         InvalidInput: No such folder, or no Chromium or Playwright to drive it.
     """
-    check_settings(json, seeds=seeds, jobs=jobs)
+    check_settings(json)
     if find_spec("playwright") is None or not Path(chromium).is_file():
         raise InvalidInput(
             f"chromium: expected a browser and Playwright to drive it, got {chromium}; on Debian "
@@ -89,37 +66,7 @@ def benchmark_page(
         seconds = asyncio.run(pair_seconds(run / "shown", task))
         figures["pair_render_seconds"] = statistics.median(seconds)
         figures |= waits(run / "shown", task, Path(chromium), answers=8 if quick else 30)
-        if quick:
-            some = {"tasks": ("Hopper",), "seeds": 2, "pools": run}
-            figures |= saving(run / "marks", some, jobs, **QUICK_POOL)
-            figures |= count_backflips(run / "backflips", 1, 32, PPO_ROLLOUT, jobs)
-        else:
-            figures |= saving(marks, {"seeds": seeds, "pools": pools}, jobs)
-            figures |= count_backflips(backflips, seeds, 900, None, jobs)
     return publish(figures, json)
-
-
-def saving(out: Path, settings: dict[str, Any], jobs: int, **made: int) -> dict[str, Any]:
-    """What marks save, on each task and at the median.
-
-    Args:
-        out: The study's directory.
-        settings: Of `study_marks`.
-        jobs: Cells side by side.
-        made: What else `make_pool` is given.
-    """
-    cells = marks_cells(settings, **made)
-    for task in by(cells, "task"):
-        find_pool(task, settings["pools"], progress=False, **made)  # once, before cells share it
-    results = run_study(marks_cell, cells, out / "cells", jobs=jobs)
-    saved = marks_saving([{**cell, **row} for cell, row in zip(cells, results, strict=True)])
-    figures: dict[str, Any] = {
-        "marks_saving": statistics.median(share for share, *_ in saved.values())
-    }
-    for task, (share, *interval) in saved.items():
-        figures[f"marks_saving.{task}"] = share
-        figures[f"marks_saving_interval.{task}"] = interval
-    return figures
 
 
 def put_queries(run: Path, task: str, n: int, *, clips: int, length: int = 25) -> list[int]:

@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,12 @@ class Pool:
     def returns(self) -> Tensor:
         """`(N,)`, the episodes' true returns, in reward units."""
         return self.trajectories.returns
+
+    def half(self, which: int) -> Pool:
+        """Return the first half of each skill's episodes (0), or the second (1)."""
+        of_skill = [(self.skill == k).nonzero().squeeze(1) for k in range(len(self.steps))]
+        rows = torch.cat([rows.tensor_split(2)[which] for rows in of_skill])
+        return replace(self, trajectories=self.trajectories[rows], skill=self.skill[rows])
 
     def clips(
         self,

@@ -1,1 +1,219 @@
-"""What users ask, each a file that reads like its method section."""
+"""Studies: each is one file with `Settings`, `cells`, `cell` and `report`; `run_study` runs any."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import MISSING, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import pandas as pd
+
+from experiments.analysis.page import Origin, Report, check_json, markdown, publish, write_page
+from experiments.datasets.minari import find_pool
+from experiments.datasets.pools import Pool
+from experiments.envs.tasks import find_task
+from experiments.grid import Cell, Run, read_cells, run_cells
+from rewardmodels.errors import InvalidInput
+from rewardmodels.saving import write_text_atomically
+
+
+class Study(Protocol):
+    """Shape of a study's module.
+
+    Attributes:
+        Settings: Frozen dataclass: the command's flags, validated in `__post_init__`.
+        GRID: Names of the settings that only span the grid (tasks, seeds …), on which no cell
+            depends otherwise: the grid may grow in them, and finished cells are kept.
+        QUICK: Settings for trends in a minute or two, for `--quick`.
+    """
+
+    Settings: type
+    GRID: Sequence[str]
+    QUICK: Mapping[str, Any]
+
+    def cells(self, settings: Any) -> list[dict[str, Any]]:
+        """Axes of each cell: names and plain values."""
+
+    def cell(self, settings: Any, **axes: Any) -> dict[str, Any] | list[dict[str, Any]]:
+        """Compute one cell: a row of results, or several."""
+
+    def report(self, results: pd.DataFrame) -> Report:
+        """Turn the rows of all cells into a page and figures.
+
+        Args:
+            results: A row for each row of each cell: its axes, the settings, what `cell` returned,
+                and `cell_seconds`. Some cells may be missing.
+        """
+
+
+def run_study(
+    study: Study,
+    settings: Any,
+    run: Run | None = None,
+    *,
+    json: Path | None = None,
+    report_only: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Compute the missing cells of a study, and write its page, tables, figures and CSV.
+
+    `run.out` gets `report.html`, `tables.md`, `results.csv`, `figures/` and the cells.
+
+    Args:
+        study: Module of the study, such as `experiments.studies.marks`. If it has a function
+            `prepare(settings)`, that runs first, for what cells share (trained agents, say).
+        settings: Instance of its `Settings`.
+        run: Where and how; None computes here, in a temporary directory that is removed.
+        json: File for the report's figures.
+        report_only: Report on the cells that are there, of a study that is half done.
+        progress: Show a progress bar.
+
+    Raises:
+        InvalidInput: What `run_cells` refuses, or, with `report_only`, no finished cell.
+    """
+    check_json(json)
+    with ExitStack() as stack:
+        temporary = run is None
+        if run is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            run = Run(folder)
+            if hasattr(settings, "pools"):
+                settings = replace(settings, pools=folder / "pools")
+        shared = {
+            field.name: _plain(getattr(settings, field.name))
+            for field in fields(settings)
+            if field.name not in study.GRID
+        }
+        grid = [{**axes, **shared} for axes in study.cells(settings)]
+        compute, where = _Compute(study), replace(run, out=run.out / "cells")
+        if not report_only:
+            cast(Callable[[Any], None], getattr(study, "prepare", lambda _: None))(settings)
+            run_cells(compute, grid, where, progress=progress)
+        rows, versions = _rows(compute, grid, where.out)
+        finished = len(rows)
+        if not finished:
+            raise InvalidInput(
+                f"out: expected finished cells of this grid, got none in {run.out}. Leave "
+                "--report_only out, or pass the settings that the study was started with."
+            )
+        results = pd.DataFrame([line for lines in rows for line in lines])
+        report = study.report(results)
+        write_text_atomically(run.out / "results.csv", results.to_csv(index=False))
+        origin = Origin(
+            command_line(study, settings),
+            {field.name: getattr(settings, field.name) for field in fields(settings)},
+            versions,
+            seconds=sum(lines[0]["cell_seconds"] for lines in rows),
+            note="" if finished == len(grid) else f"{finished} of {len(grid)} cells are finished.",
+        )
+        page = write_page(run.out, report, origin)
+        print(markdown(report.sections))
+        publish(report.figures, json)
+        if not temporary:
+            print(f"Report: {page}")
+        return report
+
+
+def command_line(study: Study, settings: Any) -> str:
+    """Return the command that runs a study with these settings."""
+    words = ["rewardmodels", "study", _name(study)]
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if default is MISSING or value != default:
+            listed = isinstance(value, list | tuple)
+            words += [f"--{field.name}", f"[{','.join(map(str, value))}]" if listed else str(value)]
+    return shlex.join(words)
+
+
+def pool_of(settings: Any, task: str, *, progress: bool = False) -> Pool:
+    """Return a task's pool, made if need be, by a study's settings with `pools` and `pool_…`."""
+    return find_pool(
+        task,
+        settings.pools,
+        progress=progress,
+        steps=settings.pool_steps,
+        episodes=settings.pool_episodes,
+    )
+
+
+def seed_range(settings: Any) -> range:
+    """Return the seeds of a study's settings with `first_seed` and `seeds`."""
+    return range(settings.first_seed, settings.first_seed + settings.seeds)
+
+
+def check_least(settings: Any, **least: float) -> None:
+    """Raise InvalidInput if one of the named settings is below its least value.
+
+    Example:
+        >>> check_least(Run(Path("out"), jobs=2), jobs=3)
+        Traceback (most recent call last):
+            ...
+        rewardmodels.errors.InvalidInput: jobs: expected at least 3, got 2.
+    """
+    for name, value in least.items():
+        if not getattr(settings, name) >= value:
+            raise InvalidInput(
+                f"{name}: expected at least {value:g}, got {getattr(settings, name)}."
+            )
+
+
+def check_tasks(tasks: Sequence[str], length: int) -> None:
+    """Raise unless all tasks exist and their episodes hold clips of `length` frames.
+
+    Raises:
+        UnknownName: There is no such task.
+        InvalidInput: A task without a time limit, or with a shorter one.
+    """
+    for task in tasks:
+        if length > (horizon := find_task(task).horizon):
+            raise InvalidInput(
+                f"length: expected at most the {horizon} frames of an episode of {task}, got "
+                f"{length}."
+            )
+
+
+class _Compute:
+    """A study's `cell` as a function of plain values, which other processes can import."""
+
+    def __init__(self, study: Study) -> None:
+        self.__module__, self.__qualname__ = cast(Any, study).__name__, "cell"
+
+    def __call__(self, **cell: Any) -> Any:
+        study = cast(Any, import_module(self.__module__))
+        known = {field.name: str(field.type) for field in fields(study.Settings)}
+        settings = {name: value for name, value in cell.items() if name in known}
+        for name, value in settings.items():
+            if "Path" in known[name] and value is not None:
+                settings[name] = Path(value)
+        axes = {name: value for name, value in cell.items() if name not in known}
+        return study.cell(study.Settings(**settings), **axes)
+
+
+def _rows(
+    compute: _Compute, grid: Sequence[Cell], out: Path
+) -> tuple[list[list[dict[str, Any]]], dict[str, str]]:
+    """Rows of each finished cell, and the package versions that computed them."""
+    rows, versions = [], dict[str, dict[str, None]]()
+    for cell, record in read_cells(compute, grid, out):
+        found = record["result"]
+        about = {**cell, "cell_seconds": record["seconds"]}
+        rows.append([{**about, **row} for row in (found if isinstance(found, list) else [found])])
+        for package, version in record["versions"].items():
+            versions.setdefault(package, {})[version] = None
+    return rows, {package: " and ".join(several) for package, several in versions.items()}
+
+
+def _name(study: Study) -> str:
+    return str(cast(Any, study).__name__).rpartition(".")[2]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -36,7 +36,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from active import BALD, Constant, Schedule, SyntheticTeacher, WhenUnsure, all_pairs
-from experiments.analysis.page import about_study
+from experiments.analysis.old_page import about_study
 from experiments.envs.guard_episodes import train
 from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env

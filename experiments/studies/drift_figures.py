@@ -13,9 +13,7 @@ from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.analysis.figures import STYLE
-from experiments.analysis.line_labels import named
-from experiments.analysis.page import (
+from experiments.analysis.old_page import (
     About,
     Section,
     Table,
@@ -23,12 +21,13 @@ from experiments.analysis.page import (
     plural,
     write_report,
 )
-from experiments.analysis.stats import Values, bootstrap_interval, interquartile_mean
+from experiments.analysis.old_stats import Values, bootstrap_interval, interquartile_mean
+from experiments.analysis.plots import GREY, STYLE
+from experiments.analysis.plots import label_lines as named
 from experiments.envs.rendering import RenderingUnavailable, render_states
 from experiments.envs.tasks import find_task
 from experiments.envs.video import write_video
 from experiments.studies.summary import Row, as_csv, by, numbers
-from experiments.training.results import GREY
 from experiments.training.sentences import number
 from rewardmodels.saving import write_text_atomically
 

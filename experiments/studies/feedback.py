@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from active import SCHEDULES, STRATEGIES, TEACHERS, QueryStrategy, Schedule, Teacher
-from experiments.analysis.page import about_study
+from experiments.analysis.old_page import about_study
 from experiments.datasets.pools import make_pool
 from experiments.envs.tasks import find_task
 from experiments.grid import Result, read_study, run_study

@@ -8,7 +8,7 @@ from zlib import crc32
 
 import numpy as np
 
-from experiments.analysis.stats import Values, interquartile_mean
+from experiments.analysis.old_stats import Values, interquartile_mean
 from experiments.studies.strategy_savings import labels_needed
 from experiments.studies.summary import Row, by, numbers
 

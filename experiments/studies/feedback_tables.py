@@ -12,8 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from experiments.analysis.figures import STYLE
-from experiments.analysis.page import (
+from experiments.analysis.old_page import (
     COLOURS,
     LEAST_SEEDS,
     About,
@@ -23,7 +22,8 @@ from experiments.analysis.page import (
     verdict,
     write_report,
 )
-from experiments.analysis.stats import bootstrap_interval, interquartile_mean
+from experiments.analysis.old_stats import bootstrap_interval, interquartile_mean
+from experiments.analysis.plots import ARMS, GREY, STYLE
 from experiments.studies.feedback_savings import (
     SHARE,
     arm,
@@ -34,7 +34,6 @@ from experiments.studies.feedback_savings import (
     unsure_ratio,
 )
 from experiments.studies.summary import Row, as_csv, by, numbers
-from experiments.training.results import ARMS, GREY
 from experiments.training.sentences import number
 from rewardmodels.saving import write_text_atomically
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from experiments.analysis.page import about_study, write_report
+from experiments.analysis.old_page import about_study, write_report
 from experiments.envs.guard_episodes import load_policy, play, train
 from experiments.envs.shifts import SHIFTS, Severity, shifted
 from experiments.envs.tasks import Task, find_task, make_env

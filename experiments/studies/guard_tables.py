@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.analysis.page import LEAST_SEEDS, Section, Table, plural
-from experiments.analysis.stats import bootstrap_interval, interquartile_mean
+from experiments.analysis.old_page import LEAST_SEEDS, Section, Table, plural
+from experiments.analysis.old_stats import bootstrap_interval, interquartile_mean
 from experiments.studies.summary import Row, by, numbers
 
 COSTLY = 0.2

@@ -1,193 +1,283 @@
-"""What is a mark worth? Comparisons alone, beside as many with marks of the clips they show.
+"""How many comparisons do marks of good and bad parts of clips save?
 
-One agent's clips at ten stages of training are cut from its kept episodes (`datasets.pools`),
-and pairs drawn at random are answered by the true return. For some counts of comparisons a
-predictor is made anew and taught these, or these and marks: a synthetic person who has been shown
-a pair also marks one of its clips, or both, the stretch with the best true reward as good and the
-worst as bad (`active.SyntheticMarker`), mistakes one for the other as often as asked, and leaves
-a clip alone where no stretch stands out. Accuracy is that on pairs of clips from other episodes.
-Clips, pairs, tests and initial weights depend on the task and the seed alone.
+One agent's clips at ten stages of training are cut from its kept episodes (`datasets.pools`), and
+pairs drawn at random are compared by the true return. For several numbers of comparisons a
+predictor is fitted to these, or to these and marks: a synthetic person also marks one clip of each
+pair, or both, the stretch with the best true reward as good and the worst as bad
+(`active.SyntheticMarker`), and leaves a clip alone where no stretch stands out. Accuracy is
+measured on pairs of clips from other episodes. Clips, pairs, tests and initial weights depend on
+the task and the seed alone.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from active import SyntheticMarker, SyntheticTeacher
-from experiments.analysis.page import about_study
-from experiments.datasets.minari import find_pool
-from experiments.grid import Result, cell_file, run_study
-from experiments.grid_files import read_cell
-from experiments.studies.limits import check_least, check_tasks
-from experiments.studies.marks_tables import write_tables
-from experiments.studies.predictors import half, maker
-from experiments.studies.summary import Row
-from rewardmodels import Comparisons, InvalidInput, fit
+from experiments.analysis import plots
+from experiments.analysis.page import Report, Section
+from experiments.analysis.stats import (
+    Interval,
+    bootstrap,
+    curve_matrix,
+    first_reached,
+    interquartile_mean,
+    labels_ratio,
+    over_tasks,
+    paired,
+)
+from experiments.lookup import found_class
+from experiments.studies import check_least, check_tasks, pool_of, seed_range
+from rewardmodels import Comparisons, InvalidInput, RewardModel, fit
 from rewardmodels import calibration as score
+from rewardmodels.saving import PREDICTORS
 
-TASKS = ("HalfCheetah", "Hopper", "Walker2d")
-POOLS, OUT = Path("runs/pools"), Path("runs/study-marks")
+EPOCHS = 100
+FRAMES = 200  # clips whose single frames are scored
+LEVEL = 0.8  # savings are at the accuracy that this share of the comparisons reaches alone
+ARMS = {0: "comparisons alone", 1: "one clip marked", 2: "both clips marked"}
 
-_EPOCHS = 100
-_FRAMES = 200  # clips whose frames are looked at one by one
+GRID = ("tasks", "marked", "seeds", "first_seed")
+QUICK = {"tasks": ("Hopper",), "seeds": 2, "pool_steps": 20_480, "pool_episodes": 4}
 
 
-def study_marks(
-    tasks: Sequence[str] = TASKS,
-    marked: Sequence[int] = (2,),
-    predictor: str = "LaplaceHead",
-    counts: Sequence[int] = (10, 20, 40, 80),
-    length: int = 25,
-    stretch: int = 5,
-    stands_out: float = 0.5,
-    mistake_rate: float = 0.0,
-    tests: int = 1000,
-    seeds: int = 5,
-    jobs: int = 1,
-    pools: Path = POOLS,
-    out: Path = OUT,
-    compute: bool = True,
-) -> list[Row]:
-    """Measures how many comparisons marks of good and bad parts of clips save.
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
 
     Args:
         tasks: Any that `rewardmodels learn` takes.
-        marked: How many of each comparison's two clips are marked, 1 or 2; none always is among
-            what is compared.
+        marked: How many of each comparison's two clips are marked: 1, 2 or both; no marks are
+            always among what is compared.
         predictor: A name or an import path.
-        counts: Comparisons that are learned from, rising.
+        counts: Numbers of comparisons to fit to, rising.
         length: Frames per clip.
         stretch: Frames that a mark covers, fewer than a clip's.
-        stands_out: By how much a stretch's mean true reward has to differ from the rest's to be
-            marked, in standard deviations of a frame's true reward.
-        mistake_rate: Share of marks that call good bad, or bad good; comparisons have none, and
-            the predictor isn't told.
+        stands_out: How far a stretch's mean true reward has to be from the rest's to be marked,
+            in standard deviations of a frame's true reward.
+        flip_rate: Share of marks with the wrong sign; comparisons have none, and the predictor
+            doesn't know.
         tests: Pairs that accuracy is measured on.
-        seeds: Draws of clips, pairs, tests, mistakes and initial weights.
-        jobs: Cells side by side.
-        pools: Where the agents' episodes are kept.
-        out: Where results are kept; a second call goes on with those that are there.
-        compute: False makes the report from the cells that stand there, of a study that is half
-            done.
-
-    Returns:
-        The cells of `marks_cell`; `out` has them as CSV, with `report.html`, `tables.md` and the
-        figures.
+        seeds: Draws of clips, pairs, tests, wrong marks and initial weights.
+        first_seed: The first of them.
+        pools: Directory of the agents' episodes.
+        pool_steps: Environment steps that each agent is trained for.
+        pool_episodes: Episodes kept of each stage of training.
 
     Raises:
-        InvalidInput: A number out of range, clips longer than a task's episodes, a directory of
-            another study or version, or, without `compute`, one without a cell of this grid.
-        UnknownName: A task or predictor that there isn't.
+        InvalidInput: A number out of range, or clips longer than a task's episodes.
+        UnknownName: A task or predictor that doesn't exist.
     """
-    settings = dict(locals())
-    check_least(
-        ("length", length, 2), ("stretch", stretch, 1), ("tests", tests, 10), ("seeds", seeds, 1),
-        ("jobs", jobs, 1), ("counts", min(counts, default=0), 2),
-    )  # fmt: skip
-    if list(counts) != sorted(set(counts)) or len(counts) < 2:
-        raise InvalidInput(f"counts: expected at least two, rising, got {list(counts)}.")
-    if stretch >= length:
-        raise InvalidInput(
-            f"stretch: expected fewer frames than a clip's {length}, got {stretch}; a clip that is "
-            "marked as a whole has no rest."
+
+    tasks: Sequence[str] = ("HalfCheetah", "Hopper", "Walker2d")
+    marked: Sequence[int] = (2,)
+    predictor: str = "LaplaceHead"
+    counts: Sequence[int] = (10, 20, 40, 80)
+    length: int = 25
+    stretch: int = 5
+    stands_out: float = 0.5
+    flip_rate: float = 0.0
+    tests: int = 1000
+    seeds: int = 5
+    first_seed: int = 0
+    pools: Path = Path("runs/pools")
+    pool_steps: int = 300_000
+    pool_episodes: int = 8
+
+    def __post_init__(self) -> None:
+        check_least(self, length=2, stretch=1, tests=10, seeds=1)
+        counts = list(self.counts)
+        if counts != sorted(set(counts)) or len(counts) < 2 or counts[0] < 2:
+            raise InvalidInput(f"counts: expected at least two, from 2 on, rising, got {counts}.")
+        if self.stretch >= self.length:
+            raise InvalidInput(
+                f"stretch: expected fewer frames than a clip's {self.length}, got {self.stretch}."
+            )
+        if not self.marked or not set(self.marked) <= {1, 2}:
+            raise InvalidInput(f"marked: expected 1, 2 or both, got {list(self.marked)}.")
+        SyntheticMarker(self.stretch, self.stands_out, self.flip_rate)
+        found_class("predictor", self.predictor, PREDICTORS, RewardModel)
+        check_tasks(self.tasks, self.length)
+
+
+def prepare(settings: Settings) -> None:
+    """Train each task's agent, which its cells share."""
+    for task in settings.tasks:
+        pool_of(settings, task, progress=True)
+
+
+def cells(settings: Settings) -> list[dict[str, Any]]:
+    """One cell for each task, number of marked clips and seed."""
+    return [
+        {"task": task, "marks_per_pair": marked, "seed": seed}
+        for seed in seed_range(settings)
+        for task in settings.tasks
+        for marked in (0, *sorted(set(settings.marked)))
+    ]
+
+
+def cell(settings: Settings, task: str, marks_per_pair: int, seed: int) -> list[dict[str, Any]]:
+    """Fit to each number of comparisons, with so many clips of each pair marked."""
+    torch.set_num_threads(1)
+    (number,) = np.random.SeedSequence([seed, 3]).generate_state(1)
+    draw = torch.Generator().manual_seed(int(number))
+    pool, most = pool_of(settings, task), settings.counts[-1]
+    clips = pool.half(0).clips(2 * most, settings.length, draw)
+    tests = pool.half(1).clips(2 * settings.tests, settings.length, draw)
+    pairs, test_pairs = (torch.arange(len(of)).view(-1, 2) for of in (clips, tests))
+    oracle = SyntheticTeacher()
+    comparisons = Comparisons(clips, pairs, oracle.answer(clips, pairs))
+    preference = oracle.answer(tests, test_pairs)
+    assert clips.rewards is not None
+    assert tests.rewards is not None
+    marker = SyntheticMarker(
+        settings.stretch, settings.stands_out * float(clips.rewards.std()), settings.flip_rate
+    )
+    marks = marker.mark(clips, draw)
+    # The first clip of a pair is as random as the second.
+    marks = marks[marks.rows[:, 0] % 2 < marks_per_pair]
+    frames, decided, rows = tests[:FRAMES], preference != 0.5, []
+    for n in settings.counts:
+        model = found_class("predictor", settings.predictor, PREDICTORS, RewardModel)()
+        known = marks[marks.rows[:, 0] < 2 * n]
+        fit(model, comparisons[:n].compact(), marks=known, epochs=EPOCHS, seed=seed)
+        predicted = model.posterior(tests).preference(test_pairs)
+        rewards = model.frame_posterior(
+            frames.observations.flatten(0, 1), frames.actions.flatten(0, 1)
+        ).mean
+        correct = ((predicted > 0.5) == (preference > 0.5))[decided]
+        true = tests.rewards[:FRAMES].flatten()
+        rows.append(
+            {
+                "comparisons": n,
+                "marks": len(known),
+                "accuracy": float(correct.double().mean()),
+                "log_loss": score.log_loss(predicted, preference),
+                "frame_correlation": float(np.corrcoef(rewards.numpy(), true.numpy())[0, 1]),
+            }
         )
-    if not marked or not set(marked) <= {1, 2}:
-        raise InvalidInput(f"marked: expected 1, 2 or both, got {list(marked)}.")
-    SyntheticMarker(stretch, stands_out, mistake_rate)
-    maker(predictor)
-    check_tasks(tasks, length)
-    cells = marks_cells(settings)
-    if compute:
-        for task in tasks:  # trained once, before cells share it
-            find_pool(task, pools)
-        run_study(marks_cell, cells, out / "cells", jobs=jobs)
-    records = [(cell, read_cell(cell_file(marks_cell, cell, out / "cells"))) for cell in cells]
-    rows: list[Row] = [{**cell, **record["result"]} for cell, record in records if record]
-    if not rows:
-        raise InvalidInput(
-            f"out: expected cells of this grid, got {out}, where none stands. Leave --compute out, "
-            "or pass the settings that the study was started with."
-        )
-    stand = len(rows)
-    note = "" if stand == len(cells) else f"Not finished: {stand} of {len(cells)} cells stand."
-    print(write_tables(rows, out, about_study(study_marks, settings, rows, out), note=note))
     return rows
 
 
-def marks_cells(settings: Mapping[str, Any], **made: int) -> list[Row]:
-    """The grid of `study_marks`.
-
-    Args:
-        settings: Of `study_marks`; those that aren't named are as it has them.
-        made: What else `make_pool` is given.
-    """
-    usual = inspect.signature(study_marks).parameters
-    of = {name: parameter.default for name, parameter in usual.items()} | dict(settings)
-    names = ("predictor", "length", "stretch", "stands_out", "mistake_rate", "tests")
-    shared = {name: of[name] for name in names}
-    shared |= {"counts": list(of["counts"]), "pools": str(of["pools"])} | made
-    return [
-        {"task": task, "marked": clips, "seed": seed, **shared}
-        for seed in range(of["seeds"]) for task in of["tasks"]
-        for clips in (0, *sorted(set(of["marked"])))
-    ]  # fmt: skip
-
-
-def marks_cell(
-    task: str,
-    marked: int,
-    seed: int,
-    predictor: str,
-    counts: Sequence[int],
-    length: int,
-    stretch: int,
-    stands_out: float,
-    mistake_rate: float,
-    tests: int,
-    pools: str,
-    **made: int,
-) -> Result:
-    """What is learned from each count of comparisons, with `marked` clips of each pair marked.
-
-    `made` goes to `make_pool`. Frame correlation is that of believed with true rewards of frames.
-    """
-    torch.set_num_threads(1)
-    pool, draw = find_pool(task, Path(pools), progress=False, **made), _generator(seed)
-    known, fresh = (half(pool, which) for which in (0, 1))
-    shown, test = (of.clips(2 * n, length, draw) for of, n in ((known, counts[-1]), (fresh, tests)))
-    asked, tested = (torch.arange(len(clips)).view(-1, 2) for clips in (shown, test))
-    oracle = SyntheticTeacher()
-    every = Comparisons(shown, asked, oracle.answer(shown, asked))
-    right = oracle.answer(test, tested)
-    assert shown.rewards is not None
-    assert test.rewards is not None
-    person = SyntheticMarker(stretch, stands_out * float(shown.rewards.std()), mistake_rate)
-    marks = person.mark(shown, draw)
-    # The first clip of a pair is as random as the second.
-    marks = marks[marks.rows[:, 0] % 2 < marked]
-    some, decided = test[:_FRAMES], right != 0.5
-    figures: Result = {"marks": [], "accuracy": [], "log loss": [], "frame correlation": []}
-    for n in counts:
-        by_now = marks[marks.rows[:, 0] < 2 * n]
-        model = maker(predictor)()
-        fit(model, every[:n].compact(), marks=by_now, epochs=_EPOCHS, seed=seed)
-        belief = model.posterior(test).preference(tested)
-        frames = model.frame_posterior(some.observations.flatten(0, 1), some.actions.flatten(0, 1))
-        correct = ((belief > 0.5) == (right > 0.5))[decided]
-        pair = np.stack([frames.mean.numpy(), test.rewards[:_FRAMES].flatten().numpy()])
-        figures["marks"].append(len(by_now))
-        figures["accuracy"].append(float(correct.double().mean()))
-        figures["log loss"].append(score.log_loss(belief, right))
-        figures["frame correlation"].append(float(np.corrcoef(pair)[0, 1]))
-    return figures
+def report(results: pd.DataFrame) -> Report:
+    """Savings on each task, and accuracy against comparisons."""
+    results["arm"] = results["marks_per_pair"].map(ARMS)
+    savings = _savings(results)
+    sections = [
+        Section(
+            "Comparisons that marks save",
+            "Share of the comparisons saved by marks, at the accuracy that comparisons alone reach "
+            f"with {LEVEL:.0%} of their number. −∞ where marks don't reach it. “Better” means that "
+            "the 95% interval is above zero over at least five seeds.",
+            table=savings,
+            digits=2,
+        ),
+        Section(
+            "Accuracy with and without marks",
+            "Held-out pairs predicted correctly; lines are interquartile means over seeds.",
+            _figure(results),
+            _curves(results),
+        ),
+        Section(
+            "Difference in accuracy over all tasks",
+            "Accuracy with marks less accuracy without, seed by seed.",
+            table=_differences(results),
+        ),
+    ]
+    figures: dict[str, Any] = {}
+    if len(both := savings[savings["arm"] == ARMS[2]]):
+        figures["marks_saving"] = float(np.median([saved.value for saved in both["saved"]]))
+    for row in savings.to_dict("records"):
+        suffix = "" if row["arm"] == ARMS[2] else ".one_clip"
+        figures[f"marks_saving.{row['task']}{suffix}"] = row["saved"].value
+        figures[f"marks_saving_interval.{row['task']}{suffix}"] = row["saved"][1:]
+    return Report("What is a mark worth?", sections, figures)
 
 
-def _generator(seed: int) -> torch.Generator:
-    (number,) = np.random.SeedSequence([seed, 3]).generate_state(1)
-    return torch.Generator().manual_seed(int(number))
+def _savings(results: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for task, on_task in results.groupby("task", sort=False):
+        alone = curve_matrix(on_task[on_task["marks_per_pair"] == 0], "accuracy")
+        for arm, marked in on_task[on_task["marks_per_pair"] > 0].groupby("arm", sort=False):
+            own = curve_matrix(marked, "accuracy")
+            seeds = len(own.index.intersection(alone.index))
+            if not seeds:
+                continue
+            ratio, low, high = labels_ratio(own, alone, LEVEL * own.columns.max())
+            saved = Interval(1 - ratio, 1 - high, 1 - low)
+            given = marked.groupby("comparisons")["marks"].mean()
+            rows.append(
+                {
+                    "task": task,
+                    "arm": arm,
+                    "marks per comparison": float(given.iloc[-1] / given.index[-1]),
+                    "saved": saved,
+                    "verdict": saved.verdict(seeds),
+                    "seeds": seeds,
+                }
+            )
+    columns = ["task", "arm", "marks per comparison", "saved", "verdict", "seeds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _curves(results: pd.DataFrame) -> pd.DataFrame:
+    table = results.groupby(["task", "arm", "comparisons"], sort=False)[
+        ["marks", "accuracy", "frame_correlation"]
+    ].agg(interquartile_mean)
+    table = table.reset_index()
+    table["comparisons that one mark is worth"] = [
+        _worth(results[results["task"] == row.task], row.arm, row.comparisons)
+        for row in table.itertuples()
+    ]
+    return table.rename(columns={"frame_correlation": "frame correlation"})
+
+
+def _worth(on_task: pd.DataFrame, arm: str, comparisons: int) -> Interval | str:
+    """Further comparisons that reach the same accuracy without marks, over the marks given."""
+    own, alone = (
+        curve_matrix(on_task[on_task["arm"] == name], "accuracy") for name in (arm, ARMS[0])
+    )
+    seeds, counts = own.index.intersection(alone.index), alone.columns.to_numpy(float)
+    if arm == ARMS[0] or not len(seeds):
+        return ""
+    marks = curve_matrix(on_task[on_task["arm"] == arm], "marks").loc[seeds, comparisons]
+    sample = np.column_stack([marks, own.loc[seeds, comparisons], alone.loc[seeds].to_numpy()])
+
+    def worth(drawn: np.ndarray) -> float:
+        reached, curve = interquartile_mean(drawn[:, 1]), interquartile_mean(drawn[:, 2:])
+        return (first_reached(counts, curve, reached) - comparisons) / max(1, drawn[:, 0].mean())
+
+    return bootstrap(worth, sample)
+
+
+def _differences(results: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for count, at_count in results.groupby("comparisons"):
+        gaps = paired(at_count, "accuracy", by="arm", reference=ARMS[0])
+        for arm, of_arm in gaps.groupby("arm", sort=False):
+            gap = over_tasks(of_arm, "difference")
+            seeds = int(of_arm.groupby("task").size().min())
+            rows.append(
+                {"arm": arm, "comparisons": count, "difference": gap, "verdict": gap.verdict(seeds)}
+            )
+    return pd.DataFrame(rows, columns=["arm", "comparisons", "difference", "verdict"])
+
+
+def _figure(results: pd.DataFrame) -> Figure:
+    look = plots.looks(list(ARMS.values()), reference=ARMS[0])
+    with plots.style():
+        tasks = results.groupby("task", sort=False)
+        figure, panels = plots.panels(len(tasks), columns=min(3, len(tasks)), width=8.6, height=3)
+        for axes, (task, on_task) in zip(panels, tasks, strict=True):
+            plots.seed_curves(axes, on_task, "comparisons", "accuracy", "arm", look)
+            axes.set_title(task, fontsize=11)
+        plots.legend_below(figure)
+    return figure

@@ -11,9 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from experiments.analysis.figures import STYLE
+from experiments.analysis.plots import GREY, STYLE
 from experiments.studies.summary import Row, by, mean_and_error, numbers
-from experiments.training.results import GREY
 
 # Okabe & Ito's, apart for every kind of colour vision; and markers, apart without colour.
 _COLOURS = ("#767676", "#0072b2", "#56b4e9", "#009e73", "#b34b00", "#cc79a7", "#b58900", "#222222")

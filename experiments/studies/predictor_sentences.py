@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from experiments.analysis.page import plural, verdict
-from experiments.analysis.stats import Values
+from experiments.analysis.old_page import plural, verdict
+from experiments.analysis.old_stats import Values
 from experiments.studies.summary import Row, by, numbers, pooled
 
 

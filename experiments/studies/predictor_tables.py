@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.analysis.page import (
+from experiments.analysis.old_page import (
     About,
     Section,
     Table,

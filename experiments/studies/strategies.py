@@ -22,12 +22,11 @@ import numpy as np
 import torch
 
 from active import STRATEGIES, TEACHERS, QueryStrategy, SyntheticTeacher, Teacher, all_pairs
-from experiments.analysis.page import about_study
+from experiments.analysis.old_page import about_study
 from experiments.datasets.minari import find_pool, is_minari
 from experiments.datasets.people import HUMAN_DATA, HumanData, splits
 from experiments.datasets.pools import Pool
-from experiments.grid import Cell, Result, cell_file, run_study
-from experiments.grid_files import read_cell, remember
+from experiments.grid import Cell, Result, cell_file, read_cell, remember, run_study
 from experiments.grid_workers import check_workers
 from experiments.lookup import found_class
 from experiments.studies.limits import check_least, check_tasks

@@ -14,10 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from experiments.analysis.figures import STYLE
-from experiments.analysis.page import COLOURS
-from experiments.analysis.stats import Values, interquartile_mean
-from experiments.training.results import GREY
+from experiments.analysis.old_stats import Values, interquartile_mean
+from experiments.analysis.plots import COLOURS, GREY, STYLE
 
 REFERENCE = "Uniform"
 _LINES = ("-", "-.", ":")

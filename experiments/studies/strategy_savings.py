@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from experiments.analysis.stats import Values, interquartile_mean
+from experiments.analysis.old_stats import Values, interquartile_mean
 from experiments.studies.strategy_figures import REFERENCE, Interval
 from experiments.studies.summary import Row
 

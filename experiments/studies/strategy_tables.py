@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from experiments.analysis.figures import save
-from experiments.analysis.page import (
+from experiments.analysis.old_page import (
     LEAST_SEEDS,
     About,
     Section,
@@ -23,7 +22,8 @@ from experiments.analysis.page import (
     verdict,
     write_report,
 )
-from experiments.analysis.stats import Values, bootstrap_interval, interquartile_mean
+from experiments.analysis.old_stats import Values, bootstrap_interval, interquartile_mean
+from experiments.analysis.plots import save
 from experiments.studies.strategy_figures import Interval, curves_figure, looks, task_figure
 from experiments.studies.strategy_savings import Paired, friedman, labels_ratio
 from experiments.studies.summary import Row, as_csv, by, pooled

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis.stats import Values, bootstrap_interval, interquartile_mean
+from experiments.analysis.old_stats import Values, bootstrap_interval, interquartile_mean
 
 Row = Mapping[str, Any]
 

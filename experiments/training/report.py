@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import re
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +13,16 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from experiments.analysis import figures
-from experiments.training import results, sentences
+from experiments.analysis import figures, plots
+from experiments.analysis.page import inline
+from experiments.training import sentences
 from experiments.training.results import RunFiles
 from experiments.training.sentences import headline, labels, number, percent
 from rewardmodels.errors import InvalidInput
-from rewardmodels.saving import write_text_atomically
 
 # Larger pages are slow to open and refused by many mail servers.
 EMBEDDED_VIDEO_BYTES = 8_000_000
 REPEAT = "rewardmodels learn --config config.yaml --out NEW"
-# The page's style sheet gives each of the figures' colours a second value for dark mode.
-INKS = {
-    results.INK: "ink",
-    results.FAINT: "faint",
-    results.BLUE: "blue",
-    results.ORANGE: "orange",
-    results.GREY: "grey",
-}
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,9 @@ def write_report(run: Path, *, references: Sequence[Path] = ()) -> Path:
         repeat=REPEAT,
     )
     target = run / "report.html"
-    write_text_atomically(target, page)
+    unfinished = run / f".report.html.{os.getpid()}.part"
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, target)
     return target
 
 
@@ -129,27 +123,9 @@ def _plates(run: RunFiles, references: Sequence[RunFiles]) -> list[Plate]:
     plates = []
     for name, title, there, draw, say in known:
         if there:
-            svg = figures.save(draw(), run.path / "figures" / name)
+            svg = plots.save(draw(), run.path / "figures" / name)
             plates.append(Plate(name, inline(svg, name, f"{title}. {say()}"), title, say()))
     return plates
-
-
-def inline(svg: str, name: str, alt: str) -> Markup:
-    """An SVG file's drawing as it goes into a page: described, sized by the page, in its colours.
-
-    Args:
-        svg: The file's text.
-        name: What its ids begin with, so that two figures in one page don't share any.
-        alt: What a screen reader says.
-    """
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for colour, ink in INKS.items():
-        svg = svg.replace(colour, f"var(--{ink})")
-    head, body = svg.split(">", 1)
-    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    return Markup("{} role='img' aria-label='{}'>{}").format(Markup(head), alt, Markup(body))
 
 
 def _video(run: RunFiles) -> dict[str, str]:

@@ -14,33 +14,10 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from experiments.analysis.plots import ARMS, OTHER, Arm
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
 Floats = NDArray[np.float64]
-
-INK, FAINT = "#222222", "#d9d9d9"
-BLUE, ORANGE, GREY = "#0072b2", "#b34b00", "#767676"  # apart for every kind of colour vision
-
-
-@dataclass(frozen=True)
-class Arm:
-    """How a run that optimises one kind of reward is called and drawn, in every figure."""
-
-    name: str
-    colour: str
-    line: str
-    marker: str
-
-
-# Dashes and markers tell the arms apart where colour can't, on paper and in grey.
-ARMS = {
-    "learned": Arm("learned reward", BLUE, "-", "o"),
-    "task": Arm("the task's own reward", ORANGE, "--", "s"),
-    "zero": Arm("zero reward", GREY, ":", "^"),
-    "constant": Arm("constant reward", GREY, "-.", "v"),
-    "random": Arm("random reward", GREY, "--", "x"),
-}
-OTHER = Arm("unknown reward", INK, "-.", "D")
 
 
 @dataclass(frozen=True)

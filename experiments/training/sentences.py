@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from experiments.training.results import ARMS, Floats, RunFiles, correlation
+from experiments.analysis.plots import ARMS
+from experiments.training.results import Floats, RunFiles, correlation
 
 
 def number(value: float) -> str:

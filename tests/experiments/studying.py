@@ -1,6 +1,6 @@
 """Studies of the cells of `conftest.py`, and what they computed."""
 
-from experiments.grid import run_study
+from experiments.grid import Run, run_cells
 
 
 def grid(log, *n, **more):
@@ -16,4 +16,4 @@ def names(out):
 
 
 def run(function, cells, out, **options):
-    return run_study(function, cells, out, progress=False, **options)
+    return run_cells(function, cells, Run(out, **options), progress=False)

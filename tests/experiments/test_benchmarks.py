@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.analysis.stats import interquartile_mean
+from experiments.analysis.old_stats import interquartile_mean
 from experiments.benchmarks import learn as benchmark
 from rewardmodels import InvalidInput
 

@@ -109,13 +109,12 @@ def test_bad_arguments_are_refused_before_any_work(options, error, message, tmp_
     monkeypatch.setattr(workers, "find_spec", lambda _: None)
     with pytest.raises(error, match=message):
         run(dict, [{}], tmp_path / "new", **options)
-    with pytest.raises(InvalidInput, match="cells: expected at least one"):
-        run(dict, [], tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    (tmp_path / "file").touch()
-    monkeypatch.undo()
-    with pytest.raises(InvalidInput, match="out: expected a directory to write to"):
-        run(dict, [{}], tmp_path / "file")
+
+
+def test_an_empty_grid_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="cells"):
+        run(dict, [], tmp_path)
 
 
 def test_a_cell_that_raises_stops_no_other_and_is_tried_again(log, out, monkeypatch):

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rcParams
 
-from experiments.analysis import figures
-from experiments.analysis.line_labels import spread
-from experiments.training.results import ARMS, RunFiles
+from experiments.analysis import figures, plots
+from experiments.analysis.plots import ARMS, spread_labels
+from experiments.training.results import RunFiles
 
 from ..made_runs import column
 
@@ -53,7 +53,7 @@ def test_every_frame_is_in_the_density(demo: dict[str, Path]) -> None:
 
 def test_figures_leave_matplotlibs_settings_alone(demo: dict[str, Path], tmp_path: Path) -> None:
     before = dict(rcParams)
-    figures.save(figures.predicted_vs_true(RunFiles.read(demo["learned"]).frames), tmp_path / "a")
+    plots.save(figures.predicted_vs_true(RunFiles.read(demo["learned"]).frames), tmp_path / "a")
     assert dict(rcParams) == before
 
 
@@ -65,7 +65,7 @@ def test_figures_are_files_too_and_the_same_each_time(
     assert set(files) == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
     assert all(files[f"{name}.pdf"].startswith(b"%PDF") for name in names)
     again = figures.predicted_vs_true(RunFiles.read(demo["learned"]).frames)
-    figures.save(again, tmp_path / "again")
+    plots.save(again, tmp_path / "again")
     for kind in ("svg", "pdf"):
         assert (tmp_path / f"again.{kind}").read_bytes() == files[f"predicted_vs_true.{kind}"]
 
@@ -74,8 +74,8 @@ def test_spread_keeps_order_and_distance() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         centres, halves = rng.uniform(0, 60, 6), rng.uniform(2, 8, 6)
-        placed = np.array(spread(centres.tolist(), halves.tolist()))
+        placed = np.array(spread_labels(centres.tolist(), halves.tolist()))
         order = np.argsort(centres)
         gaps = np.diff(placed[order]) - (halves[order][1:] + halves[order][:-1])
         assert (gaps > -1e-9).all()
-    assert spread([40.0, 0.0], [5.0, 5.0]) == [40.0, 0.0]
+    assert spread_labels([40.0, 0.0], [5.0, 5.0]) == [40.0, 0.0]

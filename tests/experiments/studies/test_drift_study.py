@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
-from experiments.analysis.page import About
+from experiments.analysis.old_page import About
 from experiments.envs.guard_episodes import train
 from experiments.envs.tasks import Task, find_task
 from experiments.studies.drift import drift_cell, study_drift

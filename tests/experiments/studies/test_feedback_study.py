@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from active import Teacher
-from experiments.analysis.page import About
+from experiments.analysis.old_page import About
 from experiments.cli import main
 from experiments.datasets.pools import make_pool
 from experiments.grid import read_study

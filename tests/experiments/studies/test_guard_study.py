@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.analysis.page import as_markdown
+from experiments.analysis.old_page import as_markdown
 from experiments.cli import main
 from experiments.envs.guard_episodes import Episodes, play
 from experiments.envs.shifts import shifted

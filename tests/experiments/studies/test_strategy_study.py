@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from active import GreedyInformation, KCenter
-from experiments.analysis.page import About
+from experiments.analysis.old_page import About
 from experiments.benchmarks import queries as benchmark
 from experiments.cli import main
 from experiments.datasets.people import HumanData
