@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
+import json
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+if TYPE_CHECKING:
+    from rewardmodels.errors import RewardModelsError
+
 Command = Callable[[str, list[str]], None]
-"""Given the words that name it and those that follow."""
-
-# A sub-command's module is imported only once it was asked for: Lightning alone takes seconds.
+"""Called with the words that name the command, and the arguments that follow them."""
 
 
-class _Refused(Exception):
-    """Words that name no command."""
+class _UsageError(Exception):
+    """Input that can't be used; the message is printed as one line."""
 
 
 class _Interrupted(Exception):
-    """Ctrl-C, and how to go on."""
+    """Ctrl-C; the message says how to resume."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a sub-command.
+    """Run a command.
 
     Returns:
         0 for success, 2 for input that can't be used (with a line that says why on standard
@@ -40,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a user's own class can be named by its path
     try:
-        return _run(*_chosen(arguments))
-    except _Refused as error:
+        _run(arguments)
+    except _UsageError as error:
         print(f"rewardmodels: error: {error}", file=sys.stderr)
         return 2
     except _Interrupted as interruption:
@@ -50,57 +54,62 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nrewardmodels: interrupted before any work was done.", file=sys.stderr)
         return 130
-
-
-def _chosen(arguments: list[str]) -> tuple[str, list[str]]:
-    """The words that name a sub-command, and those after them."""
-    for words in _COMMANDS:
-        name = words.split()
-        if arguments[: len(name)] == name:
-            return words, arguments[len(name) :]
-    parser = argparse.ArgumentParser(
-        prog="rewardmodels",
-        description="Learn rewards from comparisons, and know how sure of them.",
-        epilog="Each command has its own --help.",
-    )
-    parser.add_argument("--version", action="version", version=version("rewardmodels"))
-    commands = parser.add_subparsers(title="commands")
-    for words, (text, _) in _COMMANDS.items():
-        commands.add_parser(words, help=text, add_help=False)
-    if arguments and arguments[0] in ("-h", "--help", "--version"):
-        parser.parse_args(arguments[:1])
-    several = arguments[:1] in (["benchmark"], ["study"])
-    came = " ".join(arguments[: 2 if several else 1])
-    close = get_close_matches(came, _COMMANDS, n=1)
-    raise _Refused(
-        f"command: expected one of {', '.join(_COMMANDS)}; got {came or 'none'!r}."
-        + (f" Did you mean {close[0]!r}?" if close else "")
-    )
-
-
-def _run(words: str, arguments: list[str]) -> int:
-    from rewardmodels.errors import RewardModelsError
-
-    _, command = _COMMANDS[words]
-    try:
-        command(words, arguments)
-    except RewardModelsError as error:
-        raise _Refused(str(error)) from error
     return 0
 
 
+def _run(arguments: list[str]) -> None:
+    for words, (_, command) in _COMMANDS.items():
+        name = words.split()
+        if arguments[: len(name)] == name:
+            from rewardmodels.errors import RewardModelsError
+
+            try:
+                return command(words, arguments[len(name) :])
+            except RewardModelsError as error:
+                raise _UsageError(str(error)) from error
+    groups = {words.split()[0] for words in _COMMANDS if " " in words}
+    group = arguments[0] if arguments and arguments[0] in groups else ""
+    rest = arguments[1:] if group else arguments
+    if rest[:1] == ["--version"] and not group:
+        print(version("rewardmodels"))
+    elif not rest or rest[0] in ("-h", "--help"):
+        print(_overview(group))
+    else:
+        given = f"{group} {rest[0]}".strip()
+        known = [words for words in _COMMANDS if words.startswith(group)]
+        close = get_close_matches(given, known, n=1)
+        raise _UsageError(
+            f"command: expected one of {', '.join(known)}; got {given!r}."
+            + (f" Did you mean {close[0]!r}?" if close else "")
+        )
+
+
+def _overview(group: str) -> str:
+    """List the commands, or those of one group, with their help."""
+    lines = [f"  {words:22}{text}" for words, (text, _) in _COMMANDS.items() if group in words]
+    name = f"rewardmodels {group}".strip()
+    return "\n".join(
+        [
+            f"usage: {name} COMMAND [--help] …\n",
+            "Learn rewards from comparisons, with calibrated uncertainty.\n",
+            "commands:",
+            *lines,
+            "\nEach command has its own --help.",
+        ]
+    )
+
+
 def _learn(words: str, arguments: list[str]) -> None:
+    # Each command imports its own modules when it runs: Lightning alone takes seconds.
     from experiments.people import spelled_out
     from experiments.training.config import LearnConfig
     from experiments.training.learn import learn
     from rewardmodels.errors import InvalidInput
 
-    arguments = spelled_out(arguments)
+    arguments = _expand_classes(spelled_out(arguments))
     parser = _parser(words)
     parser.add_argument("--config", action="config", help="YAML with any of these settings")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the run that stands in --out"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_class_arguments(LearnConfig)
     parser.set_defaults(_DEFAULTS)
     settings = _parse(parser, arguments)
@@ -112,10 +121,10 @@ def _learn(words: str, arguments: list[str]) -> None:
                 "out to start one."
             )
         settings = _parse(parser, ["--config", str(out / "config.yaml"), *arguments])
-    made = parser.instantiate(settings)
-    resume = made.pop("resume")
-    made.pop("config")
-    config = LearnConfig(**made)
+    values = parser.instantiate(settings)
+    resume = values.pop("resume")
+    values.pop("config")
+    config = LearnConfig(**values)
     with _interruptible(
         lambda: (
             f"To go on: {shlex.join(['rewardmodels', 'learn', '--resume', '--out', str(out)])}"
@@ -162,11 +171,38 @@ def _study(words: str, arguments: list[str]) -> None:
         )
 
 
-def _from(path: str, *, quick: str = "", positional: bool = False) -> Command:
-    """A command that calls the function at `module:name`.
+def _expand_classes(arguments: Sequence[str]) -> list[str]:
+    """Write registered names and calls as class paths and flags, which jsonargparse understands.
 
-    Every argument is a flag, save those without a default if they are `positional`. `quick` is the
-    help of its `--quick`, if it has one.
+    `--schedule "WhenUnsure(level=0.2)"` becomes `--schedule active.schedule.WhenUnsure
+    --schedule.level=0.2`. Import paths and unknown names stay as they are.
+    """
+    from experiments.registry import KINDS, find_class
+
+    expanded: list[str] = []
+    for word in arguments:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        flag = flag or (expanded[-1] if expanded else "")
+        kind = KINDS.get(flag.removeprefix("--"))
+        if kind is None or value.partition("(")[0] not in kind.classes():
+            expanded.append(word)
+            continue
+        found = find_class(flag.removeprefix("--"), value)
+        keywords = getattr(found, "keywords", {})
+        found = getattr(found, "func", found)
+        path = f"{found.__module__}.{found.__qualname__}"
+        expanded.append(f"{flag}={path}" if equals else path)
+        expanded += [f"{flag}.{name}={json.dumps(value)}" for name, value in keywords.items()]
+    return expanded
+
+
+def _call(path: str, *, quick: str = "", positional: bool = False) -> Command:
+    """Make a command that calls the function at `module:name`.
+
+    Args:
+        path: Of the function; its parameters become flags.
+        quick: Help of the command's `--quick`; empty if it has none.
+        positional: Parameters without a default are positional.
     """
 
     def command(words: str, arguments: list[str]) -> None:
@@ -192,112 +228,197 @@ def _parser(words: str) -> ArgumentParser:
 
 
 def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    from experiments.usage import refusal
-
     try:
         return parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        raise refusal(str(error), parser) from error
+    except ArgumentError as error:
+        raise _readable_error(str(error), parser) from error
 
 
 @contextmanager
-def _interruptible(how_to_go_on: Callable[[], str]) -> Iterator[None]:
+def _interruptible(how_to_resume: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning's Trainer answers Ctrl-C with SystemExit.
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        raise _Interrupted(how_to_go_on()) from None
+        raise _Interrupted(how_to_resume()) from None
 
 
-# A command is added here, in one entry: its words, its help, and where its function stands.
+_NO_SETTINGS = ("help", "config", "resume", "print_config", "print_shtab")
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "Sequence": "a list",
+    "NoneType": "none",
+}
+
+
+def _readable_error(message: str, parser: ArgumentParser) -> RewardModelsError:
+    """Rewrite jsonargparse's message as one line: argument, what was expected, what was given."""
+    from rewardmodels.errors import InvalidInput, UnknownName
+
+    text = " ".join(message.split())
+    argument = ".".join(re.findall(r'Parser key "([^"]+)"', text))
+
+    def found(pattern: str) -> re.Match[str] | None:
+        return re.search(pattern, text)
+
+    if m := found(r"unrecognized arguments: (\S+)"):
+        return InvalidInput(_unknown_flag(m[1], parser))
+    if m := found(r"argument (\S+): expected one argument|arguments are required: ([^\s,]+)"):
+        return InvalidInput(f"{m[1] or m[2]}: expected a value, got none.")
+    if m := found(r"[Oo]ption '([\w.]+)' is not accepted"):
+        if path := found(r"class_path '([^']+)\.(\w+)'"):
+            cls = getattr(import_module(path[1]), path[2])
+            from experiments.registry import constructor_arguments
+
+            return UnknownName(f"{argument} ({path[2]})", m[1], sorted(constructor_arguments(cls)))
+        return UnknownName("config", m[1], _settings(parser))
+    if m := found(
+        r"Expected a dot import path string: (\S*)|instantiatable class, but (\S+) is abstract|"
+        r"Import path (\S+) does not correspond to a subclass of"
+    ):
+        return InvalidInput(_unknown_class(argument, m[1] or m[2] or m[3] or ""))
+    # Arguments that may be a class or a function.
+    if m := found(r"or a callable class: (.*?)\.? - .* Given value: (.*)"):
+        return InvalidInput(
+            f"{argument}: expected the import path of a torch Module, or of a function annotated "
+            f"to return one, got {m[2]!r}: {m[1]}. Name one that can be imported from here."
+        )
+    if m := found(r"class_path '([^']+)': (?!Parser key)(.*)"):
+        return InvalidInput(f"{argument}: expected a class, got {m[1]!r}: {m[2].rstrip('.')}.")
+    if m := found(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (.*)"):
+        return UnknownName(argument, m[2], re.findall(r"'([^']+)'", m[1]))
+    if m := found(
+        r"(?:Subtypes: \[(.*?)\] .*Given|Expected an? (<class '[\w.]+'>)\. Got) value: (.*)"
+    ):
+        names = re.findall(r"<class '(?:\w+\.)*(\w+)'>", m[1] or m[2])
+        types = " or ".join(_TYPES.get(name, f"a {name}") for name in names)
+        return InvalidInput(f"{argument}: expected {types}, got {m[3]!r}.")
+    if m := found(r"File does not exist: '(.+?)'"):
+        return InvalidInput(f"{argument}: expected a file, got {m[1]}, which doesn't exist.")
+    if m := found(r"(?:Unexpected config|Problems parsing config): (.*)"):
+        return InvalidInput(f"config: expected YAML with settings by name, got {m[1]!r}.")
+    return InvalidInput(re.sub(r'Parser key "([^"]+)":?', r"\1:", text))
+
+
+def _settings(parser: ArgumentParser) -> list[str]:
+    return [a.dest for a in parser._actions if a.dest not in _NO_SETTINGS and "." not in a.dest]
+
+
+def _unknown_flag(flag: str, parser: ArgumentParser) -> str:
+    if not flag.startswith("-"):
+        return f"arguments: expected flags, such as --seed 1, got {flag!r}."
+    name = flag.split("=")[0].lstrip("-")
+    known = [*_settings(parser), "config", "resume", "print_config"]
+    close = get_close_matches(name, known, n=1)
+    hint = f"Did you mean --{close[0]}?" if close else f"`{parser.prog} --help` lists them."
+    return f"--{name}: expected a flag of `{parser.prog}`, got an unknown one. {hint}"
+
+
+def _unknown_class(argument: str, name: str) -> str:
+    from experiments.registry import KINDS
+
+    kind = KINDS.get(argument.rsplit(".", 1)[-1])
+    names = sorted(kind.classes()) if kind else []
+    close = get_close_matches(name, names, n=1)
+    expected = f"one of {', '.join(names)} or an import path" if kind else "an import path"
+    if kind and "." in name:
+        expected += f" of a {kind.base.__name__}"
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{argument}: expected {expected}; got {name!r}.{hint}"
+
+
+# A new command is one entry here: its words, its help, and the function that it calls.
 _COMMANDS: dict[str, tuple[str, Command]] = {
     "learn": ("learn a task from comparisons of behaviour", _learn),
     "demo": (
         "learn HalfCheetah from 100 comparisons, beside a reward of zero",
-        _from("experiments.demo:demo"),
+        _call("experiments.demo:demo"),
     ),
     "label": (
         "serve the page on which people answer a run's questions",
-        _from("experiments.labelling.command:label", positional=True),
+        _call("experiments.labelling.command:label", positional=True),
     ),
     "guard": (
         "run a trained agent under a guard, which is calibrated once and kept beside it",
-        _from("experiments.deploy:guard_run", positional=True),
+        _call("experiments.deploy:guard_run", positional=True),
     ),
     "export": (
         "write all answers, marks and ratings of a run as CSV or Parquet",
-        _from("active.export:export_feedback", positional=True),
+        _call("active.export:export_feedback", positional=True),
     ),
     "import": (
         "read what export wrote into a new store of answers",
-        _from("active.export:import_feedback", positional=True),
+        _call("active.export:import_feedback", positional=True),
     ),
     "pool": (
         "record an agent at every stage of its training, as a Minari data set",
-        _from("experiments.datasets.minari:export_pool"),
+        _call("experiments.datasets.minari:export_pool"),
     ),
     "study predictors": (
         "compare predictors: whether their uncertainty may be believed",
-        _from("experiments.studies.predictors:study_predictors"),
+        _call("experiments.studies.predictors:study_predictors"),
     ),
     "study strategies": (
         "compare query strategies: the comparisons that they save over uniform ones",
-        _from("experiments.studies.strategies:study_strategies"),
+        _call("experiments.studies.strategies:study_strategies"),
     ),
     "study feedback": (
         "measure how many comparisons are needed, by schedule and by teacher",
-        _from("experiments.studies.feedback:study_feedback"),
+        _call("experiments.studies.feedback:study_feedback"),
     ),
     "study marks": ("measure how many comparisons marks of parts of clips save", _study),
     "study guard": (
         "compare detectors and statistics: which changes of the world they find, and how soon",
-        _from("experiments.studies.guard:study_guard"),
+        _call("experiments.studies.guard:study_guard"),
     ),
     "study drift": (
         "train on a reward learned once: frozen, asked on, pessimistic or guarded",
-        _from("experiments.studies.drift:study_drift"),
+        _call("experiments.studies.drift:study_drift"),
     ),
     "benchmark predictors": (
         "measure calibration, uncertainty and cost of every predictor",
-        _from(
+        _call(
             "experiments.benchmarks.predictors:benchmark_predictors",
             quick="in about two minutes, for trends: one task, one seed",
         ),
     ),
     "benchmark queries": (
         "measure what queries save over random ones, and how long choosing takes",
-        _from(
+        _call(
             "experiments.benchmarks.queries:benchmark_queries",
             quick="in about two minutes, for trends: one task, two seeds",
         ),
     ),
     "benchmark guard": (
         "measure a guard's false alarms, what it finds and what it costs",
-        _from(
+        _call(
             "experiments.benchmarks.guard:benchmark_guard",
             quick="in about two minutes, for trends: one task, few episodes",
         ),
     ),
     "benchmark published": (
         "set a detector beside the figures that PEDM's authors printed",
-        _from("experiments.benchmarks.guard_published:compare_published"),
+        _call("experiments.benchmarks.guard_published:compare_published"),
     ),
     "benchmark backflips": (
         "count the backflips of Hoppers that were taught them by comparisons",
-        _from("experiments.benchmarks.backflips:benchmark_backflips"),
+        _call("experiments.benchmarks.backflips:benchmark_backflips"),
     ),
     "benchmark page": (
         "measure what the page loses when it is killed, and how long people wait",
-        _from(
+        _call(
             "experiments.benchmarks.page:benchmark_page",
             quick="in about two minutes, for trends: fewer answers and kills",
         ),
     ),
     "benchmark learn": (
         "measure returns, throughput and the scoring of pairs",
-        _from(
+        _call(
             "experiments.benchmarks.learn:benchmark_learn",
             quick="in under 50 seconds, for trends: one task, one seed",
         ),

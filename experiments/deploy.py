@@ -19,7 +19,7 @@ from experiments.envs.guard_episodes import Act, acting, play
 from experiments.envs.shifts import Severity, shifted
 from experiments.envs.tasks import Task, find_task, make_env
 from experiments.envs.vector import make_vec_env
-from experiments.lookup import found_class
+from experiments.registry import find_class
 from experiments.studies.guard import make_detector
 from experiments.studies.limits import check_least
 from experiments.training.run_directory import Run
@@ -34,7 +34,7 @@ from ood import (
     save_monitor,
 )
 from ood.conformal import episodes_needed
-from ood.sequential import STATISTICS, Statistic
+from ood.sequential import Statistic
 from rewardmodels import Clips, InvalidInput, RewardModel, UnreadableFile, load
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.scoring import FrameScorer
@@ -255,5 +255,5 @@ def _ask(clip: Clips) -> bool:
 
 
 def _statistic(name: str) -> Statistic:
-    made: Statistic = found_class("statistic", name, STATISTICS, Statistic)()
+    made: Statistic = find_class("statistic", name)()
     return made

@@ -1,19 +1,135 @@
-"""Settings as plain data: what a command line reads back, and what names a run."""
+"""Classes by registered name or import path, and objects as plain data: settings read and written.
+
+A new class is one line in the registry of its kind; `KINDS` says which registry that is. The flags
+of `rewardmodels learn` and the lists of the studies both look names up here.
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from active import ACQUISITIONS
-from rewardmodels.errors import InvalidInput
-from rewardmodels.model import RewardModel
+from active import ACQUISITIONS, SCHEDULES, STRATEGIES, TEACHERS, QueryStrategy, Schedule, Teacher
+from active.rules import BatchRule
+from ood import OODDetector
+from ood.saving import DETECTORS
+from ood.sequential import STATISTICS, Statistic
+from rewardmodels import InvalidInput, RewardModel, UnknownName
+from rewardmodels.saving import PREDICTORS
+
+_OWN_PACKAGES = ("rewardmodels", "active", "ood", "experiments")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Classes that serve one purpose.
+
+    Args:
+        base: Class that all of them extend.
+        registered: Classes, or partial constructors, by name.
+    """
+
+    base: type
+    registered: Mapping[str, Callable[..., Any]]
+
+    def classes(self) -> dict[str, Callable[..., Any]]:
+        """Registered names and our other concrete classes that were imported, by name."""
+        return {**_concrete_subclasses(self.base), **self.registered}
+
+
+KINDS: dict[str, Kind] = {
+    "model": Kind(RewardModel, PREDICTORS),
+    "strategy": Kind(QueryStrategy, STRATEGIES),
+    "schedule": Kind(Schedule, SCHEDULES),
+    "teacher": Kind(Teacher, TEACHERS),
+    "rule": Kind(BatchRule, {}),
+    "detector": Kind(OODDetector, DETECTORS),
+    "statistic": Kind(Statistic, STATISTICS),
+}
+
+
+def find_class(
+    kind: str, name: str, registered: Mapping[str, Callable[..., Any]] | None = None
+) -> Callable[..., Any]:
+    """Return the class of a registered name or import path.
+
+    Args:
+        kind: Key of `KINDS`.
+        name: Of the class, with or without keyword arguments: "WhenUnsure",
+            "WhenUnsure(level=0.2)", "my_package.MySchedule".
+        registered: Names in place of the kind's own.
+
+    Returns:
+        The class; with arguments, a `functools.partial` of it.
+
+    Raises:
+        UnknownName: No such class.
+        InvalidInput: A class of another kind, or one without such arguments.
+
+    Example:
+        >>> find_class("schedule", "WhenUnsure(level=0.2)")().level
+        0.2
+    """
+    path, bracket, _ = name.partition("(")
+    known = KINDS[kind].classes() if registered is None else registered
+    found = known[path] if path in known else _import_class(kind, path, known)
+    if not bracket:
+        return found
+    arguments = _keyword_arguments(kind, name)
+    try:
+        inspect.signature(found).bind_partial(**arguments)
+    except TypeError as error:
+        accepted = ", ".join(inspect.signature(found).parameters)
+        raise InvalidInput(
+            f"{kind}: expected {path} with some of {accepted}; got {name}."
+        ) from error
+    return partial(found, **arguments)
+
+
+def _import_class(
+    kind: str, path: str, known: Mapping[str, Callable[..., Any]]
+) -> Callable[..., Any]:
+    module, _, short = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), short)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UnknownName(kind, path, known) from error
+    base = KINDS[kind].base
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InvalidInput(f"{kind}: expected a {base.__name__}, got {path}.")
+    return found
+
+
+def _keyword_arguments(kind: str, name: str) -> dict[str, Any]:
+    """Literal keyword arguments of a call written as text."""
+    try:
+        call = ast.parse(name, mode="eval").body
+        if isinstance(call, ast.Call) and not call.args:
+            return {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise InvalidInput(
+        f"{kind}: expected a name with plain keyword arguments, such as Name(share=0.2), got "
+        f"{name}."
+    )
+
+
+def _concrete_subclasses(base: type) -> dict[str, type]:
+    own = base.__module__.split(".")[0] in _OWN_PACKAGES and not inspect.isabstract(base)
+    found = {base.__name__: base} if own else {}
+    for cls in base.__subclasses__():
+        found |= _concrete_subclasses(cls)
+    return found
 
 
 def describe_settings(config: Any) -> dict[str, Any]:
-    """A settings dataclass as the YAML that the command line reads, but for where it is kept."""
+    """Describe a dataclass of settings as the command line's YAML, without its `out`."""
     return {
         field.name: describe(getattr(config, field.name))
         for field in fields(config)
@@ -22,7 +138,7 @@ def describe_settings(config: Any) -> dict[str, Any]:
 
 
 def describe(value: Any) -> Any:
-    """A setting as plain data; an object as its class path and constructor arguments.
+    """Describe a setting as plain data; an object by its class path and constructor arguments.
 
     Raises:
         InvalidInput: An object that doesn't keep a constructor argument as an attribute, or a
@@ -35,30 +151,30 @@ def describe(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
     if inspect.isfunction(value) or inspect.isclass(value):
-        for name, known in ACQUISITIONS.items():
-            if value is known:
+        for name, acquisition in ACQUISITIONS.items():
+            if value is acquisition:
                 return name
         if "<" in value.__qualname__:
             raise InvalidInput(
-                f"{value.__qualname__}: expected what stands at the top of a module and can be "
-                "imported to repeat the run."
+                f"{value.__qualname__}: expected a function or class at the top level of a module, "
+                "which a repeated run can import; move it there."
             )
         return f"{value.__module__}.{value.__qualname__}"
-    kept = vars(value)
+    attributes = vars(value)
     if isinstance(value, RewardModel):
-        kept = {**value.hparams, "network": value.make_network}
+        attributes = {**value.hparams, "network": value.make_network}
     arguments = constructor_arguments(type(value))
-    if missing := [name for name in arguments if name not in kept]:
+    if missing := [name for name in arguments if name not in attributes]:
         raise InvalidInput(
             f"{type(value).__name__}: expected each constructor argument kept as an attribute, so "
             f"that the run can be repeated; {', '.join(missing)} isn't."
         )
     path = f"{type(value).__module__}.{type(value).__qualname__}"
-    return {"class_path": path, "init_args": {n: describe(kept[n]) for n in arguments}}
+    return {"class_path": path, "init_args": {n: describe(attributes[n]) for n in arguments}}
 
 
 def constructor_arguments(cls: type) -> list[str]:
-    """Names of what a class's constructor takes, those that `**options` hands on included.
+    """List the arguments of a class's constructor, including those passed on as `**options`.
 
     Example:
         >>> from rewardmodels import MCDropout
@@ -70,12 +186,11 @@ def constructor_arguments(cls: type) -> list[str]:
         if "__init__" not in vars(base):
             continue
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        kinds = {parameter.kind for parameter in parameters}
         names += [
             p.name
             for p in parameters
             if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in names
         ]
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return names

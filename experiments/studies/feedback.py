@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from active import SCHEDULES, STRATEGIES, TEACHERS, QueryStrategy, Schedule, Teacher
+from active import QueryStrategy, Schedule, Teacher
 from experiments.analysis.old_page import about_study
 from experiments.datasets.pools import make_pool
 from experiments.envs.tasks import find_task
 from experiments.grid import Result, read_study, run_study
-from experiments.lookup import found_class
+from experiments.registry import find_class
 from experiments.studies.feedback_tables import write_tables
 from experiments.studies.limits import check_least
 from experiments.studies.predictors import maker
@@ -250,7 +250,7 @@ def _check(
 
 def _made_schedule(name: str, task: str) -> Schedule:
     """A schedule that first asks for the share which the task needs, if it has such a setting."""
-    make = found_class("schedule", name, SCHEDULES, Schedule)
+    make = find_class("schedule", name)
     said = getattr(make, "keywords", {})
     if "initial" in inspect.signature(make).parameters and "initial" not in said:
         make = partial(make, initial=known_good(task).schedule().initial)
@@ -259,8 +259,8 @@ def _made_schedule(name: str, task: str) -> Schedule:
 
 
 def _teacher(name: str) -> Callable[[], Teacher]:
-    return found_class("teacher", name, TEACHERS, Teacher)
+    return find_class("teacher", name)
 
 
 def _strategy(name: str) -> Callable[[], QueryStrategy]:
-    return found_class("strategy", name, STRATEGIES, QueryStrategy)
+    return find_class("strategy", name)

@@ -29,13 +29,12 @@ from experiments.envs.guard_episodes import load_policy, play, train
 from experiments.envs.shifts import SHIFTS, Severity, shifted
 from experiments.envs.tasks import Task, find_task, make_env
 from experiments.grid import Result, run_study
-from experiments.lookup import found_class
+from experiments.registry import find_class
 from experiments.studies.guard_figures import along, figures, halting_steps, step_micros
 from experiments.studies.guard_tables import lead, sections
 from experiments.studies.limits import check_least
 from experiments.studies.summary import Row, as_csv
 from ood import Monitor, OODDetector
-from ood.saving import DETECTORS
 from ood.sequential import STATISTICS, Statistic
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
@@ -100,7 +99,7 @@ def study_guard(
         ("seeds", seeds, 1), ("jobs", jobs, 1),
     )  # fmt: skip
     for name in detectors:
-        found_class("detector", name, DETECTORS, OODDetector)
+        find_class("detector", name)
     for name in statistics:
         _statistic(name)
     chosen = worlds(find_task(task), shifts, severities)
@@ -224,7 +223,7 @@ def make_detector(name: str, observation_size: int, seed: int) -> OODDetector:
         >>> make_detector("DynamicsEnsemble", 17, seed=1).seed
         1
     """
-    cls = found_class("detector", name, DETECTORS, OODDetector)
+    cls = find_class("detector", name)
     given = {"observation_size": observation_size, "seed": seed}
     wanted = inspect.signature(cls).parameters
     made: OODDetector = cls(**{k: v for k, v in given.items() if k in wanted})
@@ -232,4 +231,4 @@ def make_detector(name: str, observation_size: int, seed: int) -> OODDetector:
 
 
 def _statistic(name: str) -> Callable[[], Statistic]:
-    return found_class("statistic", name, STATISTICS, Statistic)
+    return find_class("statistic", name)

@@ -34,9 +34,9 @@ from experiments.analysis.stats import (
     over_tasks,
     paired,
 )
-from experiments.lookup import found_class
+from experiments.registry import find_class
 from experiments.studies import check_least, check_tasks, pool_of, seed_range
-from rewardmodels import Comparisons, InvalidInput, RewardModel, fit
+from rewardmodels import Comparisons, InvalidInput, fit
 from rewardmodels import calibration as score
 from rewardmodels.saving import PREDICTORS
 
@@ -104,7 +104,7 @@ class Settings:
         if not self.marked or not set(self.marked) <= {1, 2}:
             raise InvalidInput(f"marked: expected 1, 2 or both, got {list(self.marked)}.")
         SyntheticMarker(self.stretch, self.stands_out, self.flip_rate)
-        found_class("predictor", self.predictor, PREDICTORS, RewardModel)
+        find_class("model", self.predictor, PREDICTORS)
         check_tasks(self.tasks, self.length)
 
 
@@ -146,7 +146,7 @@ def cell(settings: Settings, task: str, marks_per_pair: int, seed: int) -> list[
     marks = marks[marks.rows[:, 0] % 2 < marks_per_pair]
     frames, decided, rows = tests[:FRAMES], preference != 0.5, []
     for n in settings.counts:
-        model = found_class("predictor", settings.predictor, PREDICTORS, RewardModel)()
+        model = find_class("model", settings.predictor, PREDICTORS)()
         known = marks[marks.rows[:, 0] < 2 * n]
         fit(model, comparisons[:n].compact(), marks=known, epochs=EPOCHS, seed=seed)
         predicted = model.posterior(tests).preference(test_pairs)

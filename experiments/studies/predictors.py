@@ -33,7 +33,7 @@ from active.teachers import SyntheticTeacher
 from experiments.datasets.people import HUMAN_DATA, HumanData, baseline, splits
 from experiments.datasets.pools import Pool, make_pool
 from experiments.grid import Cell, Result, run_study
-from experiments.lookup import found_class
+from experiments.registry import find_class
 from experiments.studies.limits import check_least, check_tasks
 from experiments.studies.predictor_scores import (
     CALIBRATED_ON,
@@ -331,7 +331,7 @@ def maker(predictor: str) -> Callable[..., RewardModel]:
         UnknownName: There is none.
         InvalidInput: It is something else.
     """
-    return found_class("predictor", predictor, PREDICTORS, RewardModel)
+    return find_class("model", predictor, PREDICTORS)
 
 
 def _rows(data: HumanData, rows: np.ndarray) -> tuple[Comparisons, Tensor]:

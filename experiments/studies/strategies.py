@@ -21,14 +21,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from active import STRATEGIES, TEACHERS, QueryStrategy, SyntheticTeacher, Teacher, all_pairs
+from active import STRATEGIES, QueryStrategy, SyntheticTeacher, all_pairs
 from experiments.analysis.old_page import about_study
 from experiments.datasets.minari import find_pool, is_minari
 from experiments.datasets.people import HUMAN_DATA, HumanData, splits
 from experiments.datasets.pools import Pool
 from experiments.grid import Cell, Result, cell_file, read_cell, remember, run_study
 from experiments.grid_workers import check_workers
-from experiments.lookup import found_class
+from experiments.registry import find_class
 from experiments.studies.limits import check_least, check_tasks
 from experiments.studies.predictors import half, maker, people
 from experiments.studies.strategy_tables import write_tables
@@ -196,7 +196,7 @@ def pool_cell(
     candidates = known.clips(clips, length, draw)
     test = fresh.clips(2 * tests, length, draw)
     pairs, tested = all_pairs(clips), torch.arange(2 * tests).view(tests, 2)
-    said = found_class("teacher", teacher, TEACHERS, Teacher)().answer(candidates, pairs, draw)
+    said = find_class("teacher", teacher)().answer(candidates, pairs, draw)
     if said.isnan().any():
         raise InvalidInput(
             f"teacher: expected one who answers every question, got {teacher}, who skips "
@@ -252,7 +252,7 @@ def _learn(
 
 
 def _strategy(name: str) -> Callable[[], QueryStrategy]:
-    return found_class("strategy", name, STRATEGIES, QueryStrategy)
+    return find_class("strategy", name)
 
 
 def _generator(*numbers: int) -> torch.Generator:

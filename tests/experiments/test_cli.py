@@ -82,11 +82,11 @@ def refused(capsys, words) -> str:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("", "command: expected one of learn, demo, label, guard, "),
         ("guard", "run: expected a value, got none."),
         ("lern", "got 'lern'. Did you mean 'learn'?"),
         ("--nonsense", "got '--nonsense'"),
-        ("benchmark", "got 'benchmark'. Did you mean 'benchmark page'?"),
+        ("study strategy", "command: expected one of study predictors, "),
+        ("study strategy", "got 'study strategy'. Did you mean 'study strategies'?"),
         ("learn positional", "arguments: expected flags, such as --seed 1, got 'positional'."),
         ("learn --sed 3", "--sed: expected a flag of `rewardmodels learn`, got an unknown one. Did "
          "you mean --seed?"),
@@ -124,6 +124,8 @@ def refused(capsys, words) -> str:
          "power: expected a finite number, at least 0, got -1"),
         ("learn --strategy ScoredStrategy --strategy.rule Tpk", "strategy.rule: expected one of "),
         ("learn --schedule Constnt", "Did you mean 'Constant'?"),
+        ("learn --schedule WhenUnsure(levl=1)", "schedule: expected WhenUnsure with some of level"),
+        ("learn --schedule WhenUnsure(level=lots)", "got WhenUnsure(level=lots)."),
         ("learn --teacher.rationality lots", "teacher.rationality: expected a number, got 'lots'."),
         ("learn --teacher SyntheticTeecher", "Did you mean 'SyntheticTeacher'?"),
         ("learn --model torch.nn.Linear", "import path of a RewardModel; got 'torch.nn.Linear'."),
@@ -156,16 +158,30 @@ def test_what_is_wrong_is_refused_in_a_line(words, line, capsys):
     assert line in refused(capsys, words.split())
 
 
-def test_help_is_shown_for_all_and_each(capsys):
+@pytest.mark.parametrize(
+    ("words", "listed", "left_out"),
+    [
+        ("", "benchmark page", "unlisted"),
+        ("--help", "study marks", "unlisted"),
+        ("study", "study marks", "benchmark"),
+        ("study --help", "study drift", "learn a task"),
+        ("benchmark -h", "benchmark page", "study"),
+        ("--version", ".", "usage"),
+    ],
+)
+def test_commands_are_listed(words, listed, left_out, capsys):
+    assert main(words.split()) == 0
+    printed = capsys.readouterr().out
+    assert listed in printed
+    assert left_out not in printed
+
+
+@pytest.mark.parametrize("command", ["learn", "demo", "benchmark page"])
+def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        main([*command.split(), "--help"])
     assert stop.value.code == 0
-    for command in ("learn", "demo", "benchmark learn"):
-        assert command in capsys.readouterr().out or command != "learn"
-        with pytest.raises(SystemExit) as stop:
-            main([*command.split(), "--help"])
-        assert stop.value.code == 0
-        assert f"usage: rewardmodels {command}" in capsys.readouterr().out
+    assert f"usage: rewardmodels {command}" in capsys.readouterr().out
 
 
 def printed(capsys, *words):
@@ -189,6 +205,21 @@ def test_settings_that_were_printed_are_read_back(capsys, tmp_path):
     file.write_text(yaml.safe_dump(config))
     assert printed(capsys, "--config", str(file)) == config
     assert printed(capsys, "--config", str(file), "--seed", "4") == {**config, "seed": 4}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--schedule", "WhenUnsure(level=0.5)", "--teacher", "stochastic"],
+        ["--schedule=WhenUnsure(level=0.5)", "--teacher=SyntheticTeacher(rationality=1.0)"],
+        ["--schedule", "WhenUnsure", "--schedule.level=0.5", "--teacher=stochastic"],
+    ],
+)
+def test_classes_are_named_with_their_arguments(words, capsys):
+    config = printed(capsys, *words)
+    assert config["schedule"]["init_args"]["level"] == 0.5
+    assert config["teacher"]["class_path"].endswith("SyntheticTeacher")
+    assert config["teacher"]["init_args"]["rationality"] == 1
 
 
 def test_a_runs_own_settings_are_read_back(finished, capsys):
