@@ -24,17 +24,17 @@ from experiments.studies.guard import make_detector
 from experiments.studies.limits import check_least
 from experiments.training.run_directory import Run
 from ood import (
+    AlarmResponse,
     EventLog,
     Guard,
     Monitor,
     OODDetector,
-    Rules,
+    Statistic,
     agent_fingerprint,
     load_monitor,
     save_monitor,
 )
 from ood.conformal import episodes_needed
-from ood.sequential import Statistic
 from rewardmodels import Clips, InvalidInput, RewardModel, UnreadableFile, load
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.scoring import FrameScorer
@@ -123,7 +123,7 @@ def guard_run(
         env = shifted(env, shift, severity, onset, seed, observation_std=std)
     response: Any = {"watch": _go_on}.get(on_alarm, on_alarm)
     log = EventLog(Path(run) / "guard.jsonl")
-    rules = Rules(on_alarm=response, ask=_ask if on_alarm == "ask" else None, log=log)
+    rules = AlarmResponse(on_alarm=response, ask=_ask if on_alarm == "ask" else None, log=log)
     rows = []
     with isolated_randomness(seed):
         for number in tqdm(range(episodes), unit=" episodes", leave=False):

@@ -17,9 +17,7 @@ from typing import Any
 
 from active import ACQUISITIONS, SCHEDULES, STRATEGIES, TEACHERS, QueryStrategy, Schedule, Teacher
 from active.rules import BatchRule
-from ood import OODDetector
-from ood.saving import DETECTORS
-from ood.sequential import STATISTICS, Statistic
+from ood import DETECTORS, STATISTICS, OODDetector, Statistic
 from rewardmodels import InvalidInput, RewardModel, UnknownName
 from rewardmodels.saving import PREDICTORS
 

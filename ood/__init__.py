@@ -1,6 +1,6 @@
 """When to stop trusting: detectors of the unfamiliar, and guards that act on them.
 
-Episodes of the policy at work come first (`record`), in two lots. From one a detector
+Episodes of the policy at work come first (`record_episodes`), in two lots. From one a detector
 (`Mahalanobis`, `KNN`, `DynamicsEnsemble` and others) learns what is familiar. From the other a
 `Monitor` takes the threshold that a statistic of the scores (`Spike`, `EWMA`, `CUSUM`) or of
 signed errors (`MEWMA`) exceeds in no more than a promised share of new episodes. A `Guard` runs the
@@ -12,7 +12,7 @@ Example:
     >>> import gymnasium, numpy, torch
     >>> env = gymnasium.make("Pendulum-v1", max_episode_steps=50)
     >>> policy = lambda observation: numpy.tanh(observation[1:2])
-    >>> episodes = record(env, policy, 50, "transition", seed=0)
+    >>> episodes = record_episodes(env, policy, 50, "transition", seed=0)
     >>> monitor = Monitor(Mahalanobis().fit(torch.cat(episodes[:20])), CUSUM())
     >>> threshold = monitor.calibrate(episodes[20:], alpha=0.1)
     >>> guard = Guard(env, monitor, "transition")
@@ -34,17 +34,20 @@ from ood.events import Event, EventLog
 from ood.guard import Guard, VectorGuard
 from ood.martingales import ConformalMartingale, ShiryaevRoberts
 from ood.monitor import Monitor, Reading, StaleThreshold
-from ood.recording import record
-from ood.rules import Rules
-from ood.saving import agent_fingerprint, load_monitor, save_monitor
+from ood.recording import record_episodes
+from ood.rules import AlarmResponse
+from ood.saving import DETECTORS, agent_fingerprint, load_monitor, save_monitor
 from ood.selective import Selection, confidence_for, confident_errors, select
-from ood.sequential import CUSUM, EWMA, MEWMA, Spike, Statistic
+from ood.sequential import CUSUM, EWMA, MEWMA, STATISTICS, Spike, Statistic
 
 __all__ = [
     "CUSUM",
+    "DETECTORS",
     "EWMA",
     "KNN",
     "MEWMA",
+    "STATISTICS",
+    "AlarmResponse",
     "ConformalMartingale",
     "DynamicsEnsemble",
     "Epistemic",
@@ -59,7 +62,6 @@ __all__ = [
     "RandomNetworkDistillation",
     "Reading",
     "RelativeMahalanobis",
-    "Rules",
     "Selection",
     "ShiryaevRoberts",
     "SklearnDetector",
@@ -75,7 +77,7 @@ __all__ = [
     "confident_errors",
     "conformal_quantile",
     "load_monitor",
-    "record",
+    "record_episodes",
     "save_monitor",
     "select",
 ]

@@ -311,7 +311,7 @@ def episode_maxima(
     padded = np.zeros((len(scores), len(steps), *scores[0].shape[1:]))
     for i, episode in enumerate(scores):
         padded[i, : lengths[i]] = threshold.standardise(np.asarray(episode), steps[: lengths[i]])
-    values = statistic.along(padded)
+    values = statistic.run(padded)
     maxima: Array = np.where(steps < lengths[:, None], values, -np.inf).max(1)
     return maxima
 

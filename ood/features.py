@@ -102,7 +102,7 @@ def hidden(model: RewardModel) -> Features:
     return see
 
 
-def named(features: str | Features) -> Features:
+def find_features(features: str | Features) -> Features:
     """Finds features by their name; a function is returned as it is.
 
     Raises:
@@ -115,11 +115,13 @@ def named(features: str | Features) -> Features:
     return FEATURES[features]
 
 
-def names(features: str | Features, observation_size: int, action_size: int) -> list[str] | None:
+def feature_names(
+    features: str | Features, observation_size: int, action_size: int
+) -> list[str] | None:
     """What each feature is called, for words in a report; None where a function is one's own.
 
     Example:
-        >>> names("observation_action", 2, 1)
+        >>> feature_names("observation_action", 2, 1)
         ['observation[0]', 'observation[1]', 'action[0]']
     """
     now = [f"observation[{i}]" for i in range(observation_size)]
@@ -130,14 +132,14 @@ def names(features: str | Features, observation_size: int, action_size: int) -> 
         observation_action: now + done,
         transition: before + done + now,
     }
-    return known.get(named(features))
+    return known.get(find_features(features))
 
 
 def of_trajectories(trajectories: Clips, features: str | Features) -> list[Tensor]:
     """Features of each trajectory's steps, to fit a detector to.
 
     A trajectory's first frame, whose observation before isn't recorded, is left out. A threshold
-    wants whole episodes, as a guard sees them: those of `ood.record`.
+    wants whole episodes, as a guard sees them: those of `ood.record_episodes`.
 
     Args:
         trajectories: N trajectories of T frames, each an action and the observation it led to.
@@ -155,7 +157,7 @@ def of_trajectories(trajectories: Clips, features: str | Features) -> list[Tenso
         >>> [len(x) for x in of_trajectories(clips, "transition")]
         [9, 9]
     """
-    see, found = named(features), []
+    see, found = find_features(features), []
     lengths = trajectories.lengths.tolist()
     if lengths and min(lengths) < 2:
         raise InvalidInput("trajectories: expected at least two frames in each, got one of one.")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ood.features import Features
 from ood.keeper import Keeper
 from ood.monitor import Monitor
-from ood.rules import Rules
+from ood.rules import AlarmResponse
 from rewardmodels import InvalidInput
 
 Array = NDArray[Any]
@@ -37,7 +37,7 @@ class Guard(gym.Wrapper[Any, Any, Any, Any]):
     Args:
         env: The environment; observations and actions are arrays.
         monitor: What raises alarms; calibrated on whole episodes of this environment, recorded
-            with `ood.record` and the same features.
+            with `ood.record_episodes` and the same features.
         features: What the detector sees of a step: "observation", "observation_action",
             "transition", or a function such as `ood.features.hidden(model)`.
         rules: What follows an alarm; None halts.
@@ -47,10 +47,10 @@ class Guard(gym.Wrapper[Any, Any, Any, Any]):
 
     Example:
         >>> import torch
-        >>> from ood import Mahalanobis, record
+        >>> from ood import Mahalanobis, record_episodes
         >>> env = gym.make("Pendulum-v1", max_episode_steps=20)
         >>> act = lambda observation: np.zeros(1, np.float32)
-        >>> episodes = record(env, act, 30, seed=0)
+        >>> episodes = record_episodes(env, act, 30, seed=0)
         >>> monitor = Monitor(Mahalanobis().fit(torch.cat(episodes[:10])))
         >>> threshold = monitor.calibrate(episodes[10:], alpha=0.1)
         >>> guard = Guard(env, monitor)
@@ -65,11 +65,11 @@ class Guard(gym.Wrapper[Any, Any, Any, Any]):
         env: gym.Env[Any, Any],
         monitor: Monitor,
         features: str | Features = "observation_action",
-        rules: Rules | None = None,
+        rules: AlarmResponse | None = None,
     ) -> None:
         super().__init__(env)
         self.keeper = Keeper(
-            1, monitor, features, env.observation_space, env.action_space, rules or Rules()
+            1, monitor, features, env.observation_space, env.action_space, rules or AlarmResponse()
         )
 
     def reset(
@@ -141,7 +141,7 @@ class VectorGuard(VectorWrapper[Any, Any, Any, Any, Any]):
         env: VectorEnv[Any, Any, Any],
         monitor: Monitor,
         features: str | Features = "observation_action",
-        rules: Rules | None = None,
+        rules: AlarmResponse | None = None,
     ) -> None:
         super().__init__(env)
         self.autoreset = env.metadata.get("autoreset_mode")
@@ -156,7 +156,7 @@ class VectorGuard(VectorWrapper[Any, Any, Any, Any, Any]):
             features,
             env.single_observation_space,
             env.single_action_space,
-            rules or Rules(),
+            rules or AlarmResponse(),
         )
         self.ended = np.zeros(env.num_envs, bool)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ood import features as seeing
 from ood.events import Event, Kind
 from ood.monitor import Monitor, Reading, Stream
-from ood.rules import Rules
+from ood.rules import AlarmResponse
 from rewardmodels import Clips, InvalidInput
 from rewardmodels.errors import RewardModelsError
 
@@ -50,15 +50,15 @@ class Keeper:
         features: str | seeing.Features,
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
-        rules: Rules,
+        rules: AlarmResponse,
     ) -> None:
         for name, space in (("observation", observation_space), ("action", action_space)):
             if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete)):
                 raise InvalidInput(f"env: expected {name}s that are arrays, got {space}.")
         self.n, self.monitor, self.rules = n, monitor, rules
-        self.see = seeing.named(features)
+        self.see = seeing.find_features(features)
         sizes = [math.prod(space.shape or ()) for space in (observation_space, action_space)]
-        self.names = seeing.names(features, *sizes)
+        self.names = seeing.feature_names(features, *sizes)
         self.action_space = action_space
         self.safe_action = _safe_action(rules.safe_action, action_space)
         self.acting = np.full(n, _AGENT)

@@ -88,7 +88,7 @@ class Monitor:
             NotFitted: The detector isn't fitted.
             InvalidInput: As `ood.conformal.calibrate`, or features of another shape.
         """
-        scores = [self.seen(episode) for episode in episodes]
+        scores = [self.scores(episode) for episode in episodes]
         self.threshold = calibrate(
             scores,
             self.statistic,
@@ -118,7 +118,7 @@ class Monitor:
             InvalidInput: As `ood.conformal.calibrate_stream`, or features of another shape.
         """
         self.threshold = calibrate_stream(
-            self.seen(features),
+            self.scores(features),
             self.statistic,
             alpha,
             block=block,
@@ -127,7 +127,7 @@ class Monitor:
         )
         return self.threshold
 
-    def seen(self, features: Tensor) -> Tensor:
+    def scores(self, features: Tensor) -> Tensor:
         """What the statistic is given of B frames, before it is standardised.
 
         Args:

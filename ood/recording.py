@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ood.features import Features, named
+from ood.features import Features, find_features
 from ood.rules import Policy
 from rewardmodels import InvalidInput
 
 
-def record(
+def record_episodes(
     env: gym.Env[Any, Any],
     policy: Policy,
     episodes: int,
@@ -42,12 +42,13 @@ def record(
 
     Example:
         >>> env = gym.make("Pendulum-v1", max_episode_steps=20)
-        >>> [x.shape for x in record(env, lambda seen: np.zeros(1, np.float32), 2, "transition")]
+        >>> policy = lambda observation: np.zeros(1, np.float32)
+        >>> [x.shape for x in record_episodes(env, policy, 2, "transition")]
         [torch.Size([20, 7]), torch.Size([20, 7])]
     """
     if episodes < 1:
         raise InvalidInput(f"episodes: expected at least one, got {episodes}.")
-    see, recorded = named(features), []
+    see, recorded = find_features(features), []
     for episode in range(episodes):
         before, _ = env.reset(seed=seed if episode == 0 else None)
         rows, ended = [], False

@@ -1,4 +1,4 @@
-"""Rules: what a guard does about an alarm."""
+"""AlarmResponse: what a guard does about an alarm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OnAlarm = Response | Callable[[Event], Literal["halt"] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
+class AlarmResponse:
     """What a guard does about an alarm.
 
     Args:

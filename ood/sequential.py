@@ -66,7 +66,7 @@ class Statistic(ABC):
         self.value = self._next(self.value, np.asarray(scores, np.float64))
         return self._read(self.value)
 
-    def along(self, scores: ArrayLike) -> Array:
+    def run(self, scores: ArrayLike) -> Array:
         """The statistic at each step of N whole streams, and leaves no trace.
 
         Args:
@@ -104,7 +104,7 @@ class Spike(Statistic):
     """The score itself, which forgets at once: for what is strange in a single frame.
 
     Example:
-        >>> Spike().along([[1.0, 3.0, -1.0]]).tolist()
+        >>> Spike().run([[1.0, 3.0, -1.0]]).tolist()
         [[1.0, 3.0, -1.0]]
     """
 
@@ -124,7 +124,7 @@ class EWMA(Statistic):
         InvalidInput: A weight that isn't in (0, 1].
 
     Example:
-        >>> EWMA(weight=0.5).along([[2.0, 2.0, 0.0]]).tolist()
+        >>> EWMA(weight=0.5).run([[2.0, 2.0, 0.0]]).tolist()
         [[1.0, 1.5, 0.75]]
     """
 
@@ -151,7 +151,7 @@ class CUSUM(Statistic):
         InvalidInput: A drift that isn't a finite number of at least 0.
 
     Example:
-        >>> CUSUM(drift=0.5).along([[1.0, 1.0, -3.0]]).tolist()
+        >>> CUSUM(drift=0.5).run([[1.0, 1.0, -3.0]]).tolist()
         [[0.5, 1.0, 0.0]]
     """
 
@@ -180,7 +180,7 @@ class MEWMA(Statistic):
         InvalidInput: A weight that isn't in (0, 1], or a clip that isn't above 0.
 
     Example:
-        >>> MEWMA(weight=0.5).along([[[2.0, 0.0], [-2.0, 0.0], [9.0, 0.0]]]).round(2).tolist()
+        >>> MEWMA(weight=0.5).run([[[2.0, 0.0], [-2.0, 0.0], [9.0, 0.0]]]).round(2).tolist()
         [[0.71, 0.35, 0.88]]
     """
 

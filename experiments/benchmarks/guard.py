@@ -24,8 +24,7 @@ from experiments.studies.drift import ARMS, study_drift
 from experiments.studies.drift_figures import drift_kept
 from experiments.studies.guard import guard_cell, worlds
 from experiments.studies.guard_tables import COSTLY, FOUND
-from ood import DynamicsEnsemble
-from ood.saving import DETECTORS
+from ood import DETECTORS, DynamicsEnsemble
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer")
 DETECTOR, STATISTIC = "DynamicsEnsemble", "MEWMA"

@@ -17,10 +17,9 @@ from experiments.envs.guard_episodes import Act, load_policy
 from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
 from experiments.studies.guard import make_detector
-from ood import Monitor
+from ood import STATISTICS, Monitor
 from ood.conformal import conformal_rank, episode_maxima
 from ood.features import transition
-from ood.sequential import STATISTICS
 from rewardmodels.fitting import isolated_randomness
 
 ALPHA = 0.05
@@ -73,7 +72,7 @@ def false_alarm_rates(
             for start in range(familiar, len(episodes), each):
                 own = episodes[start : start + each]
                 threshold = monitor.calibrate(own[:calibration], ALPHA, standardise=_STANDARDISE)
-                seen = [monitor.seen(episode).numpy() for episode in own[calibration:]]
+                seen = [monitor.scores(episode).numpy() for episode in own[calibration:]]
                 maxima = episode_maxima(seen, monitor.statistic, threshold)
                 alarms += int((maxima > threshold.value).sum())
             rates[f"{name} {kind}"] = alarms / (calibrations * tests)

@@ -19,7 +19,7 @@ from torch import Tensor
 from experiments.envs.tasks import Task
 from experiments.envs.vector import make_vec_env
 from experiments.training.agents import PPO_ENVS, make_agent
-from ood.features import Features, named
+from ood.features import Features, find_features
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.saving import atomic_path
@@ -90,7 +90,7 @@ def play(
             f"halts: expected one for each of {episodes} episodes, got {len(halts)}."
         )
     ends = np.full(episodes, np.inf) if halts is None else np.asarray(halts, np.float64)
-    see = named(features)
+    see = find_features(features)
     envs = [make() for _ in range(min(episodes, _TOGETHER))]
     played, gains = [], []
     for start in range(first, first + episodes, _TOGETHER):

@@ -34,8 +34,7 @@ from experiments.studies.guard_figures import along, figures, halting_steps, ste
 from experiments.studies.guard_tables import lead, sections
 from experiments.studies.limits import check_least
 from experiments.studies.summary import Row, as_csv
-from ood import Monitor, OODDetector
-from ood.sequential import STATISTICS, Statistic
+from ood import STATISTICS, Monitor, OODDetector, Statistic
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.saving import write_text_atomically

@@ -89,6 +89,6 @@ def step_micros(monitor: Monitor, episode: Tensor) -> float:
 def along(monitor: Monitor, episodes: Episodes) -> Array:
     """A calibrated monitor's statistic `(N, T)` along whole episodes."""
     assert monitor.threshold is not None
-    seen = [monitor.seen(episode).numpy() for episode in episodes.features]
+    seen = [monitor.scores(episode).numpy() for episode in episodes.features]
     steps = np.arange(len(seen[0]))
-    return monitor.statistic.along([monitor.threshold.standardise(row, steps) for row in seen])
+    return monitor.statistic.run([monitor.threshold.standardise(row, steps) for row in seen])

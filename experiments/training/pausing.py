@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ood import Monitor
-from ood.features import Features, named
+from ood.features import Features, find_features
 from ood.monitor import Stream
 from rewardmodels import InvalidInput
 
@@ -76,7 +76,7 @@ class PauseOnAlarm(BaseCallback):
         super().__init__()
         if not 0 < share <= 1:
             raise InvalidInput(f"share: expected a share of the copies in (0, 1], got {share}.")
-        self.features, self.share = named(features), share
+        self.features, self.share = find_features(features), share
         self.paused = False
         self.alarmed = np.zeros(0, bool)
         self._stream: Stream | None = None

@@ -13,7 +13,7 @@ from ood import (
     Monitor,
     Spike,
     Threshold,
-    record,
+    record_episodes,
 )
 
 HORIZON = 12
@@ -52,7 +52,9 @@ def act(observation):
 
 
 def monitor(threshold: Threshold | None = None, statistic=None) -> Monitor:
-    detector = Mahalanobis().fit(torch.cat(record(Drift(), act, 100, "observation", seed=0)))
+    detector = Mahalanobis().fit(
+        torch.cat(record_episodes(Drift(), act, 100, "observation", seed=0))
+    )
     return Monitor(detector, statistic or Spike(), threshold or Threshold(8.0))
 
 

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from ood import Mahalanobis, Monitor, Threshold, record
-from ood.features import FEATURES, hidden, named, names, of_clips, of_trajectories
+from ood import Mahalanobis, Monitor, Threshold, record_episodes
+from ood.features import FEATURES, feature_names, find_features, hidden, of_clips, of_trajectories
 from ood.monitor import scores_along
 from rewardmodels import Clips, Comparisons, DeepEnsemble, LaplaceHead, fit
 from rewardmodels.errors import InvalidInput, UnknownName
@@ -23,14 +23,14 @@ def test_rows_and_names():
     for name, kinds in expected.items():
         seen = FEATURES[name](BEFORE, ACTION, AFTER)
         assert seen.tolist() == [[value[kind] for kind in kinds]] * 2
-        called = names(name, 3, 2)
+        called = feature_names(name, 3, 2)
         assert all(c.startswith(begins[k]) for c, k in zip(called, kinds, strict=True))
         assert len(set(called)) == len(kinds)
     discrete = FEATURES["observation_action"](BEFORE, np.array([0, 1]), AFTER)
     assert discrete[:, 3].tolist() == [0, 1]
-    assert names(lambda before, action, after: after, 3, 2) is None
+    assert feature_names(lambda before, action, after: after, 3, 2) is None
     with pytest.raises(UnknownName, match="Did you mean 'observation'"):
-        named("observatoin")
+        find_features("observatoin")
 
 
 def test_of_trajectories_is_what_a_guard_sees():
@@ -76,7 +76,7 @@ def test_hidden_is_the_last_layer():
 def test_record_keeps_what_was_played():
     env = gym.make("Pendulum-v1", max_episode_steps=4)
     actions = iter(np.linspace(-1, 1, 8, dtype=np.float32)[:, None])
-    one, two = record(env, lambda seen: next(actions), 2, "transition", seed=3)
+    one, two = record_episodes(env, lambda seen: next(actions), 2, "transition", seed=3)
     again = gym.make("Pendulum-v1", max_episode_steps=4)
     before, _ = again.reset(seed=3)
     for row, action in zip(one, np.linspace(-1, 1, 8, dtype=np.float32)[:4, None], strict=True):
@@ -85,7 +85,7 @@ def test_record_keeps_what_was_played():
         before = after
     assert not torch.equal(one[0, :3], two[0, :3])
     with pytest.raises(InvalidInput):
-        record(env, lambda seen: None, 0)
+        record_episodes(env, lambda seen: None, 0)
 
 
 class TestMonitor:
@@ -96,7 +96,7 @@ class TestMonitor:
         episode[20:] += 3
         reading = scores_along(monitor, episode)
         z = threshold.standardise(monitor.detector.score(episode).numpy(), np.arange(50))
-        np.testing.assert_allclose(reading.statistic, monitor.statistic.along(z[None])[0])
+        np.testing.assert_allclose(reading.statistic, monitor.statistic.run(z[None])[0])
         assert reading.alarm.tolist() == (reading.statistic > threshold.value).tolist()
         assert reading.alarm[40:].all()
 

@@ -12,14 +12,14 @@ from gymnasium.utils.env_checker import check_env
 
 from ood import (
     CUSUM,
+    AlarmResponse,
     EventLog,
     Guard,
     Mahalanobis,
     Monitor,
-    Rules,
     Spike,
     Threshold,
-    record,
+    record_episodes,
 )
 from ood.features import hidden
 from rewardmodels import Clips, Comparisons, InvalidInput, LaplaceHead, fit
@@ -35,7 +35,7 @@ class TestTransparent:
         watch = Monitor(Mahalanobis(), threshold=Threshold.never())
         draw = torch.randn(100, int(np.prod(bare.observation_space.shape)))
         watch.detector.fit(draw)
-        rules = None if env_id != "CartPole-v1" else Rules(safe_action=0)
+        rules = None if env_id != "CartPole-v1" else AlarmResponse(safe_action=0)
         guard = Guard(inner, watch, "observation", rules)
         for seed in (3, 4):
             one, two = bare.reset(seed=seed), guard.reset(seed=seed)
@@ -61,7 +61,7 @@ class TestTransparent:
         seen = torch.from_numpy(np.stack([bare.step(ACTION)[0] for _ in range(HORIZON)]))
         scores = watch.detector.score(seen)
         assert [x["score"] for x in infos[1:]] == pytest.approx(scores.tolist())
-        expected = CUSUM(1.0).along(scores[None].numpy())[0]
+        expected = CUSUM(1.0).run(scores[None].numpy())[0]
         assert [x["statistic"] for x in infos[1:]] == pytest.approx(expected.tolist())
 
 
@@ -80,7 +80,7 @@ class TestHalt:
         assert acting(run(guard)) == ["agent"] * 13
 
     def test_ones_own_safe_action(self):
-        guard = guarded({2: 99.0}, rules=Rules(safe_action=[1.0, 1.0]))
+        guard = guarded({2: 99.0}, rules=AlarmResponse(safe_action=[1.0, 1.0]))
         run(guard)
         assert (np.stack(guard.env.done)[2:] == 1).all()
 
@@ -102,7 +102,7 @@ class TestHalt:
             return np.clip(rng.normal(0, 0.5, 6), -1, 1).astype(np.float32)
 
         env = gym.make("HalfCheetah-v5", max_episode_steps=80)
-        episodes = record(env, swing, 45, "transition", seed=0)
+        episodes = record_episodes(env, swing, 45, "transition", seed=0)
         watch = Monitor(Mahalanobis().fit(torch.cat(episodes[:20])), CUSUM())
         watch.calibrate(episodes[20:], alpha=0.1)
         guard = Guard(env, watch, "transition")
@@ -125,7 +125,9 @@ class TestHalt:
 class TestAsk:
     def test_hands_over_the_clip_that_led_up_to_it(self):
         clips: list[Clips] = []
-        rules = Rules(on_alarm="ask", ask=lambda clip: clips.append(clip) or True, context=3)
+        rules = AlarmResponse(
+            on_alarm="ask", ask=lambda clip: clips.append(clip) or True, context=3
+        )
         guard = guarded({5: 99.0}, rules=rules)
         assert acting(run(guard)) == ["agent"] * 13
         (clip,) = clips
@@ -136,21 +138,21 @@ class TestAsk:
 
     def test_going_on_begins_the_statistic_anew(self):
         watch = monitor(Threshold(60.0), CUSUM(3.0))
-        rules = Rules(on_alarm="ask", ask=lambda clip: True)
+        rules = AlarmResponse(on_alarm="ask", ask=lambda clip: True)
         infos = run(guarded({5: 99.0}, rules=rules, watch=watch))
         assert infos[5]["alarm"]
         assert infos[6]["statistic"] < 5
         assert [i for i, info in enumerate(infos) if info["reason"]] == [5]
 
     def test_no_halts(self):
-        infos = run(guarded({5: 99.0}, rules=Rules(on_alarm="ask", ask=lambda clip: False)))
+        infos = run(guarded({5: 99.0}, rules=AlarmResponse(on_alarm="ask", ask=lambda clip: False)))
         assert acting(infos)[5:] == ["halted"] * 8
         assert "the answer was to halt" in infos[-1]["reason"]
 
     @pytest.mark.parametrize(("while_asking", "who"), [("wait", "waiting"), ("go on", "agent")])
     def test_answers_may_come_later(self, while_asking, who):
         asked = []
-        rules = Rules(on_alarm="ask", ask=asked.append, while_asking=while_asking)
+        rules = AlarmResponse(on_alarm="ask", ask=asked.append, while_asking=while_asking)
         guard = guarded({2: 99.0, 3: 99.0, 8: 99.0}, rules=rules)
         with pytest.raises(InvalidInput, match="waits for an answer"):
             guard.answer(True)
@@ -170,7 +172,9 @@ class TestFallback:
         fallback = np.array([0.25, 0.25], np.float32)
         # Strange at 3; at 5 too strange to be calm, though below the threshold.
         strange = {3: 99.0, 5: np.array([0, 0, 6.0])}
-        rules = Rules(on_alarm="fallback", fallback=lambda seen: fallback, hand_back_steps=3)
+        rules = AlarmResponse(
+            on_alarm="fallback", fallback=lambda seen: fallback, hand_back_steps=3
+        )
         guard = guarded(strange, rules=rules, watch=monitor(Threshold(10.0)))
         infos = run(guard)
         assert 5 < infos[5]["statistic"] < 10
@@ -182,7 +186,7 @@ class TestFallback:
 
     def test_is_asked_with_the_observation(self):
         seen = []
-        rules = Rules(on_alarm="fallback", fallback=lambda x: seen.append(x) or ACTION)
+        rules = AlarmResponse(on_alarm="fallback", fallback=lambda x: seen.append(x) or ACTION)
         guard = guarded({3: 99.0}, rules=rules)
         guard.reset(seed=0)
         observations = [guard.step(ACTION)[0] for _ in range(5)]
@@ -191,22 +195,23 @@ class TestFallback:
 
 def test_callback_gets_the_event_and_may_halt():
     events = []
-    on = Rules(on_alarm=events.append)
+    on = AlarmResponse(on_alarm=events.append)
     infos = run(guarded({3: 99.0, 6: 99.0}, rules=on))
     assert acting(infos) == ["agent"] * 13
     assert [i for i, info in enumerate(infos) if info["reason"]] == [3, 6]
     assert [event.step for event in events] == [3, 6]
     assert "observation[" in events[0].reason
     assert (
-        acting(run(guarded({3: 99.0}, rules=Rules(on_alarm=lambda event: "halt"))))[3] == "halted"
+        acting(run(guarded({3: 99.0}, rules=AlarmResponse(on_alarm=lambda event: "halt"))))[3]
+        == "halted"
     )
 
 
 def test_events_are_lines_of_json(tmp_path):
     log = EventLog(tmp_path / "deep" / "log.jsonl")
-    fallback = Rules(on_alarm="fallback", fallback=act, hand_back_steps=2, log=log)
+    fallback = AlarmResponse(on_alarm="fallback", fallback=act, hand_back_steps=2, log=log)
     run(guarded({3: 99.0}, rules=fallback))
-    guard = guarded({3: NAN}, rules=Rules(log=log))
+    guard = guarded({3: NAN}, rules=AlarmResponse(log=log))
     run(guard)
     run(guard)
     events = [json.loads(line) for line in log.path.read_text().splitlines()]
@@ -222,7 +227,7 @@ def test_guards_by_a_predictors_hidden_layer():
     clips = Clips(torch.randn(4, 9, 3), torch.randn(4, 9, 2))
     said = Comparisons(clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))
     see = hidden(fit(LaplaceHead(hidden=(8, 4)), said, epochs=1))
-    seen = record(Drift(), act, 40, see, seed=0)
+    seen = record_episodes(Drift(), act, 40, see, seed=0)
     watch = Monitor(Mahalanobis().fit(torch.cat(seen[:15])), Spike())
     watch.calibrate(seen[15:], 0.1, standardise=0)
     who = acting(run(Guard(Drift({6: 99.0}), watch, see)))
@@ -239,9 +244,9 @@ def test_refuses_rules_that_cannot_work():
         ({"context": 0}, "context"),
     ):
         with pytest.raises(InvalidInput, match=what):
-            Rules(**rules)
+            AlarmResponse(**rules)
     with pytest.raises(InvalidInput, match="safe_action: expected an action in"):
-        guarded(rules=Rules(safe_action=[7.0, 0.0]))
+        guarded(rules=AlarmResponse(safe_action=[7.0, 0.0]))
     with pytest.raises(InvalidInput, match=r"safe_action.*got None"):
         Guard(gym.make("CartPole-v1"), monitor())
     odd = Drift()

@@ -6,14 +6,14 @@ import torch
 
 from ood import (
     CUSUM,
+    AlarmResponse,
     EventLog,
     Guard,
     Mahalanobis,
     Monitor,
-    Rules,
     Spike,
     Threshold,
-    record,
+    record_episodes,
 )
 
 from .drifting import ACTION, NAN, Drift, act, acting, guarded, monitor, run
@@ -37,7 +37,7 @@ class TestFailsSafe:
 
     def test_stale_threshold(self):
         watch = monitor()
-        watch.calibrate(record(Drift(), act, 30, "observation", seed=5), 0.1)
+        watch.calibrate(record_episodes(Drift(), act, 30, "observation", seed=5), 0.1)
         assert acting(run(guarded(watch=watch)))[0] == "agent"
         refitted = Monitor(Mahalanobis().fit(torch.randn(50, 3)), Spike(), watch.threshold)
         self.check(guarded(watch=refitted), "such as those before a refit")
@@ -46,7 +46,7 @@ class TestFailsSafe:
 
     def test_refit_under_way(self):
         watch = monitor()
-        watch.calibrate(record(Drift(), act, 30, "observation", seed=5), 0.1)
+        watch.calibrate(record_episodes(Drift(), act, 30, "observation", seed=5), 0.1)
         guard = guarded(watch=watch)
         run(guard)
         watch.detector.fit(torch.randn(50, 3))
@@ -54,7 +54,9 @@ class TestFailsSafe:
 
     def test_refit_in_the_middle_of_an_episode(self):
         watch = monitor()
-        watch.calibrate(record(Drift(), act, 99, "observation", seed=5), 0.01, standardise=0)
+        watch.calibrate(
+            record_episodes(Drift(), act, 99, "observation", seed=5), 0.01, standardise=0
+        )
         guard = guarded(watch=watch)
         guard.reset(seed=1)
         assert guard.step(ACTION)[4]["guard"]["acting"] == "agent"
@@ -83,7 +85,7 @@ class TestFailsSafe:
                 raise OSError("line is dead")
             return said
 
-        guard = guarded({4: 99.0}, rules=Rules(on_alarm=on_alarm))
+        guard = guarded({4: 99.0}, rules=AlarmResponse(on_alarm=on_alarm))
         self.check(guard, "on_alarm failed", 4)
 
     @pytest.mark.parametrize("answer", ["raise", np.full(2, NAN), np.zeros(3), np.full(2, 5.0)])
@@ -93,18 +95,18 @@ class TestFailsSafe:
                 raise OSError("no policy")
             return answer
 
-        guard = guarded({4: 99.0}, rules=Rules(on_alarm="fallback", fallback=fallback))
+        guard = guarded({4: 99.0}, rules=AlarmResponse(on_alarm="fallback", fallback=fallback))
         infos = run(guard)
         assert acting(infos)[4:] == ["fallback"] + ["halted"] * 8
         assert "the fallback policy failed" in infos[-1]["reason"]
         assert (np.stack(guard.env.done)[4:] == 0).all()
 
     def test_asking_that_fails(self):
-        guard = guarded({4: 99.0}, rules=Rules(on_alarm="ask", ask=lambda clip: 1 / 0))
+        guard = guarded({4: 99.0}, rules=AlarmResponse(on_alarm="ask", ask=lambda clip: 1 / 0))
         self.check(guard, "asking failed: ZeroDivisionError", 4)
 
     def test_log_that_cannot_be_written(self, tmp_path):
         log = EventLog(tmp_path / "file" / "log.jsonl")
         (tmp_path / "file").write_text("")
-        rules = Rules(on_alarm=lambda event: None, log=log)
+        rules = AlarmResponse(on_alarm=lambda event: None, log=log)
         self.check(guarded({4: 99.0}, rules=rules), "can't be logged", 4)

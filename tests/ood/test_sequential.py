@@ -27,7 +27,7 @@ class TestStatistics:
     def test_is_the_closed_form(self, statistic, naive):
         scores = np.random.default_rng(0).normal(0.3, 1, (3, 40))
         expected = [naive(row) for row in scores]
-        np.testing.assert_allclose(statistic.along(scores), expected, atol=1e-12)
+        np.testing.assert_allclose(statistic.run(scores), expected, atol=1e-12)
 
     def test_step_by_step_is_the_same_and_environments_are_apart(self, statistic, naive):
         scores = np.random.default_rng(0).normal(0.3, 1, (3, 40))
@@ -48,7 +48,7 @@ class TestStatistics:
 
 def test_ewmas_variance():
     scores = np.random.default_rng(0).standard_normal((20_000, 80))
-    assert EWMA(0.25).along(scores)[:, -1].var() == pytest.approx(0.25 / 1.75, rel=0.04)
+    assert EWMA(0.25).run(scores)[:, -1].var() == pytest.approx(0.25 / 1.75, rel=0.04)
 
 
 def test_refuses():
@@ -71,7 +71,7 @@ class TestMEWMA:
         statistic = MEWMA(0.2, clip=2)
         scores = np.random.default_rng(0).normal(0.3, 1.5, (4, 30, 3))
         expected = [self.naive(row) for row in scores]
-        np.testing.assert_allclose(statistic.along(scores), expected, atol=1e-12)
+        np.testing.assert_allclose(statistic.run(scores), expected, atol=1e-12)
         statistic.start(4)
         for t in range(10):
             np.testing.assert_allclose(statistic.update(scores[:, t]), np.array(expected)[:, t])
@@ -91,9 +91,9 @@ class TestMEWMA:
         draw = np.random.default_rng(0)
         usual, pulled = draw.standard_normal((2, 50, 200, 10))
         pulled = pulled + 0.5
-        signed = [MEWMA().along(x)[:, -1] for x in (usual, pulled)]
+        signed = [MEWMA().run(x)[:, -1] for x in (usual, pulled)]
         assert signed[1].min() > signed[0].max()
-        by_size = [EWMA().along(np.square(x).mean(2))[:, -1] for x in (usual, pulled)]
+        by_size = [EWMA().run(np.square(x).mean(2))[:, -1] for x in (usual, pulled)]
         assert by_size[1].min() < by_size[0].max()
 
     def test_refuses(self):

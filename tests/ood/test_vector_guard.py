@@ -7,9 +7,9 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ood import (
+    AlarmResponse,
     Mahalanobis,
     Monitor,
-    Rules,
     Threshold,
     VectorGuard,
 )
@@ -59,7 +59,9 @@ class TestVector:
         envs = SyncVectorEnv([lambda: Drift({HORIZON: 99.0})])
         # What changed: by as much at the episode's end as from there to the next one's start.
         changes = lambda before, action, after: after - before  # noqa: E731
-        vector = VectorGuard(envs, monitor(Threshold(30.0)), changes, Rules(on_alarm=events.append))
+        vector = VectorGuard(
+            envs, monitor(Threshold(30.0)), changes, AlarmResponse(on_alarm=events.append)
+        )
         vector.reset(seed=0)
         for _ in range(HORIZON + 3):
             vector.step(ACTION[None])
