@@ -1,13 +1,25 @@
-"""Whether the page loses an answer, how long people wait for it, and what their answers teach."""
+"""Durability and response times of the labelling page."""
 
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import random
+import socket
+import sqlite3
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
+from json import dumps, loads
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,13 +28,18 @@ import torch
 
 from active import FeedbackStore, all_pairs
 from experiments.benchmarks.figures import check_settings, publish
-from experiments.benchmarks.page_kills import answer_through_kills
 from experiments.envs.tasks import find_task, make_env, simulator_state
-from experiments.labelling.beside import page_beside
-from experiments.labelling.videos import Videos
+from experiments.labelling.auth import Person
+from experiments.labelling.questions import PREFERENCES, Choice
+from experiments.labelling.server import make_app
+from experiments.labelling.videos import Job, Videos
 from rewardmodels import Clips, InvalidInput
 
 CHROMIUM: Final = Path("/usr/bin/chromium")
+CHROMIUM_FLAGS: Final = (
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+)  # fmt: skip
+_SHOWN: Final = "performance.getEntriesByName('pair-shown')"
 
 
 def benchmark_page(
@@ -31,148 +48,313 @@ def benchmark_page(
     task: str = "Hopper",
     chromium: Path = CHROMIUM,
 ) -> dict[str, Any]:
-    """Measure what the page loses when it is killed, and how long people wait.
+    """Measure what the labelling page loses when its server is killed, and how fast it responds.
 
     Args:
-        quick: In about two minutes, for trends: 200 answers, two kills, ten pairs.
-        json: File for the figures; they are printed too.
-        task: Whose clips are drawn and shown.
+        quick: Take about two minutes, for trends: 200 answers, two kills, ten pairs.
+        json: File for the figures, which are printed too.
+        task: Task of the clips.
         chromium: The browser.
 
     Returns:
-        Flat keys. Of four people who answer at once while the server is killed: `acknowledged`,
+        Flat keys. Of four people who answer while the server is killed: `acknowledged`,
         `acknowledged_lost`, `doubled` (queries with two answers), `left_open` (queries whose
-        lease never came back), `kills`. In Chromium: `ready_ms`, from opening the page to its
-        first pair in sight, clips drawn (median); `next_pair_ms_p95`, from a key to the next
-        pair in sight. `pair_render_seconds`: both clips of a pair drawn and encoded (median).
+        lease never expired), `kills`. In Chromium: `ready_ms`, from opening the page to its first
+        visible pair, with clips drawn before (median); `next_pair_ms_p95`, from a key to the next
+        visible pair. `pair_render_seconds`: to draw and encode both clips of a pair (median).
 
     Raises:
-        InvalidInput: No such folder, or no Chromium or Playwright to drive it.
+        InvalidInput: The file's folder, Chromium or Playwright is missing.
     """
     check_settings(json)
     if find_spec("playwright") is None or not Path(chromium).is_file():
         raise InvalidInput(
-            f"chromium: expected a browser and Playwright to drive it, got {chromium}; on Debian "
-            "apt-get install chromium, and pip install playwright."
+            f"chromium: expected Chromium, and Playwright to drive it, got {chromium}; install "
+            "them with apt-get install chromium (Debian) and pip install playwright."
         )
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder)
-        for name in ("killed", "shown"):
-            (run / name).mkdir()
-        put_queries(run / "killed", task, 200 if quick else 2000, clips=30 if quick else 70)
-        put_queries(run / "shown", task, 10 if quick else 40, clips=20 if quick else 80)
-        figures |= answer_through_kills(run / "killed", kills=2 if quick else 10)
-        seconds = asyncio.run(pair_seconds(run / "shown", task))
-        figures["pair_render_seconds"] = statistics.median(seconds)
-        figures |= waits(run / "shown", task, Path(chromium), answers=8 if quick else 30)
+        killed, shown = Path(folder) / "killed", Path(folder) / "shown"
+        killed.mkdir()
+        shown.mkdir()
+        put_queries(killed, task, 200 if quick else 2000, clips=30 if quick else 70)
+        put_queries(shown, task, 10 if quick else 40, clips=20 if quick else 80)
+        figures |= answer_during_kills(killed, kills=2 if quick else 10)
+        figures["pair_render_seconds"] = statistics.median(asyncio.run(_render_pairs(shown, task)))
+        figures |= _response_times(shown, task, Path(chromium), answers=8 if quick else 30)
     return publish(figures, json)
 
 
 def put_queries(run: Path, task: str, n: int, *, clips: int, length: int = 25) -> list[int]:
-    """Puts n queries about clips of an agent that acts at random into a run's store."""
+    """Put n queries about clips of a random policy into a run's store; return their ids."""
     env = make_env(find_task(task))
     env.action_space.seed(0)
-    columns: dict[str, list[Any]] = {"observations": [], "actions": [], "states": []}
+    rows: dict[str, list[Any]] = {"observations": [], "actions": [], "states": []}
     for seed in range(clips):
         env.reset(seed=seed)
-        for step in range(length):
+        for _ in range(length):
             state, action = simulator_state(env.unwrapped), env.action_space.sample()
-            seen = env.step(action)[0]
-            for name, value in zip(columns, (seen, action, state), strict=True):
-                if step == 0:
-                    columns[name].append([])
-                columns[name][-1].append(value)
+            for name, value in zip(rows, (env.step(action)[0], action, state), strict=True):
+                rows[name].append(value)
     env.close()
-    tensors = {
-        name: torch.from_numpy(np.asarray(rows, np.float32)) for name, rows in columns.items()
+    columns = {
+        name: torch.from_numpy(np.asarray(values, np.float32)).unflatten(0, (clips, length))
+        for name, values in rows.items()
     }
-    pairs = all_pairs(clips)
-    # Neighbours share no clip, so that every pair of the first is drawn anew.
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    chosen = torch.arange(2 * n).view(n, 2) if 2 * n <= clips else pairs[order[:n]]
+    # Where there are enough clips, queries share none, so that every pair is drawn anew.
+    pairs = torch.arange(2 * n).view(n, 2)
+    if 2 * n > clips:
+        every = all_pairs(clips)
+        pairs = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:n]]
     with FeedbackStore(run / "answers.sqlite") as store:
-        return store.add_queries(Clips(**tensors), chosen, round=0)
+        return store.add_queries(Clips(**columns), pairs, round=0)
 
 
-async def pair_seconds(run: Path, task: str) -> list[float]:
+# ---- answers while the server is killed
+
+
+class _NoVideos(Videos):
+    """Draws nothing: only answers are measured."""
+
+    def start(self) -> None:
+        pass
+
+    def prefetch(self, jobs: Sequence[Job]) -> None:
+        pass
+
+
+@dataclass
+class _Client:
+    """One of several people who answer at once, and the answers acknowledged to them."""
+
+    name: str
+    acknowledged: dict[int, tuple[int, Choice]] = field(default_factory=dict)  # by query
+    errors: list[str] = field(default_factory=list)
+    new_browser: threading.Event = field(default_factory=threading.Event)
+
+
+def answer_during_kills(
+    run: Path, *, kills: int, people: int = 4, lease_seconds: float = 3.0, seed: int = 0
+) -> dict[str, int]:
+    """Let people answer all queries of a run at once while its server is killed repeatedly.
+
+    Kills are spread over the answers. After each one a person returns in another browser, so that
+    the queries of the old one must become free by themselves.
+
+    Args:
+        run: Run directory, with open queries.
+        kills: Number of SIGKILLs.
+        people: Number of people.
+        lease_seconds: Seconds for which a query is held.
+        seed: Seed of the answers and of the moments of the kills.
+
+    Returns:
+        The first five keys of `benchmark_page`.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    # Made for its key, with which clients' cookies are signed.
+    authentication = make_app(run, _NoVideos(run, ""), host="127.0.0.1", port=port)
+    with FeedbackStore(run / "answers.sqlite") as store:
+        total = len(store.queries(unanswered=True))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def start() -> Any:
+        server = context.Process(target=_serve, args=(run, port, lease_seconds), daemon=True)
+        server.start()
+        return server
+
+    draw = random.Random(seed)
+    clients = [_Client(f"person {i}") for i in range(people)]
+    threads = [
+        threading.Thread(
+            target=_answer_all, args=(authentication, client, port, draw.random()), daemon=True
+        )
+        for client in clients
+    ]
+    server = start()
+    try:
+        for thread in threads:
+            thread.start()
+        for kill in range(kills):
+            due = total * (kill + draw.random()) / kills
+            while sum(len(client.acknowledged) for client in clients) < due:
+                if not any(thread.is_alive() for thread in threads):
+                    break
+                time.sleep(0.002)
+            server.kill()
+            server.join()
+            server = start()
+            clients[kill % people].new_browser.set()
+        for thread in threads:
+            thread.join()
+    finally:
+        server.kill()
+        server.join()
+    if errors := [error for client in clients for error in client.errors]:
+        raise RuntimeError(f"the server refused a correct request: {errors[0]}")
+    return {"kills": kills} | _compare(run, clients)
+
+
+def _compare(run: Path, clients: Sequence[_Client]) -> dict[str, int]:
+    """Compare the store's answers with those acknowledged to the clients."""
+    with closing(sqlite3.connect(run / "answers.sqlite")) as db:
+        rows = db.execute("SELECT id, query, teacher, preference, declined FROM answers")
+        stored = {row[0]: row[1:] for row in rows}
+    with FeedbackStore(run / "answers.sqlite") as store:
+        still_open = len(store.queries(unanswered=True))
+    lost = 0
+    for client in clients:
+        for query, (id, choice) in client.acknowledged.items():
+            declined = choice if choice in ("unsure", "skip") else None
+            lost += stored.get(id) != (query, client.name, PREFERENCES[choice], declined)
+    per_query = Counter(row[0] for row in stored.values())
+    return {
+        "acknowledged": sum(len(client.acknowledged) for client in clients),
+        "acknowledged_lost": lost,
+        "doubled": sum(n > 1 for n in per_query.values()),
+        "left_open": still_open,
+    }
+
+
+def _answer_all(authentication: Any, client: _Client, port: int, seed: float) -> None:
+    draw, browser = random.Random(seed), 0
+    choices: list[Choice] = list(PREFERENCES)
+    while True:
+        if client.new_browser.is_set():  # nobody renews the old one's leases from here on
+            client.new_browser.clear()
+            browser += 1
+        session = f"{client.name}-{browser}".replace(" ", "-")
+        cookie = authentication.set_cookie(Person(session, client.name)).partition(";")[0]
+        try:
+            status, state = _post(port, cookie, "next", None)
+            if status != 200:
+                client.errors.append(state["reason"])
+                return
+            if not state["queries"]:
+                # Others may hold the remaining ones, and leave.
+                if state["answered"] + state["declined"] >= state["budget"]:
+                    return
+                time.sleep(0.1)
+                continue
+            query, choice = state["queries"][0]["id"], draw.choice(choices)
+            answer = {"query": query, "choice": choice, "seconds": draw.random()}
+            status, state = _post(port, cookie, "answer", answer)
+            if status == 200:
+                client.acknowledged[query] = (state["id"], choice)
+            elif status != 409:
+                client.errors.append(state["reason"])
+                return
+        except (OSError, HTTPException, ValueError):
+            time.sleep(0.05)  # the server was killed during the request
+
+
+def _post(port: int, cookie: str, path: str, body: Any) -> tuple[int, Any]:
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"cookie": cookie, "content-type": "application/json"}
+    try:
+        connection.request("POST", f"/api/{path}", dumps(body) if body else None, headers)
+        reply = connection.getresponse()
+        return reply.status, loads(reply.read())
+    finally:
+        connection.close()
+
+
+def _serve(run: Path, port: int, lease_seconds: float) -> None:
+    import uvicorn
+
+    app = make_app(
+        run, _NoVideos(run, ""), host="127.0.0.1", port=port, repeat_every=0,
+        lease_seconds=lease_seconds,
+    )  # fmt: skip
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False)
+
+
+# ---- videos and the browser
+
+
+async def _render_pairs(run: Path, task: str) -> list[float]:
     """Seconds in which both clips of each query are drawn and encoded, one query at a time."""
     with FeedbackStore(run / "answers.sqlite") as store:
         shown = [store.shown(query.id) for query in store.queries()]
-    videos, taken = Videos(run, task), []
+    videos, seconds = Videos(run, task), []
     videos.start()
     try:
-        # Libraries are loaded and OpenGL is started with the first, which a person doesn't wait
-        # for: the first pairs are drawn as the server starts.
+        # The first includes imports and the start of OpenGL, for which nobody waits: the server
+        # draws the first pairs as it starts.
         await videos.get(shown[0][0])
         for pair in shown[1:]:
             started = time.perf_counter()
-            videos.want(pair)
+            videos.prefetch(pair)
             await asyncio.gather(*map(videos.get, pair))
-            taken.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - started)
     finally:
         await videos.stop()
-    return taken
+    return seconds
 
 
-def waits(run: Path, task: str, chromium: Path, *, answers: int) -> dict[str, float]:
-    """Milliseconds that a person in front of Chromium waits.
-
-    Args:
-        run: The run's directory, its clips drawn.
-        task: Of which they are.
-        chromium: The browser.
-        answers: How many are given, each once the next pair is loaded.
-
-    Returns:
-        `ready_ms` and `next_pair_ms_p95`.
-    """
+def _response_times(run: Path, task: str, chromium: Path, *, answers: int) -> dict[str, float]:
+    """`ready_ms` and `next_pair_ms_p95` in Chromium, for a run whose clips are drawn."""
     from playwright.sync_api import sync_playwright
 
-    with page_beside(run, task, repeat_every=0) as (link,), sync_playwright() as driver:
+    with serve_in_background(run, task) as link, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=str(chromium), args=CHROMIUM_FLAGS)
         page = browser.new_page()
         page.goto(link)
         page.fill("#name", "benchmark")
         page.keyboard.press("Enter")
-        shown(page, 1, seconds=120)
+        wait_for_pairs(page, 1, seconds=120)
         ready = []
         for _ in range(5):
             page.reload()
-            shown(page, 1)
+            wait_for_pairs(page, 1)
             ready.append(page.evaluate(f"{_SHOWN}[0].startTime"))
         for given in range(answers):
-            until(page, "pairs.length > 1 && pairs[1].videos.every((v) => v.readyState > 2)")
+            wait_until(page, "pairs.length > 1 && pairs[1].videos.every((v) => v.readyState > 2)")
             page.keyboard.press("ArrowLeft")
-            shown(page, given + 2)
-        marks = "performance.getEntriesByName('answered').map((mark) => mark.startTime)"
-        began, ended = page.evaluate(marks), page.evaluate(f"{_SHOWN}.map((m) => m.startTime)")[1:]
+            wait_for_pairs(page, given + 2)
+        times = ".map((mark) => mark.startTime)"
+        answered = page.evaluate(f"performance.getEntriesByName('answered'){times}")
+        next_shown = page.evaluate(f"{_SHOWN}{times}")[1:]
         browser.close()
-    took = [end - begin for begin, end in zip(began, ended, strict=True)]
     return {
         "ready_ms": statistics.median(ready),
-        "next_pair_ms_p95": float(np.quantile(took, 0.95)),
+        "next_pair_ms_p95": float(np.quantile(np.subtract(next_shown, answered), 0.95)),
     }
 
 
-CHROMIUM_FLAGS: Final = (
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-)  # fmt: skip
-_SHOWN: Final = "performance.getEntriesByName('pair-shown')"
+@contextmanager
+def serve_in_background(run: Path, task: str) -> Iterator[str]:
+    """Run `rewardmodels label` in another process until the block ends; yield its link."""
+    command = [sys.executable, "-c", "from experiments.cli import main; raise SystemExit(main())"]
+    command += ["label", str(run), "--task", task, "--repeat_every", "0", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            link = server.stdout.readline().strip()
+            if not link:
+                raise RuntimeError("label: the server didn't start; see its error above.")
+            yield link
+        finally:
+            server.terminate()
 
 
-def shown(page: Any, n: int, *, seconds: float = 30) -> None:
-    """Waits until the page has shown n pairs since it was opened."""
-    until(page, f"{_SHOWN}.length >= {n}", seconds=seconds)
+def wait_for_pairs(page: Any, n: int, *, seconds: float = 30) -> None:
+    """Wait until the page has shown n pairs since it was opened."""
+    wait_until(page, f"{_SHOWN}.length >= {n}", seconds=seconds)
 
 
-def until(page: Any, true: str, *, seconds: float = 30) -> None:
-    """Waits until an expression holds; Playwright's own way is refused by the page's policy."""
+def wait_until(page: Any, condition: str, *, seconds: float = 30) -> None:
+    """Wait until a JavaScript expression is true.
+
+    Playwright's `wait_for_function` needs `eval`, which the page's security policy forbids.
+    """
     limit = time.monotonic() + seconds
     while True:
-        with suppress(Exception):  # the page is being opened
-            if page.evaluate(true):
+        with suppress(Exception):  # the page is being loaded
+            if page.evaluate(condition):
                 return
         if time.monotonic() > limit:
-            raise TimeoutError(f"the page: expected {true} within {seconds} s.")
+            raise TimeoutError(f"the page: expected {condition} within {seconds} s.")
         time.sleep(0.02)

@@ -1,1 +1,1 @@
-"""The page on which people compare clips: a server on this machine, and the page it serves."""
+"""Web page on which people compare clips: its local server, its videos and its static files."""

@@ -1,4 +1,4 @@
-"""The page's server: what the browser may ask for, each answered or refused with a reason."""
+"""Server of the labelling page: routes, request bodies, and a reason for every refusal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,10 +18,9 @@ from starlette.exceptions import HTTPException
 
 from active import Conflict, Missing
 from active.leases import SECONDS
-from experiments.labelling.best import newest_checkpoint
-from experiments.labelling.desk import Choice, Desk, Kind
-from experiments.labelling.gate import Gate, Person
-from experiments.labelling.videos import NotDrawn, Videos
+from experiments.labelling.auth import Authentication, Person
+from experiments.labelling.questions import Choice, Kind, Questions
+from experiments.labelling.videos import Videos, VideoUnavailable, newest_checkpoint
 from rewardmodels import RewardModelsError, UnreadableFile
 
 T = TypeVar("T")
@@ -32,51 +31,57 @@ _FILES: Final = {
     "page.css": ("page.css", "text/css; charset=utf-8"),
     "icon.svg": ("icon.svg", "image/svg+xml"),
 }
-Id = Annotated[int, Field(ge=1, lt=2**63)]  # what SQLite counts to
+_STATUS: Final = {
+    Missing: 404,
+    VideoUnavailable: 501,
+    Conflict: 409,
+    UnreadableFile: 500,
+    RewardModelsError: 422,
+}
+Id = Annotated[int, Field(ge=1, lt=2**63)]  # SQLite's integers
 _DAY: Final = 24 * 3600.0
+
+
+def _sender(request: Request) -> Person:
+    person: Person = request.state.person
+    return person
+
+
+_Sender = Annotated[Person, Depends(_sender)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Named(_Body):
-    """What somebody wants to be called."""
-
+class _Name(_Body):
     name: str = Field(
         min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]*\S[^\x00-\x1f\x7f]*$"
     )
 
 
-class Answered(_Body):
-    """An answer to a query."""
-
+class _Answer(_Body):
     query: Id
     choice: Choice
     seconds: float = Field(ge=0, le=_DAY, allow_inf_nan=False)
 
 
-class Marked(_Body):
-    """A stretch of one of a query's clips."""
-
+class _ClipBody(_Body):
     query: Id
     side: Literal[0, 1]
+
+
+class _Mark(_ClipBody):
     first: int = Field(ge=0, lt=2**31)
     last: int = Field(ge=0, lt=2**31)
     good: bool
 
 
-class Rated(_Body):
-    """A rating of one of a query's clips."""
-
-    query: Id
-    side: Literal[0, 1]
+class _Rating(_ClipBody):
     stars: int = Field(ge=1, le=5)
 
 
-class Undone(_Body):
-    """What is to be taken back."""
-
+class _Undo(_Body):
     kind: Kind
     id: Id
 
@@ -90,58 +95,58 @@ def make_app(
     people: int = 1,
     repeat_every: int = 10,
     lease_seconds: float = SECONDS,
-) -> Gate:
-    """The application, behind its gate.
+) -> Authentication:
+    """Build the application of a run's page, behind its authentication.
 
     Args:
-        run: The run's directory.
-        videos: Draws its clips.
-        host: What the server is bound to.
-        port: Its port.
-        people: Links to give out, each for one browser.
-        repeat_every: Answers of a person after which a query is put once more; 0 for never.
-        lease_seconds: How long somebody keeps a query whose page gives no sign of life.
+        run: Run directory.
+        videos: Videos of its clips.
+        host: Address that the server is bound to.
+        port: Port that the server is bound to.
+        people: Number of links, each for one browser.
+        repeat_every: Answers of a person after which one of their queries is repeated; 0: never.
+        lease_seconds: Seconds for which a person keeps a query while their page is silent.
 
     Raises:
-        UnreadableFile: The store is damaged; it is left as it was.
+        UnreadableFile: The feedback store is damaged; it is left unchanged.
     """
-    make_desk = partial(Desk, run, repeat_every, lease_seconds)
-    make_desk().close()  # what is damaged is refused before anything is served
+    open_questions = partial(Questions, run, repeat_every, lease_seconds)
+    open_questions().store.close()  # refuse a damaged store before anything is served
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
-        # The store belongs to one thread, in which everything that reads or writes it takes turns.
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # The store belongs to one thread; everything that reads or writes it queues there.
         with ThreadPoolExecutor(1) as thread:
             loop = asyncio.get_running_loop()
-            app.state.desk = await loop.run_in_executor(thread, make_desk)
+            app.state.questions = await loop.run_in_executor(thread, open_questions)
             app.state.thread = thread
-            app.state.best_of = None
+            app.state.best_checkpoint = None
             videos.start()
-            videos.want(await _at_desk(app, lambda desk: desk.first_clips()))
+            videos.prefetch(await _call(app, Questions.first_clips))
             yield
             await videos.stop()
-            await loop.run_in_executor(thread, app.state.desk.close)
+            await _call(app, lambda questions: questions.store.close())
 
-    app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
-    gate = Gate(app, run=run, host=host, port=port, people=people)
-    _serve_files(app, run, videos)
-    _serve_people(app, gate, videos)
-    _explain(app)
-    return gate
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    authentication = Authentication(app, run=run, host=host, port=port, people=people)
+    _add_files(app, run, videos)
+    _add_api(app, authentication, videos)
+    _add_error_handlers(app)
+    return authentication
 
 
-def _serve_files(app: FastAPI, run: Path, videos: Videos) -> None:
+def _add_files(app: FastAPI, run: Path, videos: Videos) -> None:
     @app.get("/video/best")
     async def best() -> Response:
         newest = newest_checkpoint(run)
-        if newest != app.state.best_of:  # drawing it anew takes seconds from the pairs'
-            app.state.best_of = newest
+        if newest != app.state.best_checkpoint:  # not more often: it takes seconds from the pairs
+            app.state.best_checkpoint = newest
             videos.forget("best")
         return _video(await videos.get("best"))
 
     @app.get("/video/{clip}")
     async def video(clip: int) -> Response:
-        if not 0 < clip < 2**63 or not await _at_desk(app, lambda desk: desk.knows(clip)):
+        if not 0 < clip < 2**63 or not await _call(app, Questions.has_clip, clip):
             raise Missing(f"clip: expected a clip in the store, got {clip}.")
         return _video(await videos.get(clip))
 
@@ -149,81 +154,66 @@ def _serve_files(app: FastAPI, run: Path, videos: Videos) -> None:
     @app.get("/{name}")
     async def file(name: str = "") -> Response:
         if name not in _FILES:
-            raise HTTPException(404, "path: expected one that the page asks for.")
+            raise HTTPException(404, "path: expected a file of the page.")
         path, kind = _FILES[name]
-        headers = {"cache-control": "no-cache"}
         static = Path(__file__).with_name("static")
-        return FileResponse(static / path, media_type=kind, headers=headers)
+        return FileResponse(static / path, media_type=kind, headers={"cache-control": "no-cache"})
 
 
-def _serve_people(app: FastAPI, gate: Gate, videos: Videos) -> None:
-    async def shown(person: Person, **more: Any) -> dict[str, Any]:
-        state = await _at_desk(app, lambda desk: desk.next(person))
-        videos.want([clip["id"] for query in state["queries"] for clip in query["clips"]])
+def _add_api(app: FastAPI, authentication: Authentication, videos: Videos) -> None:
+    async def state(person: Person, **more: Any) -> dict[str, Any]:
+        state = await _call(app, Questions.state, person)
+        videos.prefetch([clip["id"] for query in state["queries"] for clip in query["clips"]])
         return {"name": person.name, **state, **more}
 
     @app.post("/api/name")
-    async def name(request: Request, body: Named) -> Response:
-        person = _person(request)._replace(name=body.name.strip())
-        answer = JSONResponse(await shown(person))
-        answer.headers["set-cookie"] = gate.signed(person)
-        return answer
+    async def name(person: _Sender, body: _Name) -> Response:
+        person = person._replace(name=body.name.strip())
+        cookie = {"set-cookie": authentication.set_cookie(person)}
+        return JSONResponse(await state(person), headers=cookie)
 
     @app.post("/api/next")
-    async def next_(request: Request) -> dict[str, Any]:
-        person = _person(request)
-        return await shown(person) if person.name else {"name": ""}
+    async def next_(person: _Sender) -> dict[str, Any]:
+        return await state(person) if person.name else {"name": ""}
 
     @app.post("/api/answer")
-    async def answer(request: Request, body: Answered) -> dict[str, Any]:
-        person = _person(request)
-        id = await _at_desk(
-            app, lambda desk: desk.answer(person, body.query, body.choice, body.seconds)
-        )
-        return await shown(person, kind="answer", id=id)
+    async def answer(person: _Sender, body: _Answer) -> dict[str, Any]:
+        id = await _call(app, Questions.answer, person, **body.model_dump())
+        return await state(person, kind="answer", id=id)
 
     @app.post("/api/mark")
-    async def mark(request: Request, body: Marked) -> dict[str, Any]:
-        person = _person(request)
-        id = await _at_desk(app, lambda desk: desk.mark(person, **body.model_dump()))
+    async def mark(person: _Sender, body: _Mark) -> dict[str, Any]:
+        id = await _call(app, Questions.mark, person, **body.model_dump())
         return {"kind": "mark", "id": id}
 
     @app.post("/api/rate")
-    async def rate(request: Request, body: Rated) -> dict[str, Any]:
-        person = _person(request)
-        id = await _at_desk(app, lambda desk: desk.rate(person, **body.model_dump()))
+    async def rate(person: _Sender, body: _Rating) -> dict[str, Any]:
+        id = await _call(app, Questions.rate, person, **body.model_dump())
         return {"kind": "rating", "id": id}
 
     @app.post("/api/undo")
-    async def undo(request: Request, body: Undone) -> dict[str, Any]:
-        person = _person(request)
-        query = await _at_desk(app, lambda desk: desk.undo(person, body.kind, body.id))
-        return await shown(person, query=query)
+    async def undo(person: _Sender, body: _Undo) -> dict[str, Any]:
+        query = await _call(app, Questions.undo, person, **body.model_dump())
+        return await state(person, query=query)
 
     @app.post("/api/leave")
-    async def leave(request: Request) -> dict[str, Any]:
-        await _at_desk(app, lambda desk: desk.leave(_person(request)))
+    async def leave(person: _Sender) -> dict[str, Any]:
+        await _call(app, Questions.leave, person)
         return {}
 
     @app.get("/api/learned")
     async def learned() -> dict[str, Any]:
-        return {"curve": await _at_desk(app, lambda desk: desk.learned())}
+        return {"curve": await _call(app, Questions.learning_curve)}
 
 
-def _explain(app: FastAPI) -> None:
-    """A reason for everything that is refused, as JSON."""
+def _add_error_handlers(app: FastAPI) -> None:
+    """Turn every error into JSON with a reason."""
 
-    def said(status: int) -> Callable[[Request, Exception], Response]:
-        return lambda request, error: JSONResponse({"reason": str(error)}, status)
+    async def known(request: Request, error: Exception) -> Response:
+        status = next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+        return JSONResponse({"reason": str(error)}, status)
 
-    for kind, status in (
-        (Missing, 404),
-        (NotDrawn, 501),
-        (Conflict, 409),
-        (UnreadableFile, 500),
-        (RewardModelsError, 422),
-    ):
-        app.add_exception_handler(kind, said(status))
+    app.add_exception_handler(RewardModelsError, known)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
@@ -231,27 +221,23 @@ def _explain(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        # What came isn't repeated: it may be anything.
-        wrong = "; ".join(
+        # The input isn't repeated in the reply: it may be anything.
+        reasons = (
             f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()
         )
-        return JSONResponse({"reason": wrong}, 422)
+        return JSONResponse({"reason": "; ".join(reasons)}, 422)
 
 
-async def _at_desk(app: FastAPI, job: Callable[[Desk], T]) -> T:
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(app.state.thread, lambda: job(app.state.desk))
-
-
-def _person(request: Request) -> Person:
-    person: Person = request.state.person
-    return person
+async def _call(app: FastAPI, method: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a method of `Questions` in the thread that owns the store."""
+    call = partial(method, app.state.questions, *args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(app.state.thread, call)
 
 
 def _video(path: Path | None) -> Response:
     if path is None:
-        raise HTTPException(404, "video: expected one to show, but the agent knows nothing yet.")
-    # Named by its content's digest in our folder, and by its clip's number here: it never changes.
-    how_long = "no-cache" if path.name.startswith("best") else "max-age=31536000, immutable"
-    headers = {"cache-control": f"private, {how_long}"}
+        raise HTTPException(404, "video: expected a learned reward, but there is none yet.")
+    # A clip's video never changes; the best clip's does, under the same address.
+    age = "no-cache" if path.name.startswith("best") else "max-age=31536000, immutable"
+    headers = {"cache-control": f"private, {age}"}
     return FileResponse(path, media_type="video/mp4", headers=headers)

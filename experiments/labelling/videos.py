@@ -1,106 +1,123 @@
-"""Videos of clips, made in the background by one process, each once."""
+"""Videos of clips, drawn in the background by one process of its own, each clip once.
+
+`Videos` runs in the server. It starts this module as a process that reads jobs from standard input
+and writes results to standard output, one line of JSON each. The process ends when its input does,
+so that it doesn't outlive a server that was killed; it opens the feedback store itself, so that
+only short lines go through the pipe.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
-from rewardmodels import RewardModelsError
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from active import FeedbackStore
+from experiments.envs.rendering import Renderer, RenderingUnavailable
+from experiments.envs.tasks import find_task
+from experiments.envs.video import write_video
+from experiments.training.clip_buffer import History
+from rewardmodels import RewardModelsError, load
 
 Job = int | Literal["best"]
+"""A clip's id, or the best clip by the learned reward."""
+
+SIZE_PX: Final = 320  # width and height
+FPS: Final = 25
+BEST_FRAMES: Final = 100
 
 
-class NotDrawn(RewardModelsError):
-    """A clip can't be drawn; the message says why."""
+class VideoUnavailable(RewardModelsError):
+    """A clip can't be drawn; the message gives the reason."""
 
 
 class Videos:
-    """Asks the drawing process for videos, what somebody is waiting for first.
+    """Queue of videos in front of the drawing process; requested videos overtake prefetched ones.
 
     Args:
-        run: The run's directory.
-        task: The task's name.
+        run: Run directory; videos are kept in its `videos`.
+        task: Name of the task.
     """
 
     def __init__(self, run: Path, task: str) -> None:
         self.folder = run / "videos"
-        self._command = [sys.executable, "-m", "experiments.labelling.drawing", run, task]
+        self._command = [sys.executable, "-m", "experiments.labelling.videos", str(run), task]
         self._waiting: deque[Job] = deque()
-        self._done: dict[Job, asyncio.Future[Path | None]] = {}
+        self._results: dict[Job, asyncio.Future[Path | None]] = {}
         self._work = asyncio.Event()
-        self._drawing: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
 
     def start(self) -> None:
-        """Starts the drawing process, so that it has its libraries by the time of the first job."""
-        self._drawing = asyncio.create_task(self._draw())
+        """Start the drawing process now, so that its imports are done before the first job."""
+        self._task = asyncio.create_task(self._work_off())
 
     async def stop(self) -> None:
-        """Ends the drawing process."""
-        if self._drawing is not None:
-            self._drawing.cancel()
-            await asyncio.gather(self._drawing, return_exceptions=True)
+        """End the drawing process."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             await self._process.wait()
 
-    def want(self, jobs: Sequence[Job]) -> None:
-        """Puts jobs at the end of the queue, save those known already."""
+    def prefetch(self, jobs: Sequence[Job]) -> None:
+        """Append jobs to the queue, except those already known."""
         for job in jobs:
-            if job not in self._done:
-                self._done[job] = asyncio.get_running_loop().create_future()
+            if job not in self._results:
+                self._results[job] = asyncio.get_running_loop().create_future()
                 self._waiting.append(job)
         self._work.set()
 
     async def get(self, job: Job) -> Path | None:
-        """The video's file, once it is drawn; None if there is nothing to draw.
+        """Return the file of a video once it is drawn; None if there is nothing to draw yet.
 
         Raises:
-            NotDrawn: It can't be drawn.
+            VideoUnavailable: It can't be drawn.
         """
-        self.want([job])
-        if job in self._waiting and job != "best":  # which is long, and nobody's question
+        self.prefetch([job])
+        if job in self._waiting and job != "best":  # which takes long, and nobody waits for it
             self._waiting.remove(job)
             self._waiting.appendleft(job)
-        return await asyncio.shield(self._done[job])
+        return await asyncio.shield(self._results[job])
 
     def forget(self, job: Job) -> None:
-        """Lets a job be done anew, if it is done."""
-        if job in self._done and self._done[job].done():
-            del self._done[job]
+        """Drop a finished job's result, so that the next request draws it again."""
+        if job in self._results and self._results[job].done():
+            del self._results[job]
 
-    async def _draw(self) -> None:
+    async def _work_off(self) -> None:
         while True:
             if self._process is None:
-                await self._start()
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+                )
             while not self._waiting:
                 self._work.clear()
                 await self._work.wait()
             job = self._waiting.popleft()
-            future = self._done[job]
+            result = self._results[job]
             try:
-                future.set_result(await self._ask(job))
-            except NotDrawn as error:
-                future.set_exception(error)
-                future.exception()  # seen, so that nobody is warned of it
-                # A machine that can't draw won't; a process that was killed may next time.
-            if future.exception() is not None and self._process is None:
-                del self._done[job]
+                result.set_result(await self._draw(self._process, job))
+            except VideoUnavailable as error:
+                result.set_exception(error)
+                result.exception()  # mark it as retrieved: perhaps nobody waits for this video
+                if self._process is None:  # it was killed, so the next attempt may succeed
+                    del self._results[job]
 
-    async def _start(self) -> asyncio.subprocess.Process:
-        pipe = asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(
-            *map(str, self._command), stdin=pipe, stdout=pipe
-        )
-        return self._process
-
-    async def _ask(self, job: Job) -> Path | None:
-        process = self._process or await self._start()
+    async def _draw(self, process: asyncio.subprocess.Process, job: Job) -> Path | None:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -111,8 +128,129 @@ class Videos:
             line = b""
         if not line:
             self._process = None
-            raise NotDrawn("the process that draws has ended; its last words stand above.")
-        said = json.loads(line)
-        if "error" in said:
-            raise NotDrawn(said["error"])
-        return None if said["file"] is None else self.folder / said["file"]
+            raise VideoUnavailable("the drawing process has ended; see the server's terminal.")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise VideoUnavailable(reply["error"])
+        return None if reply["file"] is None else self.folder / reply["file"]
+
+
+class ClipRenderer:
+    """Renders clips of a feedback store to video files, each once.
+
+    Args:
+        run: Run directory, with `answers.sqlite`; videos go to its `videos`.
+        task: Name of the task.
+    """
+
+    def __init__(self, run: Path, task: str) -> None:
+        self.run, self.task = run, find_task(task)
+        self.store = FeedbackStore(run / "answers.sqlite")
+        self.folder = run / "videos"
+        self.folder.mkdir(exist_ok=True)
+        self._renderer: Renderer | None = None
+
+    def clip(self, id: int) -> str:
+        """Render a clip unless its video exists; return the video's name in the folder.
+
+        Raises:
+            RenderingUnavailable: This machine can't render, or the clip can't be rendered.
+        """
+        clip = self.store.clips([id])
+        shown, states = clip.observations[0].numpy(), clip.states
+        if states is not None:
+            shown = states[0].numpy()
+        elif shown.dtype != np.uint8 or shown.shape[3:] != (3,):
+            raise RenderingUnavailable(
+                f"clip {id}: expected simulator states or images as observations, got neither, "
+                f"since {self.task.name} has no state that can be set."
+            )
+        header = f"{self.task.name} {SIZE_PX} {FPS} {shown.dtype} {shown.shape}"
+        digest = hashlib.sha256(header.encode() + np.ascontiguousarray(shown).tobytes())
+        return self._write(f"{digest.hexdigest()}.mp4", shown, drawn=states is None)
+
+    def best(self) -> str | None:
+        """Render the agent's best recent clip by the learned reward; None before there is one."""
+        states = best_clip(self.run)
+        if states is None:
+            return None
+        name = self._write(f"best-{hashlib.sha256(states.tobytes()).hexdigest()}.mp4", states)
+        for old in self.folder.glob("best-*.mp4"):
+            if old.name != name:
+                old.unlink()
+        return name
+
+    def close(self) -> None:
+        """Close the store and the renderer."""
+        self.store.close()
+        if self._renderer is not None:
+            self._renderer.close()
+
+    def _write(self, name: str, shown: NDArray[Any], drawn: bool = False) -> str:
+        """Write states, or images that are drawn already, to a file unless it exists."""
+        if not (self.folder / name).exists():
+            if not drawn:
+                if self._renderer is None:
+                    self._renderer = Renderer(self.task, SIZE_PX, SIZE_PX, smooth=False)
+                shown = self._renderer.draw(shown)
+            write_video(shown, self.folder / name, FPS)
+        return name
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Directory of a run's newest checkpoint, or None if there is none."""
+    return max((p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir()), default=None)
+
+
+def best_clip(run: Path, frames: int = BEST_FRAMES) -> NDArray[np.floating[Any]] | None:
+    """Simulator states of the recent clip with the highest learned return.
+
+    Args:
+        run: Run directory; its newest checkpoint is read.
+        frames: Frames of the clip, at most.
+
+    Returns:
+        `(frames, s)`, or None if there is no checkpoint, learned reward or state, or if the
+        checkpoint was replaced meanwhile.
+    """
+    newest = newest_checkpoint(run)
+    if newest is None or not (newest / "model.safetensors").exists():
+        return None
+    try:
+        model = load(newest / "model.safetensors")
+        with np.load(newest / "history.npz", allow_pickle=False) as file:
+            capacity, envs = file["ends"].shape
+        history = History(capacity, envs)
+        history.load(newest / "history.npz")
+    except FileNotFoundError:
+        return None
+    # 300 candidates are enough: neighbouring clips share nearly all of their frames.
+    clips = history.cut(min(frames, history.steps, capacity), 300, np.random.default_rng(0))
+    if clips.states is None:
+        return None
+    with torch.no_grad():
+        best = int(model.posterior(clips).mean.argmax())
+    return clips.states[best].numpy()
+
+
+def main() -> None:
+    """Do jobs, one line of JSON each, until standard input ends."""
+    run, task = sys.argv[1:]
+    torch.set_num_threads(1)
+    renderer = ClipRenderer(Path(run), task)
+    # Libraries may print to standard output: it becomes standard error, and replies get a copy.
+    with os.fdopen(os.dup(1), "w") as replies, closing(renderer):
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            job = json.loads(line)
+            try:
+                reply = {"file": renderer.best() if job == "best" else renderer.clip(job)}
+            except (RewardModelsError, OSError, ValueError, KeyError) as error:
+                reply = {"error": str(error)}
+            print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    # Ctrl-C in a terminal reaches both processes; the server ends this one by closing its input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main()

@@ -1,4 +1,4 @@
-"""What the page asks of the store: hand out queries, take answers, marks and ratings, take back."""
+"""Queries, comparisons, marks and ratings of a run, as the labelling page needs them."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ import yaml
 
 from active import FeedbackStore
 from active.leases import SECONDS
-from experiments.labelling.gate import Person
+from experiments.labelling.auth import Person
 from rewardmodels import InvalidInput, UnreadableFile
 
 Choice = Literal["left", "right", "same", "unsure", "skip"]
 Kind = Literal["answer", "mark", "rating"]
 
-AHEAD: Final = 3  # the query on the screen, and those that the browser loads meanwhile
-_SAID: Final[dict[Choice, float | None]] = {
+PREFERENCES: Final[dict[Choice, float | None]] = {
     "left": 0.0, "right": 1.0, "same": 0.5, "unsure": None, "skip": None,
 }  # fmt: skip
-_LET_PASS: Final = 5  # answers between a query and its repeat, so that it isn't simply remembered
+AHEAD: Final = 3  # the query on the screen, and two that the browser loads meanwhile
+_REPEAT_GAP: Final = 5  # answers between a query and its repeat, so that it isn't just remembered
 
 
-class Desk:
-    """The store as the page sees it; belongs to the thread that made it.
+class Questions:
+    """Feedback store of a run as the page sees it; used by the thread that made it only.
 
     Args:
-        run: The run's directory.
-        repeat_every: Answers of a person after which one of their queries is put once more; 0 for
-            never.
-        lease_seconds: How long somebody keeps a query whose page gives no sign of life.
-        seed: Of which queries are repeated.
+        run: Run directory.
+        repeat_every: Answers of a person after which one of their queries is repeated; 0: never.
+        lease_seconds: Seconds for which a person keeps a query while their page is silent.
+        seed: Seed of the choice of repeated queries.
     """
 
     def __init__(
@@ -46,17 +45,16 @@ class Desk:
         self._frames: dict[int, int] = {}
         self._budget = settings(run).get("comparisons")
 
-    def close(self) -> None:
-        """Closes the store."""
-        self.store.close()
-
-    def next(self, person: Person) -> dict[str, Any]:
-        """What the page shows: a person's queries, oldest first, and how far everybody is."""
+    def state(self, person: Person) -> dict[str, Any]:
+        """State of the page: the person's queries, oldest first, and everybody's progress."""
         self._repeat(person)
         ids = self.store.leases.take(person.session, AHEAD, seconds=self.lease_seconds)
         counts, agreement = self.store.counts(), self.store.repeats.agreement()
         return {
-            "queries": [self._query(query, person) for query in ids],
+            "queries": [
+                {"id": id, "clips": [self._clip(clip, person) for clip in self.store.shown(id)]}
+                for id in ids
+            ],
             "answered": counts.answered,
             "declined": counts.skipped,
             "budget": self._budget or counts.put,
@@ -65,14 +63,15 @@ class Desk:
         }
 
     def first_clips(self) -> list[int]:
-        """Clips that the first person to come will be shown."""
-        return self._clips([query.id for query in self.store.queries(unanswered=True)[:AHEAD]])
+        """Clips of the oldest open queries, which the first person will see."""
+        queries = self.store.queries(unanswered=True)[:AHEAD]
+        return [clip for query in queries for clip in self.store.shown(query.id)]
 
     def answer(self, person: Person, query: int, choice: Choice, seconds: float) -> int:
-        """Stores an answer to a query that the person holds."""
+        """Store a person's answer to a query that they hold; return its id."""
         return self.store.answer(
             query,
-            _SAID[choice],
+            PREFERENCES[choice],
             _name(person),
             seconds=seconds,
             declined="unsure" if choice == "unsure" else "skip",
@@ -80,36 +79,36 @@ class Desk:
         )
 
     def mark(self, person: Person, query: int, side: int, first: int, last: int, good: bool) -> int:
-        """Stores a mark on one clip of a query that the person holds."""
-        clip = self._held(person, query, side)
-        if last >= self._length(clip):
+        """Store a mark on one clip of a query that the person holds; return its id."""
+        clip = self._held_clip(person, query, side)
+        if last >= (frames := self._length(clip)):
             raise InvalidInput(
-                f"last: expected a frame of the clip's {self._length(clip)}, got {last}."
+                f"last: expected a frame below {frames}, the clip's end, got {last}."
             )
         return self.store.marks.add(clip, first, last, good=good, teacher=_name(person))
 
     def rate(self, person: Person, query: int, side: int, stars: int) -> int:
-        """Stores a rating, of 1 to 5 stars, of one clip of a query that the person holds."""
-        clip = self._held(person, query, side)
+        """Store a rating (1 to 5 stars) of a clip of a query that the person holds."""
+        clip = self._held_clip(person, query, side)
         return self.store.marks.rate(clip, (stars - 1) / 4, teacher=_name(person))
 
     def undo(self, person: Person, kind: Kind, id: int) -> int | None:
-        """Takes back what the person said; a query that is open again is theirs."""
+        """Withdraw the person's feedback; a query that is open again is leased to them."""
         query = self.store.withdraw(kind, id, _name(person))
         if query is not None:
             self.store.leases.grant(query, person.session, seconds=self.lease_seconds)
         return query
 
     def leave(self, person: Person) -> None:
-        """Puts a person's queries back."""
+        """Return a person's queries to the queue."""
         self.store.leases.release(person.session)
 
-    def learned(self) -> list[list[float]]:
-        """The learning curve: comparisons, steps and true return of each round."""
-        return list(_curve(self.run / "metrics.csv"))
+    def learning_curve(self) -> list[list[float]]:
+        """Comparisons, environment steps and task return of each round."""
+        return list(_read_curve(self.run / "metrics.csv"))
 
-    def knows(self, clip: int) -> bool:
-        """Whether there is such a clip."""
+    def has_clip(self, clip: int) -> bool:
+        """Return True if the store has a clip of this id."""
         try:
             return self._length(clip) > 0
         except InvalidInput:
@@ -121,37 +120,34 @@ class Desk:
         answered, repeats = self.store.repeats.answered(person.name)
         if answered < self.repeat_every * (repeats + 1):
             return
-        if old := self.store.repeats.candidates(person.name)[:-_LET_PASS]:
+        if old := self.store.repeats.candidates(person.name)[:-_REPEAT_GAP]:
             again = self.store.repeats.put(self._random.choice(old))
             self.store.leases.grant(again, person.session, seconds=self.lease_seconds)
 
-    def _query(self, query: int, person: Person) -> dict[str, Any]:
-        return {"id": query, "clips": [self._clip(c, person) for c in self.store.shown(query)]}
-
     def _clip(self, clip: int, person: Person) -> dict[str, Any]:
-        mine = [mark for mark in self.store.marks.of(clip) if mark.teacher == person.name]
-        marks = [{"id": m.id, "first": m.first, "last": m.last, "good": m.good} for m in mine]
+        marks = [
+            {"id": mark.id, "first": mark.first, "last": mark.last, "good": mark.good}
+            for mark in self.store.marks.of(clip)
+            if mark.teacher == person.name
+        ]
         return {"id": clip, "frames": self._length(clip), "marks": marks}
-
-    def _clips(self, queries: list[int]) -> list[int]:
-        return [clip for query in queries for clip in self.store.shown(query)]
 
     def _length(self, clip: int) -> int:
         if clip not in self._frames:
             self._frames[clip] = int(self.store.clips([clip]).lengths)
         return self._frames[clip]
 
-    def _held(self, person: Person, query: int, side: int) -> int:
+    def _held_clip(self, person: Person, query: int, side: int) -> int:
         clips = self.store.shown(query)
         self.store.leases.check(query, person.session)
         return clips[side]
 
 
 def settings(run: Path) -> dict[str, Any]:
-    """The settings that a run was started with; none where `learn` didn't make it.
+    """Return the settings of a run, or {} if `learn` didn't make it.
 
     Raises:
-        UnreadableFile: They are damaged.
+        UnreadableFile: `config.yaml` is damaged.
     """
     file = run / "config.yaml"
     if not file.is_file():
@@ -163,7 +159,7 @@ def settings(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _curve(file: Path) -> Iterator[list[float]]:
+def _read_curve(file: Path) -> Iterator[list[float]]:
     if not file.is_file():
         return
     with file.open(newline="") as rows:
@@ -178,5 +174,5 @@ def _curve(file: Path) -> Iterator[list[float]]:
 
 def _name(person: Person) -> str:
     if not person.name:
-        raise InvalidInput("name: expected your name first, got none.")
+        raise InvalidInput("name: expected a name before the first answer, got none.")
     return person.name

@@ -12,13 +12,13 @@ import pytest
 from experiments.benchmarks.page import (
     CHROMIUM,
     CHROMIUM_FLAGS,
+    answer_during_kills,
     benchmark_page,
     put_queries,
-    shown,
-    until,
+    serve_in_background,
+    wait_for_pairs,
+    wait_until,
 )
-from experiments.benchmarks.page_kills import answer_through_kills
-from experiments.labelling.beside import page_beside
 from rewardmodels import InvalidInput
 
 SCREENSHOTS = Path(__file__).parents[3] / "runs" / "labelling-page"
@@ -27,11 +27,11 @@ pytestmark = pytest.mark.slow
 
 
 def idle(page: Any) -> None:
-    until(page, "unsaved === 0")
+    wait_until(page, "unsaved === 0")
 
 
 def next_loaded(page: Any) -> None:
-    until(page, "pairs.length > 0 && pairs[0].seen")
+    wait_until(page, "pairs.length > 0 && pairs[0].seen")
 
 
 def rows(run: Path, sql: str) -> list[Any]:
@@ -55,7 +55,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path):
     (tmp_path / "metrics.csv").write_text("\n".join(["step,comparisons,task_return", *lines]))
     keys, said, errors = list(KEYS), {}, []
     with (
-        page_beside(tmp_path, "HalfCheetah", repeat_every=0) as (link,),
+        serve_in_background(tmp_path, "HalfCheetah") as link,
         sync_api.sync_playwright() as driver,
     ):
         browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_FLAGS)
@@ -66,7 +66,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path):
         page.fill("#name", "Ann")
         photograph(page, "name")
         page.keyboard.press("Enter")
-        shown(page, 1, seconds=120)
+        wait_for_pairs(page, 1, seconds=120)
         photograph(page, "first")
 
         # The first clip, by keys: a stretch held down, and four stars.
@@ -102,20 +102,20 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path):
                 page = context.new_page()
                 page.on("pageerror", lambda error: errors.append(error))
                 page.goto(link.partition("?")[0])
-                shown(page, 1)
+                wait_for_pairs(page, 1)
             next_loaded(page)
             query, key = page.evaluate("pairs[0].id"), keys[given % len(keys)]
             page.keyboard.press(key)
             if given == 20:
                 idle(page)
                 page.keyboard.press("u")
-                until(page, f"pairs[0].id === {query}")
+                wait_until(page, f"pairs[0].id === {query}")
                 next_loaded(page)
                 key = "ArrowUp"
                 page.keyboard.press(key)
             said[query] = KEYS[key]
         idle(page)
-        until(page, "!document.getElementById('curve').hidden")
+        wait_until(page, "!document.getElementById('curve').hidden")
         names = page.evaluate(
             "[...document.querySelectorAll('button, input, .clip, video, [role=img]')].map((e) => "
             "e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || e.innerText "
@@ -145,7 +145,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path):
 
 def test_kills_lose_and_double_nothing(tmp_path):
     put_queries(tmp_path, "Hopper", 120, clips=20)
-    found = answer_through_kills(tmp_path, kills=3, lease_seconds=1.0)
+    found = answer_during_kills(tmp_path, kills=3, lease_seconds=1.0)
     assert found["acknowledged_lost"] == found["doubled"] == found["left_open"] == 0
     # All but the few that were stored when a kill took the reply away.
     assert 120 - 3 * 4 <= found["acknowledged"] <= 120

@@ -14,11 +14,10 @@ import torch
 from starlette.testclient import TestClient
 
 from active import Counts, FeedbackStore, all_pairs
-from experiments.labelling import best, command
+from experiments.labelling.auth import Person, is_loopback
 from experiments.labelling.command import label
-from experiments.labelling.gate import Person, loopback
 from experiments.labelling.server import make_app
-from experiments.labelling.videos import NotDrawn, Videos
+from experiments.labelling.videos import Videos, VideoUnavailable, best_clip
 from rewardmodels import Clips, UnreadableFile
 
 HERE = "http://127.0.0.1:8765"
@@ -30,7 +29,7 @@ class Painted(Videos):
     def start(self) -> None:
         self.folder.mkdir(exist_ok=True)
 
-    def want(self, jobs) -> None:
+    def prefetch(self, jobs) -> None:
         pass
 
     async def get(self, job):
@@ -49,20 +48,20 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def gate(run):
+def auth(run):
     return make_app(run, Painted(run, ""), host="127.0.0.1", port=8765, people=2, repeat_every=0)
 
 
 @pytest.fixture
-def client(gate) -> Iterator[TestClient]:
+def client(auth) -> Iterator[TestClient]:
     """Nobody yet."""
-    with TestClient(gate, base_url=HERE, follow_redirects=False) as client:
+    with TestClient(auth, base_url=HERE, follow_redirects=False) as client:
         yield client
 
 
-def sign_in(client: TestClient, gate, name: str = "Ann") -> TestClient:
+def sign_in(client: TestClient, auth, name: str = "Ann") -> TestClient:
     client.cookies.clear()
-    cookie = gate.signed(Person(f"{name}-1", name)).partition(";")[0]
+    cookie = auth.set_cookie(Person(f"{name}-1", name)).partition(";")[0]
     client.headers["cookie"] = cookie
     return client
 
@@ -77,10 +76,10 @@ def contents(run: Path) -> str:
     return repr(rows)
 
 
-def test_a_link_works_once_and_then_the_cookie_does(client, gate):
+def test_a_link_works_once_and_then_the_cookie_does(client, auth):
     assert client.get("/").status_code == 403
     assert client.post("/api/next").status_code == 403
-    first = client.get(f"/?token={gate.tokens[0]}")
+    first = client.get(f"/?token={auth.tokens[0]}")
     assert (first.status_code, first.headers["location"]) == (303, "/")
     assert {"HttpOnly", "SameSite=Strict"} <= {
         w.strip() for w in first.headers["set-cookie"].split(";")
@@ -94,20 +93,20 @@ def test_a_link_works_once_and_then_the_cookie_does(client, gate):
     named = client.post("/api/name", json={"name": "  Ånn O’B "})
     assert named.json()["name"] == "Ånn O’B"
     assert client.post("/api/next").json()["name"] == "Ånn O’B"
-    assert client.get(f"/?token={gate.tokens[1]}").status_code == 303  # in already: not used up
+    assert client.get(f"/?token={auth.tokens[1]}").status_code == 303  # in already: not used up
     client.cookies.clear()
-    assert client.get(f"/?token={gate.tokens[0]}").status_code == 403
+    assert client.get(f"/?token={auth.tokens[0]}").status_code == 403
     assert client.get("/?token=guessed").status_code == 403
-    assert client.get(f"/?token={gate.tokens[1]}").status_code == 303
+    assert client.get(f"/?token={auth.tokens[1]}").status_code == 303
     client.cookies.clear()
 
 
-def test_a_cookie_holds_over_a_new_server_and_none_can_be_made_up(client, gate, run):
+def test_a_cookie_holds_over_a_new_server_and_none_can_be_made_up(client, auth, run):
     again = make_app(run, Painted(run, ""), host="127.0.0.1", port=8765)
     person = Person("s", "Ann")
-    assert again.signed(person) == gate.signed(person)
+    assert again.set_cookie(person) == auth.set_cookie(person)
     assert stat.S_IMODE((run / "label.key").stat().st_mode) == 0o600
-    cookie = gate.signed(person).partition(";")[0]
+    cookie = auth.set_cookie(person).partition(";")[0]
     for forged in (
         cookie[:-1] + ("0" if cookie[-1] != "0" else "1"),
         "label-8765=s.QW5u.",
@@ -138,8 +137,8 @@ def test_a_cookie_holds_over_a_new_server_and_none_can_be_made_up(client, gate, 
         ({"origin": "http://localhost:8765"}, 403),
     ],
 )
-def test_host_and_origin(client, gate, headers, status):
-    assert sign_in(client, gate).post("/api/next", headers=headers).status_code == status
+def test_host_and_origin(client, auth, headers, status):
+    assert sign_in(client, auth).post("/api/next", headers=headers).status_code == status
 
 
 @pytest.mark.parametrize(
@@ -153,13 +152,13 @@ def test_host_and_origin(client, gate, headers, status):
     ],
 )
 def test_open_to_the_network_it_still_refuses_foreign_names(run, host, status):
-    gate = make_app(run, Painted(run, ""), host="0.0.0.0", port=8765)
-    with TestClient(gate, base_url=HERE) as client:
-        assert sign_in(client, gate).post("/api/next", headers={"host": host}).status_code == status
+    auth = make_app(run, Painted(run, ""), host="0.0.0.0", port=8765)
+    with TestClient(auth, base_url=HERE) as client:
+        assert sign_in(client, auth).post("/api/next", headers={"host": host}).status_code == status
 
 
-def test_answers_marks_ratings_and_undo_reach_the_store(client, gate, run):
-    sign_in(client, gate)
+def test_answers_marks_ratings_and_undo_reach_the_store(client, auth, run):
+    sign_in(client, auth)
     state = client.post("/api/next").json()
     assert [query["id"] for query in state["queries"]] == [1, 2, 3]
     assert [clip["frames"] for clip in state["queries"][0]["clips"]] == [6, 6]
@@ -232,8 +231,8 @@ MARK = {"query": 1, "side": 0, "first": 0, "last": 1, "good": True}
         ("nowhere", {}, 404),
     ],
 )  # fmt: skip
-def test_bad_requests_get_a_reason_and_change_nothing(client, gate, run, path, body, status):
-    sign_in(client, gate)
+def test_bad_requests_get_a_reason_and_change_nothing(client, auth, run, path, body, status):
+    sign_in(client, auth)
     client.post("/api/next")
     before = contents(run)
     content = body if isinstance(body, str | bytes) else json.dumps(body)
@@ -245,8 +244,8 @@ def test_bad_requests_get_a_reason_and_change_nothing(client, gate, run, path, b
     assert contents(run) == before
 
 
-def test_an_endless_body_is_cut_off(client, gate, run):
-    sign_in(client, gate)
+def test_an_endless_body_is_cut_off(client, auth, run):
+    sign_in(client, auth)
     reply = client.post(
         "/api/answer", content=(b" " * 1000 for _ in range(100))
     )  # of unsaid length
@@ -259,23 +258,23 @@ def test_an_endless_body_is_cut_off(client, gate, run):
         ("/video/1", 200), ("/video/99", 404), ("/video/0", 404), ("/video/-1", 404),
         ("/video/999999999999999999999999", 404), ("/video/x", 422), ("/video/best", 404),
         ("/video/..%2Fanswers.sqlite", 404), ("/video/../answers.sqlite", 404),
-        ("/page.js", 200), ("/page.css", 200), ("/desk.py", 404), ("/..%2Fserver.py", 404),
+        ("/page.js", 200), ("/page.css", 200), ("/auth.py", 404), ("/..%2Fserver.py", 404),
         ("/static/page.js", 404), ("/docs", 404), ("/openapi.json", 404),
     ],
 )  # fmt: skip
-def test_only_clips_and_the_pages_own_files_are_served(client, gate, path, status):
-    reply = sign_in(client, gate).get(path)
+def test_only_clips_and_the_pages_own_files_are_served(client, auth, path, status):
+    reply = sign_in(client, auth).get(path)
     assert reply.status_code == status
     assert "default-src 'self'" in reply.headers["content-security-policy"]
 
 
-def test_videos_are_served_in_ranges(client, gate):
-    reply = sign_in(client, gate).get("/video/1", headers={"range": "bytes=2-6"})
+def test_videos_are_served_in_ranges(client, auth):
+    reply = sign_in(client, auth).get("/video/1", headers={"range": "bytes=2-6"})
     assert (reply.status_code, reply.content) == (206, b"video")
 
 
-def test_double_submits_and_expired_leases(client, gate, run):
-    ann = sign_in(client, gate)
+def test_double_submits_and_expired_leases(client, auth, run):
+    ann = sign_in(client, auth)
     ann.post("/api/next")
     assert ann.post("/api/answer", json=ANSWER).status_code == 200
     before = contents(run)
@@ -292,24 +291,24 @@ def test_double_submits_and_expired_leases(client, gate, run):
     assert contents(run) == before
 
 
-def test_what_one_leaves_another_gets_and_nobody_undoes_others(client, gate, run):
-    ann = sign_in(client, gate)
+def test_what_one_leaves_another_gets_and_nobody_undoes_others(client, auth, run):
+    ann = sign_in(client, auth)
     ann.post("/api/next")
     said = ann.post("/api/answer", json=ANSWER).json()["id"]
-    bob = sign_in(client, gate, "Bob")
+    bob = sign_in(client, auth, "Bob")
     assert [query["id"] for query in bob.post("/api/next").json()["queries"]] == [5, 6, 7]
     assert bob.post("/api/undo", json={"kind": "answer", "id": said}).status_code == 404
     bob.post("/api/leave")
-    ann = sign_in(client, gate)
+    ann = sign_in(client, auth)
     for query in (2, 3, 4):
         state = ann.post("/api/answer", json={**ANSWER, "query": query}).json()
     assert [query["id"] for query in state["queries"]] == [5, 6, 7]
 
 
 def test_queries_are_repeated_and_agreement_is_counted(run):
-    gate = make_app(run, Painted(run, ""), host="127.0.0.1", port=8765, repeat_every=3)
-    with TestClient(gate, base_url=HERE) as client:
-        sign_in(client, gate)
+    auth = make_app(run, Painted(run, ""), host="127.0.0.1", port=8765, repeat_every=3)
+    with TestClient(auth, base_url=HERE) as client:
+        sign_in(client, auth)
         state = client.post("/api/next").json()
         asked = []
         while state["queries"]:
@@ -346,19 +345,18 @@ def test_label_refuses_what_it_cannot_serve(run, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             label(**settings)
-    assert loopback("127.0.0.2")
-    assert loopback("::1")
-    assert not loopback("0.0.0.0")
-    assert command._family("::1") != command._family("127.0.0.1")
+    assert is_loopback("127.0.0.2")
+    assert is_loopback("::1")
+    assert not is_loopback("0.0.0.0")
 
 
-def test_the_curve_is_the_runs_and_rows_without_a_return_are_left_out(client, gate, run):
+def test_the_curve_is_the_runs_and_rows_without_a_return_are_left_out(client, auth, run):
     (run / "metrics.csv").write_text(
         "step,comparisons,task_return\n10,4,\n20,8,1.5\n30,9,nan\n40,9,2\n"
     )
-    reply = sign_in(client, gate).get("/api/learned")
+    reply = sign_in(client, auth).get("/api/learned")
     assert reply.json() == {"curve": [[8, 20, 1.5], [9, 40, 2]]}
-    assert best.best_stretch(run) is None
+    assert best_clip(run) is None
 
 
 @pytest.mark.slow
@@ -368,16 +366,16 @@ def test_a_process_that_cannot_draw_says_why(run):
         videos.start()
         try:
             # These clips hold neither states nor pictures.
-            with pytest.raises(NotDrawn, match="simulator states or pictures"):
+            with pytest.raises(VideoUnavailable, match="simulator states or images"):
                 await videos.get(1)
-            with pytest.raises(NotDrawn, match=r"expected clips in .*, got 77"):
+            with pytest.raises(VideoUnavailable, match=r"expected clips in .*, got 77"):
                 await videos.get(77)
             assert await videos.get("best") is None
             assert videos._process is not None
             videos._process.kill()
-            with pytest.raises(NotDrawn, match="has ended"):
+            with pytest.raises(VideoUnavailable, match="has ended"):
                 await videos.get(2)
-            with pytest.raises(NotDrawn, match="simulator states"):
+            with pytest.raises(VideoUnavailable, match="simulator states"):
                 await videos.get(2)  # by a new one
         finally:
             await videos.stop()

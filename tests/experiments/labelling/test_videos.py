@@ -16,11 +16,8 @@ import torch
 from active import FeedbackStore
 from experiments.envs.rendering import Renderer, RenderingUnavailable, render_states
 from experiments.envs.tasks import TASKS, find_task, make_env
-from experiments.labelling import best as best_module
-from experiments.labelling import drawing
-from experiments.labelling.best import best_stretch
-from experiments.labelling.drawing import Drawer
-from experiments.labelling.videos import Videos
+from experiments.labelling import videos as module
+from experiments.labelling.videos import SIZE_PX, ClipRenderer, Videos, best_clip
 from rewardmodels import Clips, InvalidInput, SampledPosterior
 
 
@@ -94,50 +91,49 @@ def test_a_clip_is_drawn_once_by_what_it_shows(lamp, tmp_path, monkeypatch):
     states = torch.tensor([[[40.0], [80.0], [120.0]]]).repeat(2, 1, 1)
     clips = Clips(torch.rand(2, 3, 1), torch.rand(2, 3, 1), states=states)
     put(tmp_path, clips)
-    drawer = Drawer(tmp_path, lamp)
-    name = drawer.clip(1)
-    assert decoded(drawer.folder / name).shape == (3, drawing.SIDE, drawing.SIDE, 3)
-    shades = decoded(drawer.folder / name).mean((1, 2, 3))
+    renderer = ClipRenderer(tmp_path, lamp)
+    name = renderer.clip(1)
+    assert decoded(renderer.folder / name).shape == (3, SIZE_PX, SIZE_PX, 3)
+    shades = decoded(renderer.folder / name).mean((1, 2, 3))
     assert shades == pytest.approx([40, 80, 120], abs=3)
-    monkeypatch.setattr(drawer, "_draw", None)  # cannot be called any more
-    assert drawer.clip(2) == name  # other observations, the same states
-    assert [file.name for file in drawer.folder.iterdir()] == [name]
-    drawer.close()
+    monkeypatch.setattr(renderer, "_renderer", None)
+    monkeypatch.setattr(module, "Renderer", None)  # cannot be called any more
+    assert renderer.clip(2) == name  # other observations, the same states
+    assert [file.name for file in renderer.folder.iterdir()] == [name]
+    renderer.close()
 
 
 def test_pictures_as_observations_need_no_simulator(tmp_path):
     pictures = torch.randint(0, 255, (2, 4, 1, 1, 3), dtype=torch.uint8).expand(2, 4, 20, 30, 3)
     put(tmp_path, Clips(pictures, torch.zeros(2, 4, 1)))
-    drawer = Drawer(tmp_path, "Hopper")
-    seen = decoded(drawer.folder / drawer.clip(2))
+    renderer = ClipRenderer(tmp_path, "Hopper")
+    seen = decoded(renderer.folder / renderer.clip(2))
     assert np.abs(seen.mean((1, 2)) - pictures[1, :, 0, 0].numpy()).max() < 8
-    drawer.close()
+    renderer.close()
 
 
 def test_an_environment_that_shows_no_state_is_refused_with_a_reason(tmp_path):
     put(tmp_path, Clips(torch.rand(2, 4, 2), torch.rand(2, 4, 1)))
-    drawer = Drawer(tmp_path, "Hopper")
-    with pytest.raises(RenderingUnavailable, match="simulator states or pictures"):
-        drawer.clip(1)
-    drawer.close()
+    renderer = ClipRenderer(tmp_path, "Hopper")
+    with pytest.raises(RenderingUnavailable, match="simulator states or images"):
+        renderer.clip(1)
+    renderer.close()
 
 
 def test_somebody_who_waits_comes_first(tmp_path):
     async def order() -> list[Any]:
         videos, asked = Videos(tmp_path, "Hopper"), []
 
-        async def ask(job: Any) -> Path:
+        async def ask(process: object, job: Any) -> Path:
             asked.append(job)
             await asyncio.sleep(0)
             return tmp_path / f"{job}"
 
-        async def start() -> None:
-            videos._process = object()  # type: ignore[assignment]
-
-        videos._ask, videos._start = ask, start  # type: ignore[assignment,method-assign]
+        videos._draw = ask  # type: ignore[assignment,method-assign]
+        videos._process = object()  # type: ignore[assignment]
         videos.start()
-        videos.want([1, 2, 3, 4])
-        videos.want([2, 3])  # known already
+        videos.prefetch([1, 2, 3, 4])
+        videos.prefetch([2, 3])  # known already
         assert await videos.get(4) == tmp_path / "4"
         for job in (1, 2, 3):
             await videos.get(job)
@@ -153,7 +149,7 @@ def test_somebody_who_waits_comes_first(tmp_path):
     assert sorted(asked) == [1, 1, 2, 3, 4]
 
 
-def test_the_best_stretch_is_the_one_of_highest_learned_return(tmp_path, monkeypatch):
+def test_the_best_clip_is_the_one_of_highest_learned_return(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints" / "0003"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").touch()
@@ -170,21 +166,20 @@ def test_the_best_stretch_is_the_one_of_highest_learned_return(tmp_path, monkeyp
         def posterior(self, clips: Clips) -> SampledPosterior:
             return SampledPosterior(clips.observations.sum((1, 2))[None])
 
-    monkeypatch.setattr(best_module, "load", lambda path: Sums())
-    assert best_stretch(tmp_path, 5).tolist() == states[17:22, 1].tolist()
+    monkeypatch.setattr(module, "load", lambda path: Sums())
+    assert best_clip(tmp_path, 5).tolist() == states[17:22, 1].tolist()
     (folder / "model.safetensors").unlink()
-    assert best_stretch(tmp_path, 5) is None
+    assert best_clip(tmp_path, 5) is None
 
 
 def test_the_process_answers_a_line_for_a_line(lamp, tmp_path, monkeypatch, capfd):
     states = torch.rand(2, 3, 1)
     put(tmp_path, Clips(torch.rand(2, 3, 1), torch.rand(2, 3, 1), states=states))
-    monkeypatch.setattr(drawing.sys, "argv", ["drawing", str(tmp_path), lamp])
-    monkeypatch.setattr(drawing.sys, "stdin", ["1\n", "9\n", '"best"\n'])
-    monkeypatch.setattr(drawing.os, "dup2", lambda *_: None)  # the test's own output is needed
-    drawing.main()
+    monkeypatch.setattr(module.sys, "argv", ["drawing", str(tmp_path), lamp])
+    monkeypatch.setattr(module.sys, "stdin", ["1\n", "9\n", '"best"\n'])
+    monkeypatch.setattr(module.os, "dup2", lambda *_: None)  # the test's own output is needed
+    module.main()
     said = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert (tmp_path / "videos" / said[0]["file"]).is_file()
     assert "expected clips in" in said[1]["error"]
     assert said[2]["file"] is None
-    assert all(row["seconds"] >= 0 for row in said)

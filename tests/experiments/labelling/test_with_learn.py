@@ -10,8 +10,7 @@ import time
 import pytest
 
 from active import FeedbackStore
-from experiments.benchmarks.page import CHROMIUM, CHROMIUM_FLAGS, until
-from experiments.labelling.beside import page_beside
+from experiments.benchmarks.page import CHROMIUM, CHROMIUM_FLAGS, serve_in_background, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,9 +40,9 @@ def opened(browser, link):
 def answer(page, n):
     """Presses a key for each of the next n pairs as it comes into sight."""
     for given in range(n):
-        until(page, "pairs.length > 0 && pairs[0].seen", seconds=120)
+        wait_until(page, "pairs.length > 0 && pairs[0].seen", seconds=120)
         page.keyboard.press("ArrowLeft" if given % 2 else "ArrowRight")
-        until(page, "unsaved === 0")
+        wait_until(page, "unsaved === 0")
 
 
 def test_an_agent_learns_while_somebody_answers_and_both_sides_die_on_the_way(tmp_path):
@@ -58,7 +57,7 @@ def test_an_agent_learns_while_somebody_answers_and_both_sides_die_on_the_way(tm
             time.sleep(0.1)
         with sync_api.sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_FLAGS)
-            with page_beside(run, "Hopper", repeat_every=0) as (link,):
+            with serve_in_background(run, "Hopper") as link:
                 page = opened(browser, link)
                 answer(page, 2)
             agent.kill()
@@ -67,7 +66,7 @@ def test_an_agent_learns_while_somebody_answers_and_both_sides_die_on_the_way(tm
                 before = store.comparisons()
                 assert len(before) == 2
             agent = started(run, "--resume")
-            with page_beside(run, "Hopper", repeat_every=0) as (link,):
+            with serve_in_background(run, "Hopper") as link:
                 page = opened(browser, link)
                 answer(page, 2)
                 # The rest while it trains; fewer where it is through before they are answered.
