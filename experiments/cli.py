@@ -373,8 +373,8 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "study marks": ("measure how many comparisons marks of parts of clips save", _study),
     "study guard": (
-        "compare detectors and statistics: which changes of the world they find, and how soon",
-        _call("experiments.studies.guard:study_guard"),
+        "measure which changes of the world a guard finds, and its false alarms",
+        _study,
     ),
     "study drift": (
         "train on a reward learned once: frozen, asked on, pessimistic or guarded",
@@ -394,16 +394,11 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
             quick="in about two minutes, for trends: one task, two seeds",
         ),
     ),
-    "benchmark guard": (
-        "measure a guard's false alarms, what it finds and what it costs",
+    "benchmark speed": (
+        "time what has to be fast",
         _call(
-            "experiments.benchmarks.guard:benchmark_guard",
-            quick="in about two minutes, for trends: one task, few episodes",
+            "experiments.benchmarks.speed:benchmark_speed", quick="in a minute or two, for trends"
         ),
-    ),
-    "benchmark published": (
-        "set a detector beside the figures that PEDM's authors printed",
-        _call("experiments.benchmarks.guard_published:compare_published"),
     ),
     "benchmark backflips": (
         "count the backflips of Hoppers that were taught them by comparisons",

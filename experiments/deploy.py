@@ -19,8 +19,7 @@ from experiments.envs.guard_episodes import Act, acting, play
 from experiments.envs.shifts import Severity, shifted
 from experiments.envs.tasks import Task, find_task, make_env
 from experiments.envs.vector import make_vec_env
-from experiments.registry import find_class
-from experiments.studies.guard import make_detector
+from experiments.registry import find_class, make_detector
 from experiments.studies.limits import check_least
 from experiments.training.run_directory import Run
 from ood import (

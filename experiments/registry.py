@@ -90,6 +90,25 @@ def find_class(
     return partial(found, **arguments)
 
 
+def make_detector(name: str, observation_size: int, seed: int) -> OODDetector:
+    """Make a detector of transitions by its registered name or import path.
+
+    Its constructor gets the observation's size and the seed if it takes them.
+
+    Raises:
+        UnknownName: There is none.
+
+    Example:
+        >>> make_detector("DynamicsEnsemble", 17, seed=1).seed
+        1
+    """
+    cls: Callable[..., Any] = find_class("detector", name)
+    offered = {"observation_size": observation_size, "seed": seed}
+    taken = inspect.signature(cls).parameters
+    detector: OODDetector = cls(**{k: v for k, v in offered.items() if k in taken})
+    return detector
+
+
 def _import_class(
     kind: str, path: str, known: Mapping[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
@@ -121,7 +140,8 @@ def _keyword_arguments(kind: str, name: str) -> dict[str, Any]:
 def _concrete_subclasses(base: type) -> dict[str, type]:
     own = base.__module__.split(".")[0] in _OWN_PACKAGES and not inspect.isabstract(base)
     found = {base.__name__: base} if own else {}
-    for cls in base.__subclasses__():
+    subclasses: list[type] = type.__subclasses__(base)
+    for cls in subclasses:
         found |= _concrete_subclasses(cls)
     return found
 

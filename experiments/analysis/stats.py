@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
     def __format__(self, spec: str) -> str:
         value, low, high = (number(x, spec) for x in self)
-        return f"{value} ({low} to {high})"
+        return value if np.isnan(self.low) else f"{value} ({low} to {high})"
 
     def verdict(self, seeds: int, *, even: float = 0.0, higher_is_better: bool = True) -> Verdict:
         """Compare with no difference: "better", "worse", or "unclear" if the interval holds it.

@@ -19,7 +19,7 @@ from torch import Tensor
 from experiments.envs.tasks import Task
 from experiments.envs.vector import make_vec_env
 from experiments.training.agents import PPO_ENVS, make_agent
-from ood.features import Features, find_features
+from ood.features import Features, find_features, transition
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.saving import atomic_path
@@ -180,3 +180,31 @@ def acting(agent: BaseAlgorithm, normalised: VecNormalize) -> Act:
         return agent.predict(inputs, deterministic=False)[0]
 
     return act
+
+
+_IN_A_BATCH = 100
+
+
+def play_batch(task: Task, act: Act, episodes: int, seed: int) -> list[Tensor]:
+    """Transitions `(T, F)` of whole episodes, in the backend that is fastest."""
+    draw = np.random.default_rng(seed)
+    played: list[Tensor] = []
+    while len(played) < episodes:
+        together = min(_IN_A_BATCH, episodes - len(played))
+        steps = []
+        with closing(make_vec_env(task, together, int(draw.integers(2**30)))) as envs:
+            before: Any = envs.reset()
+            for _ in range(task.horizon):
+                noise = draw.standard_normal((together, *(envs.action_space.shape or ())))
+                actions = act(before, noise)
+                stepped: Any = envs.step(actions)
+                after, _, ended, infos = stepped
+                led_to = (
+                    np.stack([info["terminal_observation"] for info in infos])
+                    if ended.all()
+                    else after
+                )
+                steps.append(transition(before, actions, led_to))
+                before = after
+        played += list(torch.from_numpy(np.stack(steps, 1)))
+    return played

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import pandas as pd
+import torch
 
+from active import SyntheticTeacher
 from experiments.analysis.page import Origin, Report, check_json, markdown, publish, write_page
 from experiments.datasets.minari import find_pool
 from experiments.datasets.pools import Pool
 from experiments.envs.tasks import find_task
 from experiments.grid import Cell, Run, read_cells, run_cells
-from rewardmodels.errors import InvalidInput
+from rewardmodels import Clips, Comparisons, InvalidInput
 from rewardmodels.saving import write_text_atomically
 
 
@@ -140,6 +142,12 @@ def pool_of(settings: Any, task: str, *, progress: bool = False) -> Pool:
         steps=settings.pool_steps,
         episodes=settings.pool_episodes,
     )
+
+
+def compare_by_return(clips: Clips) -> Comparisons:
+    """Compare the first clip with the second, the third with the fourth …, by true return."""
+    pairs = torch.arange(len(clips)).view(-1, 2)
+    return Comparisons(clips, pairs, SyntheticTeacher().answer(clips, pairs))
 
 
 def seed_range(settings: Any) -> range:

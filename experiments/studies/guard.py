@@ -1,233 +1,646 @@
-"""When does a guard notice that the world has changed, and is what it misses worth missing?
+"""When does a guard notice that the world has changed, and is its alarm worth raising?
 
-One agent is trained with PPO on the task's own reward. Of its episodes in the usual world some
-teach each detector what is familiar, others give each statistic the threshold that keeps a promised
-rate of false alarms (`ood.conformal`), and others test. Each test is played again, from the same
-first state, in a world that changes at a known step (`experiments.envs.shifts`). The monitor only
-watches, so that what the shift costs is measured on the same episodes. Then those with an alarm
-are played a third time, and halted where it came: what is earned so, less what was earned
-unguarded, is the harm that the guard prevented, or did. The agent is the same for every seed, which
-decides the episodes, what is drawn for a shift, and the detector's own chance.
+**Detection.** An agent is trained with PPO on each task's own reward. Some of its episodes teach
+each detector what is familiar, others give each statistic the threshold with the promised rate of
+false alarms (`ood.conformal`), and others test. Each test episode is played again, from the same
+first state, in a world that changes at a known step (`envs.shifts`). The monitor only watches, so
+the cost of the shift is measured on the same episodes. Those with an alarm are played a third time
+and halted where it came: what is earned so, less what was earned unguarded, is the harm prevented.
+
+**Promise.** False alarms per episode of every detector and statistic, over several calibrations.
+
+**Selection.** Confident mispredictions on clips of unseen policies, and how many are given when
+the least sure fifth is withheld (`ood.selective`).
+
+**Published.** Frame-wise figures beside those of Haider et al. (2023, AAMAS, "Out-of-distribution
+detection for reinforcement learning agents with probabilistic dynamics models", appendix, Table 7),
+for the two disturbances that have a counterpart here. Their policy is TD3 with a return of about
+7,350, ours a weaker PPO that explores; their simulator is their own, ours Gymnasium's v5, whose
+inertia is scaled with its mass. A gap therefore says little about the detectors.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.stats import betabinom
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from experiments.analysis.old_page import about_study, write_report
-from experiments.envs.guard_episodes import load_policy, play, train
+from experiments.analysis import plots
+from experiments.analysis.page import Report, Section
+from experiments.analysis.stats import over_tasks
+from experiments.envs.guard_episodes import Episodes, load_policy, play, play_batch, train
 from experiments.envs.shifts import SHIFTS, Severity, shifted
 from experiments.envs.tasks import Task, find_task, make_env
-from experiments.grid import Result, run_study
-from experiments.registry import find_class
-from experiments.studies.guard_figures import along, figures, halting_steps, step_micros
-from experiments.studies.guard_tables import lead, sections
-from experiments.studies.limits import check_least
-from experiments.studies.summary import Row, as_csv
-from ood import STATISTICS, Monitor, OODDetector, Statistic
-from rewardmodels import InvalidInput
+from experiments.registry import find_class, make_detector
+from experiments.studies import check_least, compare_by_return, pool_of, seed_range
+from ood import MEWMA, STATISTICS, Monitor, OODDetector
+from ood.conformal import conformal_rank, episode_maxima
+from ood.selective import confidence, select
+from rewardmodels import Calibrated, InvalidInput, LaplaceHead, fit
 from rewardmodels.fitting import isolated_randomness
-from rewardmodels.saving import write_text_atomically
 
 Array = NDArray[Any]
-SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+Part = Literal["detection", "promise", "selection", "published"]
+
+COSTLY = 0.2  # share of the return after its onset that a harmful shift takes
+FOUND = 0.5  # of a shift's episodes, for it to count as found
+CALIBRATIONS, STANDARDISE = 10, 0.25  # of the promise; `ood.calibrate`'s own share
+COVERAGE = 0.8
+PROMISE_EPISODES = {"calibration": 52, "tests": 100, "familiar": 40, "horizon": 200}
+
+PUBLISHED: dict[str, tuple[str, Severity]] = {
+    "bm_factor_severe": ("mass", "mild"),  # all mass times 1.5, theirs and ours
+    "act_factor_severe": ("strength", "middle"),  # actions times 1.5; forces times 0.5
+}
+"""Haider et al.'s disturbances of HalfCheetah, each with the nearest shift and its severity."""
+
+GRID = ("tasks", "detectors", "seeds", "first_seed", "parts")
+QUICK = {
+    "tasks": ("HalfCheetah",), "detectors": ("Mahalanobis", "KNN"), "statistics": ("CUSUM",),
+    "severities": ("middle",), "steps": 102_400, "horizon": 200, "onset": 75, "familiar": 30,
+    "calibration": 40, "tests": 5, "seeds": 1, "promise_share": 0.1, "pairs": 1000,
+    "pool_steps": 20_480, "pool_episodes": 2, "headline": ("Mahalanobis", "CUSUM"),
+}  # fmt: skip
 
 
-def study_guard(
-    task: str = "HalfCheetah",
-    detectors: Sequence[str] = ("Mahalanobis", "KNN", "DynamicsEnsemble"),
-    statistics: Sequence[str] = tuple(STATISTICS),
-    shifts: Sequence[str] | None = None,
-    severities: Sequence[Severity] = SEVERITIES,
-    alpha: float = 0.1,
-    steps: int = 300_000,
-    horizon: int = 400,
-    onset: int = 200,
-    familiar: int = 10,
-    calibration: int = 40,
-    tests: int = 10,
-    seeds: int = 5,
-    jobs: int = 1,
-    backend: Literal["loky", "ray", "dask"] = "loky",
-    address: str | None = None,
-    out: Path = Path("runs/study-guard"),
-) -> list[Row]:
-    """Measures which shifts which detectors and statistics find, how soon, and what they cost.
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
 
     Args:
-        task: A MuJoCo task that `rewardmodels learn` takes.
-        detectors: Names of ours, or import paths of others.
-        statistics: Names of ours, or import paths of others.
-        shifts: Names; None for all those that the task can feel.
+        tasks: MuJoCo tasks that `rewardmodels learn` takes.
+        detectors: Names or import paths.
+        statistics: Names or import paths.
+        shifts: Names; None for all that a task can show.
         severities: Of each shift.
-        alpha: Promised chance of a false alarm in an episode.
-        steps: For which the agent is trained.
+        alpha: Promised false alarms per episode.
+        steps: Training steps of each agent.
         horizon: Steps per episode.
         onset: Steps before the world changes.
-        familiar: Episodes that detectors learn from.
-        calibration: Episodes that thresholds are taken from.
+        familiar: Episodes that detectors are fitted to.
+        calibration: Episodes that thresholds are calibrated on.
         tests: Episodes in the usual world, and in each other.
         seeds: Draws of all these episodes.
-        jobs: Cells side by side.
-        backend: loky for this machine, or a cluster; as `experiments.grid` has it.
-        address: The cluster's; None starts one here.
-        out: Where results and the agent are kept; a second call goes on with those there.
-
-    Returns:
-        A row for each detector, statistic, shift, severity and seed; `out` has them as CSV, with
-        `report.html` and `tables.md`.
+        first_seed: The first of them.
+        parts: What to measure: "detection", "promise", "selection", "published".
+        headline: Detector and statistic that the figures of `--json` are about.
+        promise_share: Share of the promise's episodes (10 calibrations of 52, 100 tests each).
+        pairs: Pairs of clips that the selection is measured on.
+        published: CSV with `env`, `mod` and `<DETECTOR>_auroc`, `_ap` and `_fpr95`, for
+            "published".
+        agents: Directory of the trained agents.
+        pools: Directory of the pools of behaviour, for "selection".
+        pool_steps: Environment steps that each pool's agent is trained for.
+        pool_episodes: Episodes kept of each stage of training.
 
     Raises:
-        InvalidInput: A number out of range, or a shift that the task can't feel.
-        UnknownName: A task, detector, statistic or shift that there isn't.
+        InvalidInput: A number out of range, a shift that a task can't show, or "published" without
+            its file.
+        UnknownName: A task, detector, statistic or shift that doesn't exist.
     """
-    settings = dict(locals())
-    check_least(
-        ("onset", onset, 1), ("horizon", horizon, onset + 1), ("steps", steps, 0),
-        ("familiar", familiar, 1), ("calibration", calibration, 2), ("tests", tests, 1),
-        ("seeds", seeds, 1), ("jobs", jobs, 1),
-    )  # fmt: skip
-    for name in detectors:
-        find_class("detector", name)
-    for name in statistics:
-        _statistic(name)
-    chosen = worlds(find_task(task), shifts, severities)
-    agent = out / f"{task.replace('/', '_')}-{steps}-steps.safetensors"
-    if not agent.exists():
-        train(find_task(task), steps, agent)
-    cells = [
-        {"task": task, "detector": name, "seed": seed, "statistics": list(statistics),
-         "shifts": chosen, "severities": list(severities), "alpha": alpha, "horizon": horizon,
-         "onset": onset, "familiar": familiar, "calibration": calibration, "tests": tests,
-         "agent": str(agent)}
-        for seed in range(seeds) for name in detectors
-    ]  # fmt: skip
-    found = run_study(guard_cell, cells, out / "cells", jobs=jobs, backend=backend, address=address)
-    rows: list[Row] = [
-        {"task": task, "detector": cell["detector"], "seed": cell["seed"], **row}
-        for cell, result in zip(cells, found, strict=True)
-        for row in result["rows"]
-    ]
-    write_text_atomically(out / "rows.csv", as_csv(rows))
-    made = [{**cell, **result} for cell, result in zip(cells, found, strict=True)]
-    write_report(
-        out,
-        f"What a guard finds on {task}",
-        sections(rows, alpha),
-        about_study(study_guard, settings, made, out),
-        lead=lead(rows),
-    )
+
+    tasks: Sequence[str] = ("HalfCheetah", "Hopper", "Walker2d", "Swimmer")
+    detectors: Sequence[str] = ("Mahalanobis", "KNN", "DynamicsEnsemble")
+    statistics: Sequence[str] = tuple(STATISTICS)
+    shifts: Sequence[str] | None = None
+    severities: Sequence[Severity] = get_args(Severity)
+    alpha: float = 0.05
+    steps: int = 300_000
+    horizon: int = 400
+    onset: int = 150
+    familiar: int = 300
+    calibration: int = 132
+    tests: int = 40
+    seeds: int = 1
+    first_seed: int = 0
+    parts: Sequence[Part] = ("detection", "promise", "selection")
+    headline: tuple[str, str] = ("DynamicsEnsemble", "MEWMA")
+    promise_share: float = 1.0
+    pairs: int = 5000
+    published: Path | None = None
+    agents: Path = Path("runs/agents")
+    pools: Path = Path("runs/pools")
+    pool_steps: int = 300_000
+    pool_episodes: int = 8
+
+    def __post_init__(self) -> None:
+        check_least(
+            self, onset=1, horizon=self.onset + 1, steps=0, familiar=1, calibration=2, tests=1,
+            seeds=1, pairs=10, promise_share=0.01,
+        )  # fmt: skip
+        for name in self.detectors:
+            find_class("detector", name)
+        for name in self.statistics:
+            find_class("statistic", name)
+        for task in self.tasks:
+            find_task(task)
+        for name in self.tasks if self.shifts is not None else ():
+            _shifts(self.task(name), self.shifts, self.severities)
+        if "published" in self.parts and self.published is None:
+            raise InvalidInput("published: expected the CSV of published figures, got none.")
+
+    def task(self, name: str) -> Task:
+        """Return a task with the study's horizon."""
+        return replace(find_task(name), horizon=self.horizon)
+
+    def agent(self, task: str) -> Path:
+        """Return the path of a task's agent."""
+        return self.agents / f"{task.replace('/', '_')}-{self.steps}-steps.safetensors"
+
+
+def prepare(settings: Settings) -> None:
+    """Train the agents and the pools, which cells share."""
+    for task in settings.tasks:
+        if not settings.agent(task).exists():
+            train(find_task(task), settings.steps, settings.agent(task))
+        if "selection" in settings.parts:
+            pool_of(settings, task, progress=True)
+
+
+def cells(settings: Settings) -> list[dict[str, Any]]:
+    """One cell for each part, task, detector and seed, as far as the part depends on them."""
+    grid: list[dict[str, Any]] = []
+    for seed in seed_range(settings):
+        for task in settings.tasks:
+            axes = {"task": task, "seed": seed}
+            by_detector = [{**axes, "detector": name} for name in settings.detectors]
+            if "detection" in settings.parts:
+                grid += [{"part": "detection", **one} for one in by_detector]
+            if "promise" in settings.parts:
+                grid += [{"part": "promise", **one} for one in by_detector]
+            if "selection" in settings.parts:
+                grid.append({"part": "selection", **axes, "detector": ""})
+        if "published" in settings.parts:
+            axes = {"task": "HalfCheetah", "seed": seed}
+            grid += [{"part": "published", **axes, "detector": d} for d in settings.detectors]
+    return grid
+
+
+def cell(
+    settings: Settings, part: Part, task: str, detector: str, seed: int
+) -> list[dict[str, Any]]:
+    """Measure one part."""
+    torch.set_num_threads(1)
+    if part == "selection":
+        return [_selection(settings, task, seed)]
+    measure = {"detection": _detection, "promise": _promise, "published": _published}[part]
+    return measure(settings, task, detector, seed)
+
+
+def _detection(
+    settings: Settings, task_name: str, detector: str, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of each statistic, shift and severity."""
+    task, first = settings.task(task_name), settings.familiar + settings.calibration
+    policy = load_policy(task, settings.agent(task_name))
+    usual = play(lambda: make_env(task), policy, first + settings.tests, seed)
+    test = usual.part(first, first + settings.tests)
+    frames = torch.cat(usual.features[: settings.familiar])
+    fitted = _fitted(detector, task, frames, seed)
+    size = make_env(task).observation_space.shape[0]  # type: ignore[index]
+    std = frames[:, -size:].double().numpy().std(0)
+    monitors = {
+        name: Monitor(fitted, find_class("statistic", name)()) for name in settings.statistics
+    }
+    usual_values = {}
+    for name, monitor in monitors.items():
+        monitor.calibrate(usual.features[settings.familiar : first], settings.alpha)
+        usual_values[name] = _along(monitor, test)
+    rows = []
+    for shift in _shifts(task, settings.shifts, settings.severities):
+        for severity in settings.severities:
+            changed: Callable[[], gym.Env[Any, Any]] = partial(
+                _changed, task, shift, severity, settings.onset, seed, std
+            )
+            # The same first states and randomness: what is lost is lost to the shift.
+            other = play(changed, policy, settings.tests, seed, first=first)
+            for name, monitor in monitors.items():
+                assert monitor.threshold is not None
+                values, threshold = _along(monitor, other), monitor.threshold.value
+                alarms = values > threshold
+                halts = np.where(alarms.any(1), alarms.argmax(1) + 1.0, np.inf)
+                halted = (
+                    other
+                    if np.isinf(halts).all()
+                    else play(changed, policy, settings.tests, seed, first=first, halts=halts)
+                )
+                after = slice(settings.onset, None)
+                returns = {"usual": test, "shifted": other, "halted": halted}
+                rows.append(
+                    {"statistic": name, "shift": shift, "severity": severity}
+                    | detection_scores(usual_values[name], values, threshold, settings.onset)
+                    | {
+                        f"{key}_return": float(of.rewards[:, after].sum(1).mean())
+                        for key, of in returns.items()
+                    }
+                )
     return rows
 
 
-def guard_cell(
-    task: str,
-    detector: str,
-    seed: int,
-    statistics: Sequence[str],
-    shifts: Sequence[str],
-    severities: Sequence[Severity],
-    alpha: float,
-    horizon: int,
-    onset: int,
-    familiar: int,
-    calibration: int,
-    tests: int,
-    agent: str,
-) -> Result:
-    """What one detector finds, with each statistic, in each shifted world."""
-    torch.set_num_threads(1)
-    found = replace(find_task(task), horizon=horizon)
-    policy, first = load_policy(found, Path(agent)), familiar + calibration
-    usual = play(lambda: make_env(found), policy, first + tests, seed)
-    test = usual.part(first, first + tests)
-    frames = torch.cat(usual.features[:familiar])
-    size = make_env(found).observation_space.shape[0]  # type: ignore[index]
-    std = frames[:, -size:].double().numpy().std(0)
-    with isolated_randomness(seed):
-        fitted = make_detector(detector, size, seed).fit(frames)
-    monitors = {name: Monitor(fitted, _statistic(name)()) for name in statistics}
-    usual_values, micros = {}, {}
-    for name, monitor in monitors.items():
-        monitor.calibrate(usual.features[familiar:first], alpha)
-        usual_values[name] = along(monitor, test)
-        micros[name] = step_micros(monitor, test.features[0])
+def detection_scores(
+    usual: Array, other: Array, threshold: float, onset: int
+) -> dict[str, float | None]:
+    """Score a statistic on episodes that change at a step.
+
+    Args:
+        usual: `(N, T)`, the statistic along episodes of the usual world.
+        other: `(M, T)`, along those that change after `onset` steps.
+        threshold: Raises an alarm when exceeded.
+        onset: In steps.
+
+    Returns:
+        found: Share with an alarm after the onset among the episodes without one before it (how
+            detection is judged given no earlier alarm, Pollak 1985, Ann. Stat. 13:206).
+        found_of_all: The same of all M: an alarm before the onset counts as a miss.
+        delay: Median steps from the onset to the alarm, 1 for the first; None without any.
+        fpr_at_95_tpr: Share of the N episodes whose largest value after the onset is above one
+            that 95% of the M exceed.
+        auroc: Of the largest values after the onset, changed against usual.
+        false_alarms: Share of the N episodes with any alarm.
+
+    Example:
+        >>> usual, other = np.array([[0.0, 1, 0, 0], [0, 0, 3, 0]]), np.array([[0.0, 0, 1, 4]])
+        >>> detection_scores(usual, other, threshold=2, onset=2)  # doctest: +NORMALIZE_WHITESPACE
+        {'found': 1.0, 'found_of_all': 1.0, 'delay': 2.0, 'auroc': 1.0, 'fpr_at_95_tpr': 0.0,
+         'false_alarms': 0.5}
+    """
+    alarms = other > threshold
+    running = ~alarms[:, :onset].any(1)
+    found = alarms.any(1) & running
+    delays = alarms[found].argmax(1) - onset + 1
+    largest = np.concatenate([usual[:, onset:].max(1), other[:, onset:].max(1)])
+    auroc, _, fpr = _ranking(np.arange(len(largest)) >= len(usual), largest)
+    return {
+        "found": float(found.sum() / max(1, running.sum())),
+        "found_of_all": float(found.mean()),
+        "delay": float(np.median(delays)) if len(delays) else None,
+        "auroc": auroc,
+        "fpr_at_95_tpr": fpr,
+        "false_alarms": float((usual > threshold).any(1).mean()),
+    }
+
+
+def _promise(settings: Settings, name: str, detector: str, seed: int) -> list[dict[str, Any]]:
+    """Rate of false alarms of each statistic.
+
+    The promise holds over calibration and episode together, so a single calibration says little,
+    however many episodes test it: there are several, each with episodes of its own. The detector
+    may be the same for all.
+    """
+    share, count = settings.promise_share, PROMISE_EPISODES
+    calibration, tests, familiar = (
+        max(least, round(share * count[key]))
+        for key, least in (("calibration", 26), ("tests", 5), ("familiar", 5))
+    )
+    calibrations = max(4, round(share * CALIBRATIONS))
+    task = replace(find_task(name), horizon=max(50, round(share * count["horizon"])))
+    act, each = load_policy(task, settings.agent(name)), calibration + tests
+    episodes = play_batch(task, act, familiar + calibrations * each, seed)
+    fitted = _fitted(detector, task, torch.cat(episodes[:familiar]), seed)
     rows = []
-    for shift in shifts:
-        for severity in severities:
-            changed: Callable[[], gym.Env[Any, Any]] = partial(
-                _changed, found, shift, severity, onset, seed, std
+    for statistic in settings.statistics:
+        monitor = Monitor(fitted, find_class("statistic", statistic)())
+        alarms = 0
+        for start in range(familiar, len(episodes), each):
+            own = episodes[start : start + each]
+            threshold = monitor.calibrate(
+                own[:calibration], settings.alpha, standardise=STANDARDISE
             )
-            # The same first states and chances: what is lost is lost to the shift.
-            other = play(changed, policy, tests, seed, first=first)
-            for name, monitor in monitors.items():
-                assert monitor.threshold is not None
-                values, limit = along(monitor, other), monitor.threshold.value
-                halts = halting_steps(values, limit)
-                # Where nothing halts, the third play would be the second.
-                guarded = (
-                    other
-                    if np.isinf(halts).all()
-                    else play(changed, policy, tests, seed, first=first, halts=halts)
-                )
-                earned = {"return": test, "shifted return": other, "guarded return": guarded}
-                rows.append({
-                    "statistic": name, "shift": shift, "severity": severity,
-                    **figures(usual_values[name], values, limit, onset),
-                    **{k: float(of.rewards[:, onset:].sum(1).mean()) for k, of in earned.items()},
-                    "step us": micros[name],
-                })  # fmt: skip
-    return {"rows": rows}
+            seen = [monitor.scores(episode).numpy() for episode in own[calibration:]]
+            maxima = episode_maxima(seen, monitor.statistic, threshold)
+            alarms += int((maxima > threshold.value).sum())
+        rows.append(
+            {
+                "statistic": statistic,
+                "false_alarms": alarms / (calibrations * tests),
+                "false_alarm_limit": highest_rate(settings.alpha, calibrations, calibration, tests),
+            }
+        )
+    return rows
+
+
+def highest_rate(alpha: float, calibrations: int, calibration: int, tests: int) -> float:
+    r"""Return the rate that a kept promise exceeds in one case of 20.
+
+    Given one calibration of n maxima, alarms among m tests are beta-binomial with parameters
+    $n + 1 - k$ and k, k the threshold's rank (Vovk 2012); those of several are independent.
+
+    Args:
+        alpha: Promised rate.
+        calibrations: Their number.
+        calibration: Episodes of each.
+        tests: m, episodes that test each.
+
+    Example:
+        >>> highest_rate(0.05, 10, 52, 100)  # a binomial of 1,000 would have 0.062
+        0.072
+    """
+    n = calibration - max(2, round(STANDARDISE * calibration))
+    rank = conformal_rank(n, alpha)
+    alarms = betabinom(tests, n + 1 - rank, rank).rvs((200_000, calibrations), random_state=0)
+    return float(np.quantile(alarms.sum(1), 0.95)) / (calibrations * tests)
+
+
+def _selection(settings: Settings, task: str, seed: int) -> dict[str, Any]:
+    """Count confident mispredictions, and those that are given at 80% coverage.
+
+    LaplaceHead learns from comparisons of the four least skilled policies of a pool, and is asked
+    about the three most skilled.
+    """
+    pool, draw = pool_of(settings, task), torch.Generator().manual_seed(seed)
+    known = compare_by_return(pool.half(0).clips(600, 25, draw, skills=slice(0, 4)))
+    unseen = compare_by_return(
+        pool.half(1).clips(2 * settings.pairs, 25, draw, skills=slice(-3, None))
+    )
+    model = fit(LaplaceHead(), known[90:], seed=seed)
+    calibrated = Calibrated(model).calibrate(known[:90], random=True)
+    probability = calibrated.posterior(unseen.clips).preference(unseen.pairs).double()
+    least = float(confidence(probability).quantile(1 - COVERAGE))
+    chosen = select(probability, unseen.preference, min_confidence=least)
+    return {
+        "confident_errors": chosen.confident_errors,
+        "confident_errors_given": chosen.confident_errors_given,
+        "given": int(chosen.given.sum()),
+    }
+
+
+def _published(settings: Settings, name: str, detector: str, seed: int) -> list[dict[str, Any]]:
+    """Frame-wise scores beside the published ones, for each disturbance."""
+    assert settings.published is not None
+    table = pd.read_csv(settings.published)
+    task = replace(find_task(name), horizon=1000)
+    act, first = load_policy(task, settings.agent(name)), 90
+    usual = play(lambda: make_env(task), act, first, seed)
+    fitted = _fitted(detector, task, torch.cat(usual.features[:50]), seed)
+    monitor = Monitor(fitted, MEWMA())
+    monitor.calibrate(usual.features[50:], alpha=0.1)
+    onsets, rows = np.random.default_rng(seed).integers(2, task.horizon, settings.tests), []
+    for mod, (shift, severity) in PUBLISHED.items():
+        found = table[(table["env"] == "MJHalfCheetah-v0") & (table["mod"] == mod)]
+        if not len(found):
+            raise InvalidInput(
+                f"published: expected a row with env MJHalfCheetah-v0 and mod {mod}, got none in "
+                f"{settings.published}."
+            )
+        other = [
+            play(partial(_changed, task, shift, severity, int(onset), seed, None), act, 1, seed,
+                 first=first + place)
+            for place, onset in enumerate(onsets)
+        ]  # fmt: skip
+        features = [episode.features[0] for episode in other]
+        after = np.arange(task.horizon) >= onsets[:, None]
+        frames = np.stack([fitted.score(episode).numpy() for episode in features])
+        along = _along(monitor, Episodes(features, np.empty(0)))
+        scores = {
+            f"{detector}, single frames": _ranking(after.ravel(), frames.ravel()),
+            f"{detector}, MEWMA": _ranking(after.ravel(), along.ravel()),
+        } | {
+            column.removesuffix("_auroc"): tuple(
+                float(found[column.replace("auroc", metric)].iloc[0])
+                for metric in ("auroc", "ap", "fpr95")
+            )
+            for column in found.columns
+            if column.endswith("_auroc")
+        }
+        rows += [
+            {"mod": mod, "shift": f"{shift} {severity}", "scorer": scorer, "auroc": auroc,
+             "ap": precision, "fpr_at_95_tpr": fpr}
+            for scorer, (auroc, precision, fpr) in scores.items()
+        ]  # fmt: skip
+    return rows
+
+
+def _ranking(truth: Array, values: Array) -> tuple[float, float, float]:
+    """AUROC, average precision, and false positive rate at 95% true positives."""
+    fpr, tpr, _ = roc_curve(truth, values)
+    return (
+        float(roc_auc_score(truth, values)),
+        float(average_precision_score(truth, values)),
+        float(fpr[np.argmax(tpr >= 0.95)]),
+    )
+
+
+def _along(monitor: Monitor, episodes: Episodes) -> Array:
+    """A calibrated monitor's statistic `(N, T)` along whole episodes."""
+    assert monitor.threshold is not None
+    seen = [monitor.scores(episode).numpy() for episode in episodes.features]
+    steps = np.arange(len(seen[0]))
+    return monitor.statistic.run([monitor.threshold.standardise(row, steps) for row in seen])
 
 
 def _changed(
-    task: Task, shift: str, severity: Severity, onset: int, seed: int, std: Array
+    task: Task, shift: str, severity: Severity, onset: int, seed: int, std: Array | None
 ) -> gym.Env[Any, Any]:
     return shifted(make_env(task), shift, severity, onset, seed, observation_std=std)
 
 
-def worlds(task: Task, shifts: Sequence[str] | None, severities: Sequence[Severity]) -> list[str]:
-    """The shifts to study; all that the task can feel, where none are named."""
-    env, felt = make_env(task), []
+def _shifts(task: Task, names: Sequence[str] | None, severities: Sequence[Severity]) -> list[str]:
+    """Return the named shifts, or all that the task can show."""
+    env, shown = make_env(task), []
     std = np.ones(env.observation_space.shape or ())
-    for name in SHIFTS if shifts is None else shifts:
+    for name in SHIFTS if names is None else names:
         try:
             for severity in severities:
                 shifted(env, name, severity, 0, 0, observation_std=std)
         except InvalidInput:
-            if shifts is not None:
+            if names is not None:
                 raise
         else:
-            felt.append(name)
-    return felt
+            shown.append(name)
+    return shown
 
 
-def make_detector(name: str, observation_size: int, seed: int) -> OODDetector:
-    """A detector by its name or import path, of transitions between observations of that size.
+def _fitted(name: str, task: Task, frames: torch.Tensor, seed: int) -> OODDetector:
+    """Fit a detector of a task's transitions."""
+    size = make_env(task).observation_space.shape[0]  # type: ignore[index]
+    with isolated_randomness(seed):
+        return make_detector(name, size, seed).fit(frames)
 
-    Raises:
-        UnknownName: There is none.
+
+def report(results: pd.DataFrame) -> Report:
+    """Detection over all shifts and for each, the promise, and the selection."""
+    parts = {str(part): rows for part, rows in results.groupby("part", sort=False)}
+    sections: list[Section] = []
+    figures: dict[str, Any] = {}
+    for part, add in (
+        ("detection", _detection_sections),
+        ("promise", _promise_section),
+        ("selection", _selection_section),
+        ("published", _published_section),
+    ):
+        if part in parts:
+            found, numbers = add(parts[part].dropna(axis="columns", how="all"))
+            sections += found
+            figures |= numbers
+    return Report("When does a guard notice that the world has changed?", sections, figures)
+
+
+Found = tuple[list[Section], dict[str, Any]]
+
+
+def _detection_sections(rows: pd.DataFrame) -> Found:
+    keys = ["task", "shift", "severity"]
+    mean = rows.groupby(keys)[["usual_return", "shifted_return"]].transform("mean")
+    lost = (mean["usual_return"] - mean["shifted_return"]) / mean["usual_return"].abs()
+    rows = rows.assign(lost=lost, harmful=lost >= COSTLY)
+    pairs, table = ["detector", "statistic"], []
+    for (detector, statistic), of in rows.groupby(pairs, sort=False):
+        seeds = of.groupby(["task", "seed"])
+        line: dict[str, Any] = {"detector": detector, "statistic": statistic}
+        for name in ("found", "auroc", "fpr_at_95_tpr", "false_alarms"):
+            line[name.replace("_", " ")] = over_tasks(seeds[name].mean().reset_index(), name)
+        line["harm prevented"] = harm_prevented(of[of["harmful"]])
+        table.append(line)
+    sections = [
+        Section(
+            "Over all shifts and severities",
+            f"A shift is harmful if it takes {COSTLY:.0%} of the return or more. Harm prevented is "
+            "the share of the return lost to harmful shifts that halting gave back; it is negative "
+            "where the shifted agent still earned more than one that stands still.",
+            table=pd.DataFrame(table),
+            digits=2,
+        ),
+        Section(
+            "Episodes in which each shift is found",
+            "Share of the episodes without an alarm before the onset, middle severity where there "
+            "is one, with the headline statistic; filled: harmful shifts.",
+            _detection_figure(rows),
+        ),
+    ]
+    for statistic, of in rows.groupby("statistic", sort=False):
+        each = of.groupby([*keys, "detector"], sort=False)
+        lines = each[["lost", "found", "delay"]].mean()
+        lines["harm prevented"] = [harm_prevented(group) for _, group in each]
+        wide = lines.reset_index().pivot_table(
+            index=[*keys, "lost"], columns="detector",
+            values=["found", "delay", "harm prevented"], sort=False,
+        )  # fmt: skip
+        wide.columns = [f"{metric}, {detector}" for metric, detector in wide.columns]
+        text = "Share of the return lost, share of episodes found, median delay in steps."
+        sections.append(Section(f"With {statistic}", text, table=wide.reset_index(), digits=2))
+    return sections, _detection_figures(rows)
+
+
+def harm_prevented(rows: pd.DataFrame) -> float:
+    """Share of the return lost to shifts that halting gave back; NaN where nothing was lost.
 
     Example:
-        >>> make_detector("DynamicsEnsemble", 17, seed=1).seed
-        1
+        >>> harm_prevented(pd.DataFrame({"usual_return": [10.0], "shifted_return": [-10.0],
+        ...                              "halted_return": [0.0]}))
+        0.5
     """
-    cls = find_class("detector", name)
-    given = {"observation_size": observation_size, "seed": seed}
-    wanted = inspect.signature(cls).parameters
-    made: OODDetector = cls(**{k: v for k, v in given.items() if k in wanted})
-    return made
+    usual, shifted_, halted = (
+        float(rows[f"{name}_return"].sum()) for name in ("usual", "shifted", "halted")
+    )
+    return (halted - shifted_) / (usual - shifted_) if usual > shifted_ else float("nan")
 
 
-def _statistic(name: str) -> Callable[[], Statistic]:
-    return find_class("statistic", name)
+def _headline(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the headline detector and statistic, of middle severity where it was studied."""
+    detector, statistic = rows["headline"].iloc[0]
+    own = rows[(rows["detector"] == detector) & (rows["statistic"] == statistic)]
+    return own[own["severity"] == "middle"] if (own["severity"] == "middle").any() else own
+
+
+def _detection_figures(rows: pd.DataFrame) -> dict[str, Any]:
+    own = _headline(rows)
+    figures: dict[str, Any] = {}
+    for suffix, of in (("", own), *((f".{task}", of) for task, of in own.groupby("task"))):
+        harmful = of[of["harmful"]]
+        figures |= {
+            f"found{suffix}": harmful["found"].mean(),
+            f"found_of_all{suffix}": harmful["found_of_all"].mean(),
+            f"shifts_found{suffix}": (harmful["found"] >= FOUND).mean(),
+            f"median_delay_steps{suffix}": harmful["delay"].median(),
+            f"auroc{suffix}": harmful["auroc"].mean(),
+            f"found_harmless{suffix}": of.loc[~of["harmful"], "found"].mean(),
+        }
+    for task, of in own.groupby("task"):
+        columns = ["lost", "found", "found_of_all", "delay", "auroc"]
+        figures[f"shifts.{task}"] = of.groupby("shift")[columns].mean().to_dict("index")
+    return figures
+
+
+def _detection_figure(rows: pd.DataFrame) -> Figure:
+    _, statistic = rows["headline"].iloc[0]
+    own = rows[rows["statistic"] == statistic]
+    own = own[own["severity"] == "middle"] if (own["severity"] == "middle").any() else own
+    look = plots.looks(list(own["detector"].unique()))
+    tasks = own.groupby("task", sort=False)
+    names = list(own["shift"].unique())
+    with plots.style():
+        figure, panels = plots.panels(
+            len(tasks), columns=min(4, len(tasks)), width=8.6, height=0.6 + 0.28 * len(names),
+            sharey=True,
+        )  # fmt: skip
+        for axes, (task, on_task) in zip(panels, tasks, strict=True):
+            for detector, of in on_task.groupby("detector", sort=False):
+                offset = 0.12 * (list(look).index(str(detector)) - (len(look) - 1) / 2)
+                for harmful, some in of.groupby("harmful"):
+                    mean = some.groupby("shift")["found"].mean()
+                    axes.plot(
+                        mean.to_numpy(), [names.index(shift) + offset for shift in mean.index],
+                        look[str(detector)]["marker"], color=look[str(detector)]["color"],
+                        fillstyle="full" if harmful else "none",
+                        label=detector if harmful else None,
+                    )  # fmt: skip
+            axes.set_title(task, fontsize=11)
+            axes.set_xlim(-0.05, 1.05)
+            axes.set_xlabel("found")
+        panels[0].set_yticks(range(len(names)), names)
+        panels[0].set_ylim(len(names) - 0.5, -0.5)
+        plots.legend_below(figure)
+    return figure
+
+
+def _promise_section(rows: pd.DataFrame) -> Found:
+    alpha, limit = rows["alpha"].iloc[0], rows["false_alarm_limit"].iloc[0]
+    rates = rows.groupby(["task", "detector", "statistic"], sort=False)["false_alarms"].mean()
+    wide = rates.unstack("statistic").reset_index()
+    section = Section(
+        "False alarms per episode against the promise",
+        f"Promised: at most {alpha:g}. A rate that keeps the promise is above {limit:.3f} in one "
+        "case of 20, since calibrations differ too.",
+        table=wide,
+    )
+    figures = {
+        f"false_alarm.{task}.{str(detector).rpartition('.')[2]}.{statistic}": rate
+        for (task, detector, statistic), rate in rates.items()
+    }
+    return [section], figures | {"alpha": alpha, "false_alarm_limit": limit}
+
+
+def _selection_section(rows: pd.DataFrame) -> Found:
+    counts = ["confident_errors", "confident_errors_given", "given"]
+    table = rows.groupby("task", sort=False)[counts].sum().astype(int).reset_index()
+    wrong, passed, given = (int(table[name].sum()) for name in counts)
+    section = Section(
+        f"Confident mispredictions at {COVERAGE:.0%} coverage",
+        "Pairs of clips of unseen policies: predictions with a probability over 0.9 that are "
+        "wrong, those of them that are given when the least sure fifth is withheld, and all given.",
+        table=table.rename(columns={name: name.replace("_", " ") for name in counts}),
+    )
+    figures = {
+        "confident_mispredictions_passed": passed / wrong if wrong else None,
+        "confident_mispredictions_of_given": passed / given,
+        "confident_mispredictions": wrong,
+    }
+    return [section], figures
+
+
+def _published_section(rows: pd.DataFrame) -> Found:
+    columns = ["mod", "shift", "scorer"]
+    table = rows.groupby(columns, sort=False)[["auroc", "ap", "fpr_at_95_tpr"]].mean()
+    text = "Of single frames, after against before the onset. Their policies and simulator differ."
+    return [Section("Beside published figures", text, table=table.reset_index(), digits=2)], {}

@@ -10,14 +10,6 @@ from experiments.benchmarks import learn as benchmark
 from rewardmodels import InvalidInput
 
 
-def test_pairs_are_scored_fast_and_right():
-    figures = benchmark.score_pairs()
-    assert figures["pairs"] == 1000 * 999 / 2
-    assert figures["pairs_seconds"] < 2
-    assert figures["pairs_peak_mib"] < 1024
-    assert figures["pairs_max_error"] < 1e-5
-
-
 @pytest.fixture
 def made_up(monkeypatch):
     """Runs that end at once, with a return that tells them apart; returns what was run."""
@@ -55,14 +47,10 @@ def test_runs_that_are_there_are_gone_on_with(made_up, tmp_path):
 
 
 def test_figures_are_printed_and_written_flat(made_up, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "score_pairs", lambda: {"pairs_seconds": 1.0})
-    monkeypatch.setattr(benchmark, "measure_throughput", lambda rollouts: {"throughput_ratio": 0.9})
     file = tmp_path / "figures.json"
     figures = benchmark.benchmark_learn(json=file, out=tmp_path, seeds=2, jobs=1)
     written = json.loads(file.read_text())
     assert json.loads(capsys.readouterr().out) == written
-    assert written["pairs_seconds"] == 1.0
-    assert written["throughput_ratio"] == 0.9
     for task in benchmark.TASKS:
         values = np.array([90.0, 91.0]), np.array([100.0, 101.0])
         ratio = interquartile_mean(values[0]) / interquartile_mean(values[1])

@@ -1,0 +1,323 @@
+"""What has to be fast: training, scoring of pairs, choice of queries, single frames, guards."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+
+from active import GreedyInformation, KCenter, QueryStrategy, all_pairs, mutual_information
+from experiments.analysis.page import check_json, publish
+from experiments.envs.guard_episodes import Act, load_policy, play, train
+from experiments.envs.tasks import Task, find_task, make_env
+from experiments.training.agents import PPO_ROLLOUT
+from experiments.training.config import LearnConfig
+from experiments.training.learn import Learner
+from experiments.training.rewarding import LearnedReward
+from experiments.training.run_directory import Run
+from ood import (
+    CUSUM,
+    KNN,
+    MEWMA,
+    DynamicsEnsemble,
+    Guard,
+    Mahalanobis,
+    Monitor,
+    OODDetector,
+    Statistic,
+)
+from rewardmodels import Clips, Comparisons, DeepEnsemble, SampledPosterior, fit
+from rewardmodels.saving import PREDICTORS
+
+Reward = Literal["learned", "task"]
+
+# A HalfCheetah's frame; networks trained for longer take no longer.
+_OBSERVATION, _ACTION = 17, 6
+_MONITORS: dict[str, tuple[Callable[[int], OODDetector], Statistic, str]] = {
+    "Mahalanobis": (lambda size: Mahalanobis(), CUSUM(), "observation_action"),
+    "KNN": (lambda size: KNN(), CUSUM(), "observation_action"),
+    "DynamicsEnsemble": (lambda size: DynamicsEnsemble(size, steps=50), MEWMA(), "transition"),
+}
+_SCALED: dict[str, Callable[[], OODDetector]] = {
+    "Mahalanobis": Mahalanobis,
+    "KNN": KNN,
+    "DynamicsEnsemble": lambda: DynamicsEnsemble(_OBSERVATION),
+}
+_DEFAULT = "DynamicsEnsemble"
+_FAMILIAR, _CALIBRATION = 21, 22  # episodes, of more frames than KNN keeps
+
+
+def benchmark_speed(quick: bool = False, json: Path | None = None) -> dict[str, Any]:
+    """Measure what has to be fast, on one thread; medians throughout.
+
+    Args:
+        quick: In a minute or two, for trends: a tenth of the frames and steps.
+        json: File for the figures, which are printed too.
+
+    Returns:
+        Flat keys. `throughput_ratio`: steps per second on a learned reward over those on the
+        task's own. `pairs_seconds`, `pairs_peak_mib`: value of all pairs of 1,000 clips of 50
+        frames under 7 members. `greedy_seconds`, `kcenter_seconds`: 100 queries from all pairs of
+        1,000 clips, and from 1,000 pairs. `frame_us.<Predictor>`: one frame's mean and standard
+        deviation. `guard_step_us`, `guard_step_share`: a guarded step less a bare one, and that
+        over simulation and policy, of the default detector; `….<Detector>` of three.
+        `fit_million_seconds`, `score_million_us`, `memory_million_mb` (and by detector): a
+        detector fitted to a million frames.
+
+    Raises:
+        InvalidInput: A file in a directory that doesn't exist.
+    """
+    check_json(json)
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {
+        **score_pairs(),
+        **measure_throughput(rollouts=4 if quick else 24),
+        "greedy_seconds": seconds_to_select(GreedyInformation(samples=100), clips=1000),
+        "kcenter_seconds": seconds_to_select(KCenter(samples=100), clips=1000, pairs=1000),
+        **{f"frame_us.{name}": frame_us(name) for name in PREDICTORS},
+        **guard_steps(steps=300 if quick else 3000),
+    }
+    scaled = dict(_SCALED)
+    if quick:
+        scaled[_DEFAULT] = lambda: DynamicsEnsemble(_OBSERVATION, steps=1000)
+    for name, make in scaled.items():
+        for key, value in detector_scale(make, 10**5 if quick else 10**6).items():
+            figures[f"{key}.{name}"] = value
+            if name == _DEFAULT:
+                figures[key] = value
+    publish(figures, json)
+    return figures
+
+
+def measure_throughput(rollouts: int) -> dict[str, float]:
+    """Environment steps a second with the learned and the task's own reward, taking turns."""
+    seconds: dict[Reward, list[float]] = {"learned": [], "task": []}
+    steps = 0
+    torch.set_num_threads(1)  # as in a run
+    with tempfile.TemporaryDirectory() as folder:
+        learners = {}
+        for arm in seconds:
+            config = LearnConfig("Hopper", reward=arm, out=Path(folder) / arm)
+            learners[arm] = Learner(config, Run(config.out))
+            learners[arm].agent.learn(PPO_ROLLOUT)
+        learned = learners["learned"]
+        learned.seed(0)
+        clips = learned.history.cut(50, 200, learned.rng)
+        pairs = torch.arange(200).view(100, 2)
+        better = (clips.returns[pairs[:, 1]] > clips.returns[pairs[:, 0]]).float()
+        fit(learned.model, Comparisons(clips, pairs, better), epochs=5)
+        learned.pay(LearnedReward(learned.model))
+        for _ in range(rollouts):
+            for arm, learner in learners.items():
+                before, started = learner.step, time.perf_counter()
+                learner.agent.learn(PPO_ROLLOUT, reset_num_timesteps=False)
+                seconds[arm].append(time.perf_counter() - started)
+                steps = learner.step - before
+    per_second = {arm: steps / statistics.median(times) for arm, times in seconds.items()}
+    return {
+        "throughput_ratio": per_second["learned"] / per_second["task"],
+        "steps_per_second.learned": per_second["learned"],
+        "steps_per_second.task": per_second["task"],
+    }
+
+
+def score_pairs() -> dict[str, float]:
+    """Seconds and memory for the value of all pairs of 1,000 clips of 50 frames, 7 members."""
+    with get_context("spawn").Pool(1) as pool:  # a process of its own, for a peak of its own
+        return pool.apply(_score_pairs)
+
+
+def _score_pairs() -> dict[str, float]:
+    torch.set_num_threads(1)  # as in a run; a second one gains nothing where others are busy
+    draw = torch.Generator().manual_seed(0)
+    clips = Clips(
+        torch.randn(1000, 50, 17, generator=draw), torch.randn(1000, 50, 6, generator=draw)
+    )
+    some = Comparisons(clips[:4], torch.tensor([[0, 1], [2, 3]]), torch.tensor([0.0, 1.0]))
+    model = fit(DeepEnsemble(members=7), some, epochs=1)
+    pairs = all_pairs(len(clips))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        returns = model.posterior(clips).rsample(7)
+        scores = mutual_information(returns, pairs)
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    some_pairs = torch.randperm(len(pairs), generator=draw)[:200].tolist()
+    error = max(
+        abs(float(scores[i]) - _naive_score(returns, *pairs[i].tolist())) for i in some_pairs
+    )
+    return {
+        "pairs": len(pairs),
+        "pairs_seconds": seconds,
+        "pairs_peak_mib": peak / 1024,
+        "pairs_max_error": error,
+    }
+
+
+def _naive_score(returns: torch.Tensor, first: int, second: int) -> float:
+    """Mutual information of one answer and the reward function, nats, member by member."""
+
+    def entropy(p: float) -> float:
+        return -sum(q * math.log(q) for q in (p, 1 - p) if q > 0)
+
+    said = [1 / (1 + math.exp(float(row[first] - row[second]))) for row in returns.double()]
+    return entropy(sum(said) / len(said)) - sum(map(entropy, said)) / len(said)
+
+
+def seconds_to_select(
+    strategy: QueryStrategy, *, clips: int, pairs: int | None = None, n: int = 100
+) -> float:
+    """Median seconds for the choice of n queries.
+
+    Args:
+        strategy: Chooses.
+        clips: Number of clips, whose posterior has 100 samples.
+        pairs: Candidates, drawn at random; None for all pairs of the clips.
+        n: Queries.
+    """
+    draw = torch.Generator().manual_seed(0)
+    posterior = SampledPosterior(torch.randn(100, clips, generator=draw))
+    candidates = all_pairs(clips)
+    if pairs is not None:
+        candidates = candidates[torch.randperm(len(candidates), generator=draw)[:pairs]]
+    with threadpool_limits(1):
+        return _median_seconds(
+            lambda: strategy.select(posterior, candidates, n, generator=draw), times=3
+        )
+
+
+def frame_us(predictor: str, times: int = 3000) -> float:
+    """Median microseconds for the mean and standard deviation of one frame's reward."""
+    draw = torch.Generator().manual_seed(0)
+    clips = Clips(
+        torch.randn(200, 25, _OBSERVATION, generator=draw),
+        torch.randn(200, 25, _ACTION, generator=draw),
+    )
+    some = Comparisons(clips, torch.arange(200).view(100, 2), torch.arange(100) % 2.0)
+    scorer = fit(PREDICTORS[predictor](), some, epochs=1).frame_scorer()
+    frame = clips.observations[0, 0].numpy(), clips.actions[0, 0].numpy()
+    with threadpool_limits(1):
+        return 1e6 * _median_seconds(lambda: scorer(*frame), times)
+
+
+def guard_steps(
+    task: str = "HalfCheetah", *, steps: int = 3000, repeats: int = 3
+) -> dict[str, float]:
+    """Compare guarded with bare steps, by detector.
+
+    A bare and a guarded environment take the same actions in turn, so that other load on the
+    machine affects both.
+
+    Args:
+        task: MuJoCo task.
+        steps: Of each environment, in each repeat.
+        repeats: Number whose median is taken.
+    """
+    short = replace(find_task(task), horizon=400)
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        train(short, 0, Path(folder) / "agent")  # an untrained policy takes as long
+        act = load_policy(short, Path(folder) / "agent")
+    for name, (_, _, features) in _MONITORS.items():
+        monitor = _monitor(short, act, name)
+        rounds = [_step_round(short, act, monitor, features, steps) for _ in range(repeats)]
+        step_us, share = (statistics.median(each) for each in zip(*rounds, strict=True))
+        figures |= {f"guard_step_us.{name}": step_us, f"guard_step_share.{name}": share}
+        if name == _DEFAULT:
+            figures |= {"guard_step_us": step_us, "guard_step_share": share}
+    return figures
+
+
+def _monitor(task: Task, act: Act, name: str) -> Monitor:
+    make, statistic, features = _MONITORS[name]
+    episodes = play(
+        lambda: make_env(task), act, _FAMILIAR + _CALIBRATION, seed=0, features=features
+    ).features
+    size = make_env(task).observation_space.shape[0]  # type: ignore[index]
+    monitor = Monitor(make(size).fit(torch.cat(episodes[:_FAMILIAR])), statistic)
+    threshold = monitor.calibrate(episodes[_FAMILIAR:], alpha=0.1)
+    monitor.threshold = replace(threshold, value=float("inf"))  # so that it never halts
+    return monitor
+
+
+def _step_round(
+    task: Task, act: Act, monitor: Monitor, features: str, steps: int
+) -> tuple[float, float]:
+    """Microseconds that the guard adds to a step, and that over simulation and policy."""
+    bare, guarded = make_env(task), Guard(make_env(task), monitor, features)
+    noise = np.random.default_rng(0).standard_normal((steps, 1, *bare.action_space.shape))  # type: ignore[misc]
+    seen, _ = bare.reset(seed=0)
+    guarded.reset(seed=0)
+    taken: dict[str, list[float]] = {"policy": [], "bare": [], "guarded": []}
+    for number in range(steps):
+        started = time.perf_counter()
+        action = act(seen[None], noise[number])[0]
+        taken["policy"].append(time.perf_counter() - started)
+        # Who is first finds caches that the other didn't warm.
+        order = [("bare", bare), ("guarded", guarded)][:: 1 if number % 2 else -1]
+        for name, env in order:
+            started = time.perf_counter()
+            after, _, _, ended, _ = env.step(action)
+            taken[name].append(time.perf_counter() - started)
+            if name == "bare":
+                seen = after
+        if ended:
+            seen, _ = bare.reset()
+            guarded.reset()
+    middle = {name: 1e6 * statistics.median(each) for name, each in taken.items()}
+    more = middle["guarded"] - middle["bare"]
+    return more, more / (middle["bare"] + middle["policy"])
+
+
+def detector_scale(make: Callable[[], OODDetector], frames: int) -> dict[str, float]:
+    """Measure a detector that is fitted to so many frames of a HalfCheetah's size.
+
+    Args:
+        make: The detector.
+        frames: Of correlated normal numbers.
+
+    Returns:
+        Processor seconds of the fit, microseconds of one score, megabytes of the pickled detector.
+    """
+    draw, numbers = np.random.default_rng(0), 2 * _OBSERVATION + _ACTION
+    mix = draw.standard_normal((8, numbers)).astype(np.float32)
+    x = draw.standard_normal((frames, 8), dtype=np.float32) @ mix
+    x += 0.1 * draw.standard_normal(x.shape, dtype=np.float32)
+    features = torch.from_numpy(x)
+    detector = make()
+    with threadpool_limits(1):
+        # Of the processor: what else a shared machine does isn't the detector's.
+        started = time.process_time()
+        detector.fit(features)
+        seconds = time.process_time() - started
+        rows = iter(x[:2000])
+        score = _median_seconds(lambda: detector.score_array(next(rows)[None]), times=2000)
+    return {
+        "fit_million_seconds": seconds,
+        "score_million_us": 1e6 * score,
+        "memory_million_mb": len(pickle.dumps(detector)) / 2**20,
+    }
+
+
+def _median_seconds(call: Callable[[], object], times: int) -> float:
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)

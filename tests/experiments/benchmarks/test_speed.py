@@ -1,0 +1,42 @@
+"""The benchmark of speed: what it times gives right results, and every figure has its key."""
+
+import json
+
+import pytest
+
+from active import Uniform
+from experiments.benchmarks import speed
+from experiments.cli import main
+from ood import KNN
+from rewardmodels.saving import PREDICTORS
+
+
+def test_scored_pairs_are_right_and_fit_into_memory():
+    figures = speed.score_pairs()
+    assert figures["pairs"] == 1000 * 999 / 2
+    assert figures["pairs_peak_mib"] < 1024
+    assert figures["pairs_max_error"] < 1e-5
+
+
+def test_a_fitted_detector_keeps_what_it_says():
+    cost = speed.detector_scale(lambda: KNN(frames=100), 3000)
+    # 100 frames of 40 numbers in single precision, and little else.
+    assert 100 * 40 * 4 < cost["memory_million_mb"] * 2**20 < 3 * 100 * 40 * 4
+    assert speed.seconds_to_select(Uniform(), clips=30, n=5) > 0
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_has_every_key(tmp_path):
+    assert main(["benchmark", "speed", "--quick", "--json", str(tmp_path / "f.json")]) == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    keys = [
+        *("throughput_ratio", "pairs_seconds", "pairs_peak_mib", "greedy_seconds"),
+        *("kcenter_seconds", "guard_step_us", "guard_step_share", "fit_million_seconds"),
+        *(f"frame_us.{name}" for name in PREDICTORS),
+    ]
+    assert all(figures[key] > 0 for key in keys)
+
+
+def test_a_file_in_no_directory_is_refused_first(tmp_path, capsys):
+    assert main(["benchmark", "speed", "--json", str(tmp_path / "none" / "f.json")]) == 2
+    assert "json" in capsys.readouterr().err
