@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
-from experiments.studies.limits import check_least
 from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
 from experiments.training.evaluation import play
 from experiments.training.run_directory import versions
@@ -211,7 +210,9 @@ def make_pool(
 
 
 def _check(seed: int, steps: int, levels: int, episodes: int) -> None:
-    check_least(("levels", levels, 2), ("episodes", episodes, 1))
+    for name, value, least in (("levels", levels, 2), ("episodes", episodes, 1)):
+        if value < least:
+            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
     if not 0 <= seed <= _MAX_SEED:
         raise InvalidInput(f"seed: expected 0 to {_MAX_SEED:,}, got {seed}.")
     if steps < (least := (levels - 1) * PPO_ROLLOUT):
