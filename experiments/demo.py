@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments.training.config import LearnConfig
 from experiments.training.learn import learn
 from experiments.training.report import write_report
-from experiments.training.results import RunFiles
+from experiments.training.run_directory import RunDirectory
 from experiments.training.sentences import headline
 
 
@@ -44,5 +44,5 @@ def demo(
         learn(config, resume=(config.out / "config.yaml").exists())
     learned, zero = Path(out) / "learned", Path(out) / "zero"
     report = write_report(learned, references=[zero])
-    print(headline(RunFiles.read(learned), [RunFiles.read(zero)]))
+    print(headline(RunDirectory(learned), [RunDirectory(zero)]))
     print(f"Report: {report}")

@@ -21,7 +21,7 @@ from experiments.envs.tasks import Task, find_task, make_env
 from experiments.envs.vector import make_vec_env
 from experiments.registry import find_class, make_detector
 from experiments.studies.limits import check_least
-from experiments.training.run_directory import Run
+from experiments.training.run_directory import RunDirectory
 from ood import (
     AlarmResponse,
     EventLog,
@@ -140,7 +140,7 @@ def _read(run: Path) -> tuple[Task, Path, FrameScorer]:
             "config.yaml."
         )
     checkpoints = sorted(x for x in (run / "checkpoints").glob("[0-9]*") if x.is_dir())
-    if Run(run).result is None or not checkpoints:
+    if RunDirectory(run).result is None or not checkpoints:
         raise InvalidInput(
             f"run: expected a finished run, got {run}, which isn't. To finish it: rewardmodels "
             f"learn --resume --out {run}"

@@ -95,7 +95,28 @@ def epic_distance(
             - mean_from(reward, observations)
             for reward in (one, other)
         )
-    if float(one_canonical.std()) == 0 or float(other_canonical.std()) == 0:
+    return pearson_distance(one_canonical, other_canonical)
+
+
+def pearson_distance(one: Tensor, other: Tensor) -> float:
+    r"""Pearson distance $\sqrt{(1 - \rho)/2}$ of two rewards over the same frames.
+
+    It is the EPIC distance of rewards that depend on the action and the observation after it
+    only, as `RewardModel.frame_posterior` does: their canonical form adds a constant.
+
+    Args:
+        one: `(M,)` rewards.
+        other: `(M,)`, of the same frames.
+
+    Returns:
+        From 0 to 1; NaN where a reward is constant.
+
+    Example:
+        >>> reward = torch.tensor([0.0, 1.0, 3.0])
+        >>> pearson_distance(reward, 2 * reward - 1), pearson_distance(reward, -reward)
+        (0.0, 1.0)
+    """
+    if float(one.std()) == 0 or float(other.std()) == 0:
         return float("nan")
-    correlation = float(pearson_corrcoef(one_canonical, other_canonical))
+    correlation = float(pearson_corrcoef(one.double(), other.double()))
     return float(np.sqrt(max(0.0, 1 - correlation) / 2))

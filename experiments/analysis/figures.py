@@ -25,10 +25,15 @@ from experiments.analysis.plots import (
     End,
     label_lines,
 )
-from experiments.training.results import Floats, RunFiles
+from experiments.training.run_directory import Floats, RunDirectory
 from rewardmodels.errors import InvalidInput
 
 P = ParamSpec("P")
+
+
+def arm_of(run: RunDirectory) -> Arm:
+    """Name and look of a run, by the reward that its policy maximises."""
+    return ARMS.get(run.reward, OTHER)
 
 
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -43,7 +48,7 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 @_styled
-def return_vs_steps(runs: Sequence[RunFiles]) -> Figure:
+def return_vs_steps(runs: Sequence[RunDirectory]) -> Figure:
     """True return over training, a line a run; runs of one arm share a colour and a label.
 
     Raises:
@@ -54,7 +59,7 @@ def return_vs_steps(runs: Sequence[RunFiles]) -> Figure:
     for run in runs:
         x, y = run.curve("step", "task_return")
         if len(x):
-            ends.append(_line(axes, x, y, run.arm))
+            ends.append(_line(axes, x, y, arm_of(run)))
     if not ends:
         raise InvalidInput("runs: expected a row of metrics with a task_return, got none.")
     axes.set_xlabel("environment steps")
@@ -64,7 +69,7 @@ def return_vs_steps(runs: Sequence[RunFiles]) -> Figure:
 
 
 @_styled
-def return_vs_comparisons(runs: Sequence[RunFiles]) -> Figure:
+def return_vs_comparisons(runs: Sequence[RunDirectory]) -> Figure:
     """True return over answers given; a run that asks nothing is a level line at its result.
 
     Raises:
@@ -75,14 +80,14 @@ def return_vs_comparisons(runs: Sequence[RunFiles]) -> Figure:
     for run in runs:
         x, y = run.curve("comparisons", "task_return")
         if len(x) and x.max() > 0:
-            ends.append(_line(axes, x, y, run.arm))
+            ends.append(_line(axes, x, y, arm_of(run)))
     if not ends:
         raise InvalidInput("runs: expected a run with comparisons and a task_return, got none.")
     right = max(end[0] for end in ends)
     for run in runs:
-        if not run.last("comparisons") > 0 and np.isfinite(run.final_return):
+        if not run.outcome("comparisons") > 0 and np.isfinite(run.final_return):
             level = np.full(2, run.final_return)
-            ends.append(_line(axes, np.array([0, right]), level, run.arm, marker=""))
+            ends.append(_line(axes, np.array([0, right]), level, arm_of(run), marker=""))
     axes.set_xlabel("comparisons (answers given)")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylabel("true return per episode\n(the task's reward units)")
@@ -90,7 +95,7 @@ def return_vs_comparisons(runs: Sequence[RunFiles]) -> Figure:
 
 
 @_styled
-def held_out(run: RunFiles) -> Figure:
+def held_out(run: RunDirectory) -> Figure:
     """Accuracy and log loss on answers kept from training, over comparisons, beside guessing.
 
     Raises:

@@ -25,8 +25,8 @@ from experiments.envs.tasks import Task, find_task, make_env
 from experiments.training.agents import PPO_ROLLOUT
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner
-from experiments.training.rewarding import LearnedReward
-from experiments.training.run_directory import Run
+from experiments.training.rewards import LearnedReward
+from experiments.training.run_directory import RunDirectory
 from ood import (
     CUSUM,
     KNN,
@@ -110,15 +110,15 @@ def measure_throughput(rollouts: int) -> dict[str, float]:
         learners = {}
         for arm in seconds:
             config = LearnConfig("Hopper", reward=arm, out=Path(folder) / arm)
-            learners[arm] = Learner(config, Run(config.out))
+            learners[arm] = Learner(config, RunDirectory(config.out))
             learners[arm].agent.learn(PPO_ROLLOUT)
         learned = learners["learned"]
         learned.seed(0)
-        clips = learned.history.cut(50, 200, learned.rng)
+        clips = learned.clip_buffer.sample(50, 200, learned.rng)
         pairs = torch.arange(200).view(100, 2)
         better = (clips.returns[pairs[:, 1]] > clips.returns[pairs[:, 0]]).float()
         fit(learned.model, Comparisons(clips, pairs, better), epochs=5)
-        learned.pay(LearnedReward(learned.model))
+        learned.set_reward(LearnedReward(learned.model))
         for _ in range(rollouts):
             for arm, learner in learners.items():
                 before, started = learner.step, time.perf_counter()

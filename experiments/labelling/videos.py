@@ -28,7 +28,7 @@ from active import FeedbackStore
 from experiments.envs.rendering import Renderer, RenderingUnavailable
 from experiments.envs.tasks import find_task
 from experiments.envs.video import write_video
-from experiments.training.clip_buffer import History
+from experiments.training.clip_buffer import ClipBuffer
 from rewardmodels import RewardModelsError, load
 
 Job = int | Literal["best"]
@@ -220,12 +220,12 @@ def best_clip(run: Path, frames: int = BEST_FRAMES) -> NDArray[np.floating[Any]]
         model = load(newest / "model.safetensors")
         with np.load(newest / "history.npz", allow_pickle=False) as file:
             capacity, envs = file["ends"].shape
-        history = History(capacity, envs)
-        history.load(newest / "history.npz")
+        buffer = ClipBuffer(capacity, envs)
+        buffer.load(newest / "history.npz")
     except FileNotFoundError:
         return None
     # 300 candidates are enough: neighbouring clips share nearly all of their frames.
-    clips = history.cut(min(frames, history.steps, capacity), 300, np.random.default_rng(0))
+    clips = buffer.sample(min(frames, buffer.steps, capacity), 300, np.random.default_rng(0))
     if clips.states is None:
         return None
     with torch.no_grad():

@@ -45,10 +45,10 @@ from experiments.studies.drift_figures import SAYING_NOTHING, write_tables
 from experiments.studies.predictors import maker
 from experiments.studies.summary import Row
 from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
-from experiments.training.clip_buffer import History
+from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.evaluation import play
 from experiments.training.pausing import PauseOnAlarm
-from experiments.training.rewarding import LearnedReward, RewardWrapper, unlearned_reward
+from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward
 from ood import Mahalanobis, Monitor
 from rewardmodels import (
     Clips,
@@ -178,7 +178,7 @@ def drift_cell(
     with closing(training.env):
         first = training.play()
         if arm in SAYING_NOTHING:
-            training.env.reward = unlearned_reward(arm, seed)
+            training.env.reward = baseline_reward(arm, seed)
         else:
             training.ask(first[: _PLAYED // 2], comparisons)
         alarms: list[int] = []
@@ -213,8 +213,8 @@ class _Training:
         self.task, self.seed, self.model, self.length = task, seed, model, length
         self.pessimism = pessimism
         self.draw = torch.Generator().manual_seed(seed)
-        self.history = History(task.horizon, PPO_ENVS)
-        self.env = RewardWrapper(make_vec_env(task, PPO_ENVS, seed), self.history, None)
+        self.clip_buffer = ClipBuffer(task.horizon, PPO_ENVS)
+        self.env = RewardWrapper(make_vec_env(task, PPO_ENVS, seed), self.clip_buffer, None)
         self.normalised = VecNormalize(self.env)
         self.agent = make_agent("PPO", self.normalised, task, seed, learning_rate=_LEARNING_RATE)
         tensors = load_file(agent)
@@ -257,7 +257,7 @@ class _Training:
         old = self.env.reward
         moments = old.moments(clips) if isinstance(old, LearnedReward) else (0.0, 1.0)
         fit(self.model, Comparisons.cat(self.answers), epochs=_EPOCHS, seed=self.seed)
-        self.env.reward = LearnedReward(self.model, self.pessimism).anchored(clips, *moments)
+        self.env.reward = LearnedReward(self.model, self.pessimism).rescaled(clips, *moments)
 
     def scheduled(self, schedule: Schedule | None, steps: int, more: int) -> None:
         """Trains, and asks after each round as many as a schedule wants."""
@@ -320,7 +320,7 @@ class _Training:
     def latest(self) -> Clips:
         """Clips of the episodes that have just ended."""
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=self.draw)))
-        return self.history.cut(self.length, _CANDIDATES, rng)
+        return self.clip_buffer.sample(self.length, _CANDIDATES, rng)
 
     def note(self, played: Clips | None = None) -> None:
         """Keeps means over episodes played, or those that ended in training since last time."""

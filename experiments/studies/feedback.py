@@ -33,10 +33,9 @@ from experiments.studies.limits import check_least
 from experiments.studies.predictors import maker
 from experiments.studies.strategies import pool_cell
 from experiments.studies.summary import Row
-from experiments.training.config import LearnConfig, RewardName, default_model
+from experiments.training.config import LearnConfig, RewardName, default_model, task_defaults
 from experiments.training.learn import learn
-from experiments.training.results import RunFiles
-from experiments.training.settings import known_good
+from experiments.training.run_directory import RunDirectory
 from rewardmodels import InvalidInput
 
 TASKS = ("HalfCheetah", "Hopper", "Walker2d")
@@ -145,7 +144,7 @@ def online_cell(
             **settings,
         )  # fmt: skip
         found = learn(config, progress=False)
-        metrics = RunFiles.read(config.out).metrics
+        metrics = RunDirectory(config.out).metrics
     curves = {
         name: [None if np.isnan(value) else float(value) for value in metrics[column]]
         for name, column in (
@@ -253,7 +252,7 @@ def _made_schedule(name: str, task: str) -> Schedule:
     make = find_class("schedule", name)
     said = getattr(make, "keywords", {})
     if "initial" in inspect.signature(make).parameters and "initial" not in said:
-        make = partial(make, initial=known_good(task).schedule().initial)
+        make = partial(make, initial=task_defaults(task).schedule().initial)
     made: Schedule = make()
     return made
 

@@ -1,4 +1,4 @@
-"""What the agent has lately done: a ring of frames of all environments, to cut clips from."""
+"""Ring buffer of the latest frames of parallel environments, from which clips are sampled."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rewardmodels import Clips, InvalidInput
 _COLUMNS = ("observations", "actions", "rewards", "ends", "states")
 
 
-class History:
-    """The last `capacity` steps of `n_envs` environments side by side.
+class ClipBuffer:
+    """The last `capacity` steps of `n_envs` parallel environments.
 
     Args:
-        capacity: Steps kept, of each environment; older ones are overwritten.
+        capacity: Steps kept of each environment; older ones are overwritten.
         n_envs: Environments.
     """
 
@@ -34,14 +34,14 @@ class History:
         ends: NDArray[np.bool_],
         states: NDArray[np.floating] | None = None,
     ) -> None:
-        """Adds one step of every environment.
+        """Add one step of every environment.
 
         Args:
-            observations: `(n_envs, *obs)`, what the action led to.
+            observations: `(n_envs, *obs)`, after the action.
             actions: `(n_envs, *act)`, or `(n_envs,)` whole numbers.
             rewards: `(n_envs,)`, the task's own, for synthetic teachers and evaluation.
-            ends: `(n_envs,)`, whether the episode ended with this step.
-            states: `(n_envs, s)`, simulator states before acting.
+            ends: `(n_envs,)`, True where the episode ended with this step.
+            states: `(n_envs, s)`, simulator states before the action.
         """
         row = self.steps % self.capacity
         for name, value in zip(
@@ -50,21 +50,21 @@ class History:
             if value is None:
                 continue
             if name not in self._columns:
-                came = np.asarray(value)
-                dtype = np.float32 if came.dtype.kind == "f" else came.dtype
-                self._columns[name] = np.zeros((self.capacity, *came.shape), dtype)
+                first = np.asarray(value)
+                dtype = np.float32 if first.dtype.kind == "f" else first.dtype
+                self._columns[name] = np.zeros((self.capacity, *first.shape), dtype)
             self._columns[name][row] = value
         self.steps += 1
 
-    def break_off(self) -> None:
-        """Marks that what comes next doesn't follow from the last step, as after a reset."""
+    def end_episodes(self) -> None:
+        """Mark the last step as the end of every episode, as at a reset."""
         if self.steps:
             self._columns["ends"][(self.steps - 1) % self.capacity] = True
 
-    def cut(self, length: int, n: int, rng: np.random.Generator, *, recent: int = 0) -> Clips:
-        """Cuts n clips, every place inside an episode equally likely and none taken twice.
+    def sample(self, length: int, n: int, rng: np.random.Generator, *, recent: int = 0) -> Clips:
+        """Sample n clips without replacement, uniformly from all places within an episode.
 
-        Fewer come back where there are fewer places.
+        Returns fewer clips where there are fewer places.
 
         Args:
             length: Frames per clip.
@@ -73,7 +73,7 @@ class History:
             recent: Only from the last so many steps of each environment; 0 for all kept.
 
         Raises:
-            InvalidInput: Nowhere `length` frames of one episode stand together.
+            InvalidInput: No episode has `length` frames in a row.
         """
         kept = min(self.steps, self.capacity, recent or self.capacity)
         order = (self.steps - kept + np.arange(kept)) % self.capacity
@@ -83,8 +83,8 @@ class History:
                 f"length: expected at most the {kept} steps recorded so far, got {length}."
             )
         ends = self._columns["ends"][order].astype(np.int32)
-        passed = np.concatenate([np.zeros((1, self.n_envs), np.int32), ends.cumsum(0)])
-        within = passed[length - 1 : length - 1 + starts] == passed[:starts]
+        ended = np.concatenate([np.zeros((1, self.n_envs), np.int32), ends.cumsum(0)])
+        within = ended[length - 1 : length - 1 + starts] == ended[:starts]
         start, env = np.nonzero(within)
         if len(start) == 0:
             raise InvalidInput(f"length: expected at most an episode's length, got {length}.")
@@ -98,11 +98,11 @@ class History:
         return Clips(**columns)
 
     def save(self, path: Path) -> None:
-        """Writes everything kept to an `.npz` file."""
+        """Write the buffer to an `.npz` file."""
         np.savez(path, allow_pickle=False, steps=self.steps, **self._columns)
 
     def load(self, path: Path) -> None:
-        """Takes up what `save` wrote."""
+        """Replace the content by a saved one."""
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             self.steps = int(file["steps"])
             self._columns = {name: file[name] for name in file.files if name != "steps"}

@@ -1,15 +1,23 @@
-"""The settings of a run of `rewardmodels learn`."""
+"""Settings of `rewardmodels learn`, and their defaults, task by task."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from active import Annotator, GreedyInformation, QueryStrategy, Schedule, SyntheticTeacher
+from active import (
+    Annotator,
+    Constant,
+    GreedyInformation,
+    Hyperbolic,
+    QueryStrategy,
+    Schedule,
+    SyntheticTeacher,
+)
 from experiments.envs.tasks import find_task
-from experiments.training.settings import known_good
 from rewardmodels import DeepEnsemble, InvalidInput, RewardModel
 
 RewardName = Literal["learned", "task", "zero", "constant", "random"]
@@ -17,11 +25,55 @@ RewardName = Literal["learned", "task", "zero", "constant", "random"]
 _MAX_SEED = 2**31 - 10_001  # EnvPool's are 32 bits, and each copy of an environment has its own
 
 
-def default_model() -> DeepEnsemble:
-    """An ensemble of leaky units that hardly decay.
+@dataclass(frozen=True)
+class TaskDefaults:
+    """Settings whose good values differ from task to task; README says what they were measured on.
 
-    Smooth ones that do are right more often (`rewardmodels study predictors`), but policies get
-    further on these: see docs/settings.md.
+    Attributes:
+        comparisons: As in `LearnConfig`, like the rest.
+        steps: Environment steps.
+        rounds: Of asking, fitting and training.
+        schedule: Makes the schedule of comparisons.
+        warm_up: Rounds of asking and fitting before the policy is first trained.
+        start_over: Steps after which a random agent is reset; None for the task's horizon.
+    """
+
+    comparisons: int = 400
+    steps: int = 300_000
+    rounds: int = 10
+    schedule: Callable[[], Schedule] = Constant
+    warm_up: int = 1
+    start_over: int | None = None
+
+
+TASK_DEFAULTS: dict[str, TaskDefaults] = {
+    # A Walker2d that acts at random has fallen after some 25 of its 1,000 steps. Comparisons of
+    # the rest teach that falling forwards is good, and a policy that has learned to crawl doesn't
+    # get up again.
+    "Walker2d": TaskDefaults(schedule=lambda: Constant(initial=0.5), warm_up=4, start_over=50),
+    # As many comparisons as Christiano et al. (2017, §3.2) took. Nothing of a backflip shows in a
+    # Hopper that has fallen, as a random one has after some 50 steps. Landings are still learned
+    # after 500,000 steps, but turning has to be learned in the first 100,000.
+    "backflip": TaskDefaults(
+        comparisons=900,
+        steps=1_000_000,
+        rounds=25,
+        schedule=lambda: Hyperbolic(half_life=200_000),
+        start_over=100,
+    ),
+}
+
+
+def task_defaults(task: str) -> TaskDefaults:
+    """Return the defaults of a task, or those that serve most tasks."""
+    return TASK_DEFAULTS.get(task, TaskDefaults())
+
+
+def default_model() -> DeepEnsemble:
+    """Return an ensemble of leaky ReLU networks with little weight decay.
+
+    Smooth activations with more decay predict better (`rewardmodels study predictors`), but
+    policies get further on these: see docs/settings.md.
     """
     return DeepEnsemble(activation="leaky_relu", weight_decay=0.01)
 
@@ -33,32 +85,33 @@ class LearnConfig:
     Args:
         task: HalfCheetah, Hopper, Walker2d, Ant, Swimmer, Reacher, Pendulum, InvertedPendulum,
             backflip, or any Gymnasium id with a time limit.
-        comparisons: Answers to learn from, in all. None takes what is known to be good for the
-            task, here and below.
+        comparisons: Total number of comparisons to learn from. None takes the task's default,
+            here and below.
         steps: Environment steps to train the policy for.
-        reward: `learned` from comparisons, or one to compare with: the `task`'s own, or a trivial
-            one (`zero`, `constant`, `random`), on which many a task is done well already (Shin et
-            al. 2023, arXiv 2301.01392).
-        model: The reward predictor.
-        strategy: Which pairs of clips are asked about.
-        schedule: When they are asked about.
-        teacher: Who answers: a function of two clips, or `human` for people on the page that
-            `rewardmodels label` serves, or `replay FILE` for answers that were recorded.
+        reward: `learned` from comparisons, or a baseline: the `task`'s own reward, or a trivial
+            one (`zero`, `constant`, `random`), which is enough for good returns on many tasks
+            (Shin et al. 2023, arXiv 2301.01392).
+        model: Reward predictor.
+        strategy: Chooses the pairs of clips that are compared.
+        schedule: Chooses how many comparisons each round asks for.
+        teacher: Compares the clips: a function of two clips, `human` for people at the page that
+            `rewardmodels label` serves, or `replay FILE` for recorded comparisons.
         algorithm: Any Stable-Baselines3 algorithm, by name.
-        pessimism: Standard deviations that are taken off the learned reward.
-        warm_up: Rounds of asking and fitting before the policy is trained at all, about an agent
-            that acts at random; they share what the schedule wants first.
-        start_over: Steps after which an agent that acts at random starts over.
+        pessimism: Standard deviations subtracted from the learned reward.
+        warm_up: Rounds of asking and fitting before the policy is first trained, about an agent
+            that acts at random; they share the schedule's initial comparisons.
+        start_over: Steps after which an agent that acts at random is reset.
         rounds: Rounds of asking, fitting and training.
-        focus: How much more is asked about clips that may be good: a clip counts by the power of
-            its rank among the candidates in optimistic return (mean plus standard deviation).
-        clip_length: Frames per clip; an episode's length where that is shorter.
-        candidates: Clips from among which a round's pairs are chosen.
-        epochs: The most passes over the comparisons at each fit.
-        evaluate: Episodes that the final policy is judged by.
-        video: Whether to make a video of the final policy.
-        threads: Threads of PyTorch; the networks are so small that one is fastest, and several
-            runs side by side then don't get in each other's way.
+        focus: Preference for clips of high return when pairs are chosen: a clip's weight is this
+            power of its rank among the candidates in optimistic return (mean plus standard
+            deviation).
+        clip_length: Frames per clip; the episode's length where that is shorter.
+        candidates: Clips from which a round's pairs are chosen.
+        epochs: Maximal passes over the comparisons at each fit.
+        evaluate: Episodes for the evaluation of the final policy.
+        video: Make a video of the final policy.
+        threads: Threads of PyTorch. The networks are so small that one is fastest, and lets
+            several runs share a machine.
         seed: Of everything that is drawn at random.
         out: The run directory.
 
@@ -90,28 +143,24 @@ class LearnConfig:
     out: Path = Path("runs/learn")
 
     def __post_init__(self) -> None:
-        task, good = find_task(self.task), known_good(self.task)
-        self.schedule = self.schedule or good.schedule()
-        for name in ("comparisons", "steps", "rounds"):
+        task, defaults = find_task(self.task), task_defaults(self.task)
+        self.schedule = self.schedule or defaults.schedule()
+        for name in ("comparisons", "steps", "rounds", "warm_up", "start_over"):
             if getattr(self, name) is None:
-                setattr(self, name, getattr(good, name))
-        assert self.comparisons is not None
-        self.warm_up = self.warm_up if self.warm_up is not None else good.warm_up
-        if self.start_over is None:
-            self.start_over = good.start_over or task.horizon
-        for name, least in (
-            ("comparisons", 8), ("steps", 1), ("warm_up", 1), ("start_over", 1), ("rounds", 1),
-            ("clip_length", 1), ("candidates", 2),
-            ("epochs", 1), ("evaluate", 1), ("threads", 1), ("pessimism", 0), ("focus", 0),
-            ("seed", 0),
-        ):  # fmt: skip
-            if not getattr(self, name) >= least:
-                value = getattr(self, name)
-                raise InvalidInput(f"{name}: expected a number of at least {least}, got {value}.")
-            if getattr(self, name) == math.inf:
+                setattr(self, name, getattr(defaults, name) or task.horizon)
+        least = dict.fromkeys(
+            ("steps", "warm_up", "start_over", "rounds", "clip_length", "epochs", "evaluate",
+             "threads"), 1
+        ) | {"comparisons": 8, "candidates": 2, "pessimism": 0, "focus": 0, "seed": 0}  # fmt: skip
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not value >= bound:
+                raise InvalidInput(f"{name}: expected a number of at least {bound}, got {value}.")
+            if value == math.inf:
                 raise InvalidInput(f"{name}: expected a finite number, got inf.")
         if self.seed > _MAX_SEED:
             raise InvalidInput(f"seed: expected at most {_MAX_SEED:,}, got {self.seed}.")
+        assert self.comparisons is not None
         if self.candidates * (self.candidates - 1) // 2 < self.comparisons:
             raise InvalidInput(
                 "candidates: expected enough clips for as many pairs as comparisons "

@@ -14,6 +14,7 @@ repeated, and goes on where it stopped.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,51 +35,57 @@ from active import (
     all_pairs,
     mean_information,
 )
-from experiments.envs.tasks import find_task
+from experiments.envs.rendering import RenderingUnavailable, render_states
+from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
+from experiments.envs.video import write_video
 from experiments.people import Human, Replay
 from experiments.training.agents import PPO_ENVS, make_agent
-from experiments.training.clip_buffer import History
+from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.config import LearnConfig
-from experiments.training.evaluation import counted, play, show, write_frames
+from experiments.training.evaluation import play
 from experiments.training.report import write_report
-from experiments.training.rewarding import LearnedReward, RewardWrapper, relabel, unlearned_reward
-from experiments.training.run_directory import Run, versions
+from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward, relabel
+from experiments.training.run_directory import RunDirectory, versions
 from rewardmodels import (
     Clips,
     ReturnPosterior,
+    RewardModel,
     SampledPosterior,
     fit,
     load,
     save,
 )
+from rewardmodels.calibration import expected_calibration_error, risk_coverage
+from rewardmodels.clips import cut
+from rewardmodels.epic import pearson_distance
 from rewardmodels.fitting import MIN_COMPARISONS
 from rewardmodels.saving import write_text_atomically
 
 
 def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Learns a task from comparisons, and leaves everything about it in a run directory.
+    """Learn a task from comparisons, and write everything about it into a run directory.
 
     Args:
         config: The settings.
-        resume: Go on with the run that stands in `config.out`.
+        resume: Go on with the run in `config.out`.
         progress: Show a progress bar on standard error.
 
     Returns:
-        What stands in the run's `result.json`.
+        Content of the run's `result.json`.
 
     Raises:
         InvalidInput: The directory holds a run already (or none to resume, or another).
     """
-    run = Run(config.out)
-    run.check(config, resume=resume)
+    run = RunDirectory(config.out)
+    run.check_writable(config, resume=resume)
     if run.result is not None:
         if not (config.out / "report.html").exists():
             write_report(config.out)
         return run.result
     torch.set_num_threads(config.threads)
     learner = Learner(config, run)
-    run.start(config)  # only now, so that what is refused leaves no directory behind
+    run.start(config)  # only now, so that settings that raise leave no directory behind
     with (
         FeedbackStore(config.out / "answers.sqlite") as answers,
         tqdm(
@@ -95,48 +102,48 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
             if config.reward == "learned":
                 learner.ask(round, answers, bar.set_postfix_str)
                 learner.fit_reward(answers)
-            learner.train_policy(learner.trained_by(round), bar)
-            learner.keep(round, answers, bar)
+            learner.train_policy(learner.steps_after(round), bar)
+            learner.save_round(round, answers, bar)
         result = learner.finish(answers)
     write_report(config.out)
     return result
 
 
 class Learner:
-    """The state of a run, and the three things that take turns.
+    """State of a run, and the three steps of each round.
 
-    Every round draws from generators seeded by `(seed, round)`, so that what it draws doesn't
-    depend on whether the process was restarted in between.
+    Every round draws from generators seeded by `(seed, round)`, so that its draws don't depend on
+    whether the process was restarted in between.
     """
 
-    def __init__(self, config: LearnConfig, run: Run) -> None:
+    def __init__(self, config: LearnConfig, run: RunDirectory) -> None:
         self.config, self.run = config, run
         self.task = find_task(config.task)
         self.model = config.model
         self.rounds_done, self.seconds = 0, 0.0
-        assert config.comparisons is not None  # the six that __post_init__ filled in
+        # LearnConfig.__post_init__ has filled these in.
+        assert config.comparisons is not None
         assert config.steps is not None
         assert config.rounds is not None
         assert config.schedule is not None
         assert config.warm_up is not None
         assert config.start_over is not None
         self.comparisons, self.steps = config.comparisons, config.steps
-        self.policy_rounds = config.rounds
-        self.schedule = config.schedule
-        # Policies that need no answers need none beforehand.
+        self.policy_rounds, self.schedule = config.rounds, config.schedule
+        # The baselines need no comparisons, and so no warm-up.
         self.warm_up = config.warm_up if config.reward == "learned" else 1
         self.rounds = self.warm_up - 1 + self.policy_rounds
 
         copies = PPO_ENVS if config.algorithm in ("PPO", "A2C") else 1
         self.clip_length = min(config.clip_length, self.task.horizon)
         self.start_over = max(config.start_over, 2 * self.clip_length)
-        # Steps of each copy that count as what the policy now does: whole episodes, since copies
-        # start together, and a Hopper that fell is a poor sample of one that stood.
+        # Steps of each copy that show the current policy: whole episodes, since copies start
+        # together, and a Hopper that fell is a poor sample of one that stood.
         self.latest = max(self.steps // (self.policy_rounds * copies), self.task.horizon)
-        self.history = History(self.latest, copies)
+        self.clip_buffer = ClipBuffer(self.latest, copies)
         venv = make_vec_env(self.task, copies, config.seed)
-        reward = unlearned_reward(config.reward, config.seed)
-        self.env = RewardWrapper(venv, self.history, reward)
+        reward = baseline_reward(config.reward, config.seed)
+        self.env = RewardWrapper(venv, self.clip_buffer, reward)
         if isinstance(self.env.action_space, spaces.Discrete):
             choices = int(self.env.action_space.n)
             self.model.discrete_actions = self.model.discrete_actions or choices
@@ -153,7 +160,7 @@ class Learner:
         return int(self.agent.num_timesteps)
 
     def seed(self, round: int) -> None:
-        """Starts the generators of a round."""
+        """Seed the generators of a round."""
         (number,) = np.random.SeedSequence([self.config.seed, round]).generate_state(1)
         set_random_seed(int(number))  # Stable-Baselines3 draws from the global generators
         self.rng = np.random.default_rng(number)
@@ -195,7 +202,7 @@ class Learner:
                 answers.answer(query, preference, type(teacher).__name__)
 
     def fit_reward(self, answers: FeedbackStore) -> None:
-        """Fits the model to all answers so far, and pays by it from now on."""
+        """Fit the model to all comparisons so far, and replace the reward by the new one."""
         comparisons = answers.comparisons()
         if comparisons is None or len(comparisons) < MIN_COMPARISONS:
             return  # the teacher has skipped nearly everything so far
@@ -203,16 +210,16 @@ class Learner:
         old = self.env.reward
         moments = old.moments(latest) if isinstance(old, LearnedReward) else (0.0, 1.0)
         fit(self.model, comparisons, epochs=self.config.epochs, seed=self.config.seed)
-        self.pay(LearnedReward(self.model, self.config.pessimism).anchored(latest, *moments))
+        self.set_reward(LearnedReward(self.model, self.config.pessimism).rescaled(latest, *moments))
 
-    def pay(self, reward: LearnedReward) -> None:
-        """Pays a reward from now on, and for what a replay buffer remembers."""
+    def set_reward(self, reward: LearnedReward) -> None:
+        """Replace the agent's reward, also that of the transitions in a replay buffer."""
         self.env.reward = reward
         if isinstance(self.agent, OffPolicyAlgorithm):
             relabel(self.agent, reward)
 
     def train_policy(self, until: int, bar: tqdm) -> None:
-        """Trains the policy by ordinary reinforcement learning, up to a step."""
+        """Train the policy by ordinary reinforcement learning, up to a step."""
 
         def advance(*_: Any) -> bool:
             bar.update(min(self.step, bar.total) - bar.n)  # rollouts are whole
@@ -221,20 +228,20 @@ class Learner:
         if until > self.step:
             self.agent.learn(until - self.step, callback=advance, reset_num_timesteps=False)
 
-    def keep(self, round: int, answers: FeedbackStore, bar: tqdm) -> None:
-        """Logs how it goes, and writes down all that is needed to go on from here."""
+    def save_round(self, round: int, answers: FeedbackStore, bar: tqdm) -> None:
+        """Log the round's metrics, and write a checkpoint from which the next round starts."""
         row = self._metrics(answers)
         self.run.log(row)
         self.run.checkpoint(round, self._write)
-        now = (
+        returned = (
             f"true return {row['task_return']:.0f}" if "task_return" in row else "no episode ended"
         )
         bar.set_postfix_str(
-            f"round {round + 1}/{self.rounds}, {row['comparisons']:.0f} comparisons, {now}"
+            f"round {round + 1}/{self.rounds}, {row['comparisons']:.0f} comparisons, {returned}"
         )
 
     def finish(self, answers: FeedbackStore) -> dict[str, Any]:
-        """Plays the final policy, and writes the result, a video and the model."""
+        """Evaluate the final policy, and write the result, a video and the model."""
         self.seed(self.rounds)
         config, out = self.config, self.config.out
         last = {name: value for row in self.run.rows for name, value in row.items()}
@@ -253,36 +260,37 @@ class Learner:
             "skipped": skipped,
             "final_return": float(clips.returns.mean()),
             "final_returns": clips.returns.tolist(),
-            **counted(self.task, clips),
+            **count_events(self.task, clips),
             "held_out_accuracy": last.get("held_out_accuracy"),
-            "reward_correlation": None,
+            "held_out_log_loss": last.get("held_out_log_loss"),
+            **dict.fromkeys(REWARD_SCORES),
             "wall_seconds": last["seconds"],
             "steps_per_second": self.step / last["seconds"],
             "versions": versions(),
         }
         if self.model.fitted:
             save(self.model, out / "model.safetensors")
-            result["reward_correlation"] = write_frames(self.model, clips, out / "frames.npz")
+            result |= score_reward(self.model, clips, out / "frames.npz", self.clip_length)
         if config.video:
-            result["video_note"] = show(self.task, clips, out / "video.mp4")
-        self.run.finish(result)
+            result["video_note"] = make_video(self.task, clips, out / "video.mp4")
+        self.run.write_result(result)
         return result
 
-    def trained_by(self, round: int) -> int:
-        """Steps that the policy will have been trained for after a round."""
+    def steps_after(self, round: int) -> int:
+        """Environment steps that the policy is trained for by the end of a round."""
         return max(0, round - self.warm_up + 2) * self.steps // self.policy_rounds
 
     def _due(self, round: int, answered: int) -> int:
-        """Answers that there should be before a round's training; a timetable's all by the last."""
+        """Total number of comparisons wanted before a round's training."""
         a_round = self.steps // self.policy_rounds
-        # In warm-up there is no policy yet to be unsure about.
-        judged = self.model.fitted and round >= self.warm_up
+        # In warm-up there is no policy yet to be uncertain about.
+        fitted = self.model.fitted and round >= self.warm_up
         due = self.schedule.comparisons_by(
             max(0, round - self.warm_up + 1) * a_round,
             total_steps=max(1, (self.policy_rounds - 1) * a_round),
             budget=self.comparisons,
             answered=answered,
-            belief=self._belief if judged else None,
+            belief=self._belief if fitted else None,
         )
         return due if round >= self.warm_up else -(-due * (round + 1) // self.warm_up)
 
@@ -297,24 +305,24 @@ class Learner:
         self.env.episode_returns.clear()
 
     def _latest_clips(self, n: int) -> Clips:
-        return self.history.cut(self.clip_length, n, self.rng)
+        return self.clip_buffer.sample(self.clip_length, n, self.rng)
 
     def _belief(self) -> ReturnPosterior:
         return self.model.posterior(self._latest_clips(self.config.candidates))
 
     def _choose(self, clips: Clips, n: int) -> torch.Tensor:
-        """`(n, 2)` pairs: the strategy's choice, or a random one while there is no belief."""
+        """Choose `(n, 2)` pairs by the strategy, or uniformly before the first fit."""
         pairs = all_pairs(len(clips))
         if not self.model.fitted:
-            nothing = SampledPosterior(torch.zeros(1, len(clips)))
-            return pairs[Uniform().select(nothing, pairs, n, generator=self.generator)]
-        belief = self.model.posterior(clips)
+            unknown = SampledPosterior(torch.zeros(1, len(clips)))
+            return pairs[Uniform().select(unknown, pairs, n, generator=self.generator)]
+        posterior = self.model.posterior(clips)
         # The policy goes where the reward may be high, so that is where it has to be right.
-        # Asked of all clips alike, most answers were about two Hoppers lying on the floor.
-        rank = (belief.mean + belief.variance.sqrt()).argsort().argsort() + 1.0
+        # With equal weights, most comparisons were of two Hoppers lying on the floor.
+        rank = (posterior.mean + posterior.variance.sqrt()).argsort().argsort() + 1.0
         weights = (rank / len(clips)) ** self.config.focus
         chosen = self.config.strategy.select(
-            belief, pairs, n, weights=weights, generator=self.generator
+            posterior, pairs, n, weights=weights, generator=self.generator
         )
         return pairs[chosen]
 
@@ -336,16 +344,16 @@ class Learner:
             row["held_out_log_loss"] = report.held_out_log_loss
             row["train_log_loss"] = report.train_log_loss
             latest = self._latest_clips(200)
-            belief = self.model.posterior(latest)
-            seen = torch.stack([belief.mean, latest.returns])
-            row["reward_correlation"] = float(torch.corrcoef(seen)[0, 1])
-            row["mean_information"] = mean_information(belief)
+            posterior = self.model.posterior(latest)
+            both = torch.stack([posterior.mean, latest.returns])
+            row["reward_correlation"] = float(torch.corrcoef(both)[0, 1])
+            row["mean_information"] = mean_information(posterior)
         return {name: value for name, value in row.items() if np.isfinite(value)}
 
     def _write(self, folder: Path) -> None:
         self.agent.save(folder / "agent.zip")
         self.normalised.save(str(folder / "normalise.pkl"))
-        self.history.save(folder / "history.npz")
+        self.clip_buffer.save(folder / "history.npz")
         if isinstance(self.agent, OffPolicyAlgorithm):
             self.agent.save_replay_buffer(folder / "replay.pkl")
         if isinstance(reward := self.env.reward, LearnedReward):
@@ -354,7 +362,7 @@ class Learner:
 
     def _read(self, folder: Path, number: int) -> None:
         self.rounds_done, self.seconds = number + 1, self.run.rows[-1]["seconds"]
-        self.history.load(folder / "history.npz")
+        self.clip_buffer.load(folder / "history.npz")
         self.normalised = VecNormalize.load(str(folder / "normalise.pkl"), self.env)
         self.agent = type(self.agent).load(folder / "agent.zip", self.normalised)
         if isinstance(self.agent, OffPolicyAlgorithm):
@@ -363,3 +371,74 @@ class Learner:
             self.model = load(folder / "model.safetensors", type(self.model))
             scale, shift = json.loads((folder / "reward.json").read_text())
             self.env.reward = LearnedReward(self.model, self.config.pessimism, scale, shift)
+
+
+REWARD_SCORES = ("reward_correlation", "epic_distance", "calibration_error", "aurc")
+_VIDEO_FRAMES, _FRAMES_PER_SECOND = 200, 25
+
+
+def score_reward(
+    model: RewardModel, clips: Clips, file: Path, clip_length: int, *, frames: int = 4096
+) -> dict[str, float | None]:
+    r"""Compare the learned with the true reward on what the final policy does.
+
+    Args:
+        model: Fitted.
+        clips: Whole episodes with the task's reward.
+        file: Gets `predicted`, `std` and `true` reward of frames spread over the episodes.
+        clip_length: Frames per clip, for the preferences.
+        frames: To spread.
+
+    Returns:
+        `REWARD_SCORES`: over frames the Pearson correlation and the EPIC distance; over all pairs
+        of 200 random clips the expected calibration error of the predicted preference, and the
+        area under its risk-coverage curve, for the preference of the higher true return. None
+        where a score is undefined.
+    """
+    assert clips.rewards is not None
+    rows = torch.linspace(0, clips.mask.numel() - 1, frames).long()
+    observations, actions = (x.flatten(0, 1)[rows] for x in (clips.observations, clips.actions))
+    posterior, true = model.frame_posterior(observations, actions), clips.rewards.flatten()[rows]
+    np.savez(file, predicted=posterior.mean, std=posterior.variance.sqrt(), true=true)
+    distance = pearson_distance(posterior.mean, true)
+
+    some = cut(clips, clip_length, 200, generator=torch.Generator().manual_seed(0))
+    pairs = all_pairs(len(some))
+    predicted = model.posterior(some).preference(pairs)
+    preference = 0.5 + 0.5 * (some.returns[pairs[:, 1]] - some.returns[pairs[:, 0]]).sign()
+    decided = bool((preference != 0.5).any())
+    uncertainty = -(predicted - 0.5).abs()
+    scores = {
+        "reward_correlation": 1 - 2 * distance**2,
+        "epic_distance": distance,
+        "calibration_error": expected_calibration_error(predicted, preference),
+        "aurc": risk_coverage(uncertainty, predicted, preference).aurc if decided else math.nan,
+    }
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
+
+
+def count_events(task: Task, clips: Clips) -> dict[str, Any]:
+    """Count a task's events, such as backflips: in each episode, and per 1,000 steps on average.
+
+    Example:
+        >>> clips = Clips(torch.zeros(2, 500, 11), torch.zeros(2, 500, 3))
+        >>> count_events(find_task("backflip"), clips)
+        {'backflips': [0, 0], 'backflips_per_1000_steps': 0.0}
+    """
+    found: dict[str, Any] = {}
+    for name, count in task.counts.items():
+        found[name] = [count(episode) for episode in clips.observations.numpy()]
+        found[f"{name}_per_1000_steps"] = 1000 * sum(found[name]) / clips.mask.numel()
+    return found
+
+
+def make_video(task: Task, clips: Clips, file: Path) -> str | None:
+    """Write a video of the first clip, or return the reason why there is none."""
+    if clips.states is None:
+        return f"{task.name} doesn't show the simulator's state, from which a video is drawn."
+    try:
+        pictures = render_states(task, clips.states[0, :_VIDEO_FRAMES].numpy())
+    except RenderingUnavailable as error:
+        return str(error)
+    write_video(pictures, file, _FRAMES_PER_SECOND)
+    return None

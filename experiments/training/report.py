@@ -14,9 +14,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from experiments.analysis import figures, plots
+from experiments.analysis.figures import arm_of
 from experiments.analysis.page import inline
 from experiments.training import sentences
-from experiments.training.results import RunFiles
+from experiments.training.run_directory import RunDirectory
 from experiments.training.sentences import headline, labels, number, percent
 from rewardmodels.errors import InvalidInput
 
@@ -54,8 +55,9 @@ def write_report(run: Path, *, references: Sequence[Path] = ()) -> Path:
         UnreadableFile: If a file of a run is damaged.
     """
     run = Path(run)
-    main = RunFiles.read(run)
-    others = [RunFiles.read(Path(p)) for p in references if Path(p).resolve() != run.resolve()]
+    main = RunDirectory(run)
+    main.check_readable()
+    others = [RunDirectory(Path(p)) for p in references if Path(p).resolve() != run.resolve()]
     task = _task(main)
     for other in others:
         if None not in (task, _task(other)) and _task(other) != task:
@@ -69,13 +71,13 @@ def write_report(run: Path, *, references: Sequence[Path] = ()) -> Path:
     )
     page = environment.get_template("report.html.jinja").render(
         task=task or "unnamed task",
-        arm=main.arm.name,
+        arm=arm_of(main).name,
         headline=headline(main, others),
         plates=_plates(main, others),
         video=_video(main),
         runs=_table([main, *others]),
         settings=_flat(main.settings),
-        versions=_flat(main.result.get("versions")),
+        versions=_flat((main.result or {}).get("versions")),
         repeat=REPEAT,
     )
     target = run / "report.html"
@@ -85,7 +87,7 @@ def write_report(run: Path, *, references: Sequence[Path] = ()) -> Path:
     return target
 
 
-def _plates(run: RunFiles, references: Sequence[RunFiles]) -> list[Plate]:
+def _plates(run: RunDirectory, references: Sequence[RunDirectory]) -> list[Plate]:
     """Every figure that the run has numbers for."""
     runs = [run, *references]
     comparisons, _ = run.curve("comparisons", "task_return")
@@ -128,18 +130,18 @@ def _plates(run: RunFiles, references: Sequence[RunFiles]) -> list[Plate]:
     return plates
 
 
-def _video(run: RunFiles) -> dict[str, str]:
+def _video(run: RunDirectory) -> dict[str, str]:
     """Where the page finds the video, or why there is none."""
     file = run.path / "video.mp4"
     if not file.is_file():
-        note = run.result.get("video_note") or "the run has left no video.mp4."
+        note = (run.result or {}).get("video_note") or "the run has left no video.mp4."
         return {"note": f"There is no video: {note}"}
     if file.stat().st_size >= EMBEDDED_VIDEO_BYTES:
         return {"source": file.name}
     return {"source": "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()}
 
 
-def _table(runs: Sequence[RunFiles]) -> list[list[str]]:
+def _table(runs: Sequence[RunDirectory]) -> list[list[str]]:
     """A row of outcomes for each run."""
     rows = []
     for run, name in zip(runs, labels(runs), strict=True):
@@ -159,13 +161,13 @@ def _table(runs: Sequence[RunFiles]) -> list[list[str]]:
     return [[cell.replace("not known", "–") for cell in row] for row in rows]
 
 
-def _clock(run: RunFiles) -> str:
+def _clock(run: RunDirectory) -> str:
     seconds = run.outcome("wall_seconds", "seconds")
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{number(seconds)} s"
 
 
-def _task(run: RunFiles) -> str | None:
-    task = run.result.get("task", run.settings.get("task"))
+def _task(run: RunDirectory) -> str | None:
+    task = (run.result or {}).get("task", run.settings.get("task"))
     return None if task is None else str(task)
 
 

@@ -1,4 +1,14 @@
-"""A run's directory: settings, metrics, checkpoints, result, each written whole or not at all."""
+"""Directory of a run: settings, metrics, checkpoints and result, written atomically and read back.
+
+- `config.yaml`: settings, as `rewardmodels learn --config` takes them
+- `metrics.csv`: a row for each round (also in `tensorboard/`)
+- `answers.sqlite`: queries and comparisons (`active.FeedbackStore`)
+- `checkpoints/0007/`: state from which the next round starts
+- `result.json`: evaluation of the final policy; marks the run as complete
+- `frames.npz`: predicted and true reward of frames that the final policy visits
+- `model.safetensors`: the reward model
+- `report.html`: the report, with `figures/` and `video.mp4`
+"""
 
 from __future__ import annotations
 
@@ -8,41 +18,47 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
+import numpy as np
+import pandas as pd
 import yaml
-from torch.utils.tensorboard import SummaryWriter
+from numpy.typing import NDArray
 
 from experiments.registry import describe_settings
-from rewardmodels import InvalidInput, UnreadableFile
+from rewardmodels.errors import InvalidInput, UnreadableFile
 from rewardmodels.saving import atomic_path, write_text_atomically
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Floats = NDArray[np.float64]
+
 METRICS = (
-    "step",
-    "comparisons",
-    "queries",
-    "skipped",
-    "episodes",
-    "task_return",
-    "learned_return",
-    "held_out_accuracy",
-    "held_out_log_loss",
-    "train_log_loss",
-    "reward_correlation",
-    "mean_information",
-    "seconds",
+    *("step", "comparisons", "queries", "skipped", "episodes", "task_return", "learned_return"),
+    *("held_out_accuracy", "held_out_log_loss", "train_log_loss", "reward_correlation"),
+    *("mean_information", "seconds"),
 )
 
+_DAMAGED = (ValueError, TypeError, KeyError, OSError, EOFError, BadZipFile, yaml.YAMLError)
+_RUN_FILES = ("config.yaml", "result.json", "answers.sqlite", "checkpoints", "metrics.csv")
 
-class Run:
-    """What is kept of one run.
+
+class RunDirectory:
+    """Reader and writer of a run's directory.
+
+    Reading never writes, and reads anew each time, since another process may be writing.
 
     Args:
-        path: The run directory; it need not exist yet.
+        path: The directory; it need not exist yet.
+
+    Attributes:
+        rows: Metrics of the rounds that this process logged or restored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,22 +66,129 @@ class Run:
         self.rows: list[dict[str, float]] = []
         self._board: SummaryWriter | None = None
 
-    def check(self, config: Any, *, resume: bool) -> None:
-        """Refuses what `start` couldn't begin or go on with, and writes nothing.
+    @property
+    def settings_file(self) -> Path:
+        """Path of `config.yaml`."""
+        return self.path / "config.yaml"
+
+    @property
+    def exists(self) -> bool:
+        """True once a run was started here."""
+        return self.settings_file.is_file()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that the run was started with; empty if none was.
+
+        Raises:
+            UnreadableFile: Damaged.
+        """
+        return self._read("config.yaml", lambda file: yaml.safe_load(file.read_text("utf-8"))) or {}
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Content of `result.json`, or None while the run is incomplete.
+
+        Raises:
+            UnreadableFile: Damaged.
+        """
+        return self._read(
+            "result.json",
+            lambda file: json.loads(file.read_text("utf-8")),
+            hint=" Delete it to make it again from the last checkpoint.",
+        )
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """Rows of `metrics.csv`, one a round; an empty cell is NaN.
+
+        Raises:
+            UnreadableFile: Damaged.
+        """
+        found = self._read("metrics.csv", lambda file: pd.read_csv(file, dtype=float))
+        return pd.DataFrame() if found is None else found
+
+    @property
+    def frames(self) -> dict[str, Floats]:
+        """Arrays `predicted`, `std` and `true` of `frames.npz`, each `(M,)`; empty without any.
+
+        Raises:
+            UnreadableFile: Damaged.
+        """
+        return self._read("frames.npz", _read_frames) or {}
+
+    @property
+    def task(self) -> str | None:
+        """Name of the task, or None if neither result nor settings have it."""
+        task = (self.result or {}).get("task", self.settings.get("task"))
+        return None if task is None else str(task)
+
+    @property
+    def reward(self) -> str:
+        """Kind of reward that the policy maximises."""
+        return str((self.result or {}).get("reward", self.settings.get("reward")))
+
+    def curve(self, x: str, y: str) -> tuple[Floats, Floats]:
+        """Columns `x` and `y` of the metrics where both are finite, each `(rows,)`."""
+        both = self.metrics.reindex(columns=[x, y]).to_numpy(float)
+        xs, ys = both[np.isfinite(both).all(1)].T
+        return xs, ys
+
+    def outcome(self, key: str, column: str | None = None) -> float:
+        """Number of the result, or else of the last round that has it, or NaN."""
+        value = (self.result or {}).get(key)
+        if isinstance(value, int | float) and np.isfinite(value):
+            return float(value)
+        values, _ = self.curve(column or key, column or key)
+        return float(values[-1]) if len(values) else float("nan")
+
+    @property
+    def final_return(self) -> float:
+        """Mean true return of the evaluation, or of the last round while there is none."""
+        return self.outcome("final_return", "task_return")
+
+    @property
+    def final_returns(self) -> list[float]:
+        """True return of each evaluation episode."""
+        returns = (self.result or {}).get("final_returns")
+        known = returns if isinstance(returns, list) else []
+        return [float(r) for r in known if isinstance(r, int | float) and np.isfinite(r)]
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Directories of complete checkpoints; the newest is the last."""
+        return sorted(p for p in (self.path / "checkpoints").glob("[0-9]*") if p.is_dir())
+
+    def check_readable(self) -> None:
+        """Raise unless the directory holds a run, with undamaged files.
+
+        Raises:
+            InvalidInput: No `config.yaml` or no `metrics.csv`.
+            UnreadableFile: One of its files is damaged.
+        """
+        for name in ("config.yaml", "metrics.csv"):
+            if not (self.path / name).is_file():
+                raise InvalidInput(
+                    f"{self.path}: expected a run's directory, with config.yaml and metrics.csv, "
+                    f"got one without {name}. `rewardmodels learn --out {self.path}` makes one."
+                )
+        _ = self.settings, self.result, self.metrics, self.frames
+
+    def check_writable(self, config: Any, *, resume: bool) -> None:
+        """Raise unless a run with these settings can be started or resumed here.
 
         Raises:
             InvalidInput: The directory holds a run and `resume` is off, or holds none and `resume`
                 is on, or holds one with other settings.
-            UnreadableFile: The settings that it holds are damaged.
+            UnreadableFile: The settings in it are damaged.
         """
-        file = self.path / "config.yaml"
-        wanted = yaml.safe_load(yaml.safe_dump(describe_settings(config)))
-        if resume and not file.exists():
+        wanted = flatten(yaml.safe_load(yaml.safe_dump(describe_settings(config))))
+        if resume and not self.exists:
             raise InvalidInput(
                 f"out: expected a run to go on with, got {self.path}, which has none."
             )
         if not resume:
-            if found := [name for name in _MADE if (self.path / name).exists()]:
+            if found := [name for name in _RUN_FILES if (self.path / name).exists()]:
                 raise InvalidInput(
                     f"out: expected a new directory, got {self.path}, which already holds a run "
                     f"({found[0]}). Pass --resume to go on with it, or another --out."
@@ -76,25 +199,32 @@ class Run:
                     f"out: expected a directory that can be written to, got {self.path}: {above} "
                     "isn't one."
                 )
-        elif changed := _changed(_settings(file), wanted):
+            return
+        if changed := [
+            f"{name} ({wanted.get(name)} in place of {value})"
+            for name, value in flatten(self.settings).items()
+            if wanted.get(name) != value
+        ]:
             raise InvalidInput(
                 f"resume: expected the settings that {self.path} was started with, got another "
-                f"{changed}. Leave that out, or start a new run in another --out."
+                f"{', '.join(changed)}. Leave that out, or start a new run in another --out."
             )
 
     def start(self, config: Any) -> None:
-        """Makes the directory with its `config.yaml`; one that is there stays as it is."""
-        file = self.path / "config.yaml"
-        if not file.exists():
+        """Make the directory and its `config.yaml`; an existing one stays as it is."""
+        if not self.exists:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(file, yaml.safe_dump(describe_settings(config), sort_keys=False))
+            settings = yaml.safe_dump(describe_settings(config), sort_keys=False)
+            write_text_atomically(self.settings_file, settings)
 
     def log(self, row: dict[str, float]) -> None:
-        """Adds a row to `metrics.csv` and to TensorBoard.
+        """Add a row to `metrics.csv` and to TensorBoard.
 
         A row of a step that was logged before, by a process killed before its checkpoint, takes
         that row's place in both.
         """
+        from torch.utils.tensorboard import SummaryWriter  # slow, and no reader needs it
+
         self.rows.append(row)
         text = io.StringIO()
         writer = csv.DictWriter(text, METRICS, restval="", lineterminator="\n")
@@ -111,7 +241,7 @@ class Run:
         self._board.flush()
 
     def checkpoint(self, number: int, write: Callable[[Path], None]) -> None:
-        """Keeps what `write` puts into a fresh directory; the one before stays as a spare."""
+        """Write a checkpoint by `write(directory)`; the one before is kept as a spare."""
         folder = self.path / "checkpoints"
         for stale in folder.glob(".*.part"):  # of a process that was killed
             shutil.rmtree(stale)
@@ -120,16 +250,16 @@ class Run:
             part.mkdir()
             write(part)
             (part / "rows.json").write_text(json.dumps(self.rows))
-        for old in self._checkpoints()[:-2]:
+        for old in self.checkpoints[:-2]:
             shutil.rmtree(old)
 
     def restore(self, read: Callable[[Path, int], None]) -> None:
-        """Lets `read` take up the newest checkpoint and its number, if there is one.
+        """Call `read` with the newest checkpoint and its number, if there is one.
 
         Raises:
             UnreadableFile: The checkpoint is damaged.
         """
-        if not (found := self._checkpoints()):
+        if not (found := self.checkpoints):
             return
         newest = found[-1]
         try:
@@ -138,34 +268,32 @@ class Run:
         except Exception as error:
             raise UnreadableFile(
                 f"{newest}: expected a whole checkpoint, got a damaged one ({error}). Delete this "
-                "directory to go on from the one before; no answer is lost by that."
+                "directory to go on from the one before; no comparison is lost by that."
             ) from error
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Writes `result.json`, which marks the run as complete."""
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write `result.json`, which marks the run as complete."""
         write_text_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """What `finish` wrote, or None while the run is incomplete."""
-        file = self.path / "result.json"
-        if not file.exists():
+    def _read(self, name: str, read: Callable[[Path], Any], hint: str = "") -> Any:
+        """Content of a file, or None if there is no such file."""
+        file = self.path / name
+        if not file.is_file():
             return None
         try:
-            found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        except ValueError as error:
+            content = read(file)
+            if not isinstance(content, Mapping | pd.DataFrame):
+                raise TypeError(f"it holds a {type(content).__name__}, and no names with values")
+        except _DAMAGED as error:
+            reason = " ".join(str(error).split())
             raise UnreadableFile(
-                f"{file}: expected the result of a run, got a damaged file ({error}). Delete it "
-                "to make it again from the last checkpoint."
+                f"{file}: expected a file of a run, got a damaged one ({reason}).{hint}"
             ) from error
-        return found
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(p for p in (self.path / "checkpoints").glob("[0-9]*") if p.is_dir())
+        return content
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Versions of the packages that results depend on."""
     names = ("rewardmodels", "torch", "lightning", "stable-baselines3", "gymnasium", "mujoco")
     found = {name: version(name) for name in names}
     with suppress(PackageNotFoundError):
@@ -173,39 +301,26 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def _changed(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What differs, in words; a setting that came with a later version doesn't count."""
-    before, now = _flat(old), _flat(new)
-    return ", ".join(
-        f"{name} ({now.get(name)} in place of {value})"
-        for name, value in before.items()
-        if now.get(name) != value
-    )
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name nested settings as the command line's flags do.
 
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    Example:
+        >>> flatten({"seed": 1, "model": {"class_path": "Mine", "init_args": {"members": 3}}})
+        {'seed': 1, 'model': 'Mine', 'model.members': 3}
+    """
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict):
-            inner = prefix if name == "init_args" else f"{prefix}{name}."
-            flat |= _flat(value, inner)
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, prefix if name == "init_args" else f"{prefix}{name}.")
         else:
             flat[prefix.rstrip(".") if name == "class_path" else prefix + name] = value
     return flat
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(file.read_text("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"expected settings by name, got {type(found).__name__}")
-    except (ValueError, yaml.YAMLError) as error:
-        raise UnreadableFile(
-            f"{file}: expected the settings of a run, got a damaged file "
-            f"({' '.join(str(error).split())})."
-        ) from error
-    return found
-
-
-# Any of these is the trace of a run.
-_MADE = ("config.yaml", "result.json", "answers.sqlite", "checkpoints", "metrics.csv")
+def _read_frames(file: Path) -> dict[str, Floats]:
+    with file.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
+        found = {name: np.asarray(arrays[name], float) for name in ("predicted", "std", "true")}
+    if len({array.shape for array in found.values()}) > 1 or found["true"].ndim != 1:
+        raise ValueError(f"expected one shape (M,), got {[a.shape for a in found.values()]}")
+    finite = np.all([np.isfinite(array) for array in found.values()], axis=0)
+    return {name: array[finite] for name, array in found.items()} if finite.any() else {}

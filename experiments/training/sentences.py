@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from experiments.analysis.figures import arm_of
 from experiments.analysis.plots import ARMS
-from experiments.training.results import Floats, RunFiles, correlation
+from experiments.training.run_directory import Floats, RunDirectory
 
 
 def number(value: float) -> str:
@@ -32,7 +33,7 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f}%".replace("-", "−") if np.isfinite(value) else "not known"
 
 
-def headline(run: RunFiles, references: Sequence[RunFiles] = ()) -> str:
+def headline(run: RunDirectory, references: Sequence[RunDirectory] = ()) -> str:
     """What the run came to, beside its references, in one or two sentences.
 
     Args:
@@ -51,13 +52,13 @@ def headline(run: RunFiles, references: Sequence[RunFiles] = ()) -> str:
         effort.insert(0, f"{number(answers)} comparison{'s' if answers != 1 else ''}")
     others = "; ".join(
         f"{'another run on ' if n == 1 else f'{n} other runs on '}{name}: {text}"
-        if name == run.arm.name
+        if name == arm_of(run).name
         else f"{name}{f', {n} runs' if n > 1 else ''}: {text}"
         for name, n, text in _by_arm([(r, r.final_return) for r in references])
     )
     opening = f"After {' and '.join(effort)} the agent" if effort else "The agent"
-    if run.arm != ARMS["learned"]:
-        opening += f", trained on {run.arm.name},"
+    if arm_of(run) != ARMS["learned"]:
+        opening += f", trained on {arm_of(run).name},"
     text = f"{opening} reaches {number(reached)}{f' ({others})' if others else ''}"
     returns = run.final_returns
     if not run.result:
@@ -70,31 +71,31 @@ def headline(run: RunFiles, references: Sequence[RunFiles] = ()) -> str:
     return f"{text}.{_counts(run)}{_share(run, references)}"
 
 
-def _counts(run: RunFiles) -> str:
+def _counts(run: RunDirectory) -> str:
     """What the task counts besides returns, such as backflips."""
-    ending = "_per_1000_steps"
-    counted = [name.removesuffix(ending) for name in run.result if name.endswith(ending)]
+    ending, result = "_per_1000_steps", run.result or {}
+    counted = [name.removesuffix(ending) for name in result if name.endswith(ending)]
     return "".join(
-        f" In 1,000 steps of evaluation it does {number(run.result[name + ending])} {name} on "
-        f"average, from {number(min(run.result[name]))} to {number(max(run.result[name]))} in an "
+        f" In 1,000 steps of evaluation it does {number(result[name + ending])} {name} on "
+        f"average, from {number(min(result[name]))} to {number(max(result[name]))} in an "
         "episode."
         for name in counted
     )
 
 
-def _share(run: RunFiles, references: Sequence[RunFiles]) -> str:
+def _share(run: RunDirectory, references: Sequence[RunDirectory]) -> str:
     """How far from zero reward to the task's own reward the run came, where that has a sense."""
     means = {
-        name: np.mean([r.final_return for r in references if r.arm == ARMS[name]] or [np.nan])
+        name: np.mean([r.final_return for r in references if arm_of(r) == ARMS[name]] or [np.nan])
         for name in ("zero", "task")
     }
-    if run.arm != ARMS["learned"] or not means["task"] > means["zero"]:
+    if arm_of(run) != ARMS["learned"] or not means["task"] > means["zero"]:
         return ""
     share = (run.final_return - means["zero"]) / (means["task"] - means["zero"])
     return f" That is {percent(float(share))} of the way from zero reward to the task's own reward."
 
 
-def sentence_steps(runs: Sequence[RunFiles]) -> str:
+def sentence_steps(runs: Sequence[RunDirectory]) -> str:
     """What `return_vs_steps` shows."""
     curves = [(run, run.curve("step", "task_return")) for run in runs]
     last = [(run, steps[-1], values[-1]) for run, (steps, values) in curves if len(steps)]
@@ -112,19 +113,19 @@ def sentence_steps(runs: Sequence[RunFiles]) -> str:
     return f"In the last round{when} an episode of training returns on average {'; '.join(parts)}."
 
 
-def _by_arm(values: Sequence[tuple[RunFiles, float]]) -> list[tuple[str, int, str]]:
+def _by_arm(values: Sequence[tuple[RunDirectory, float]]) -> list[tuple[str, int, str]]:
     """For each arm its name, how many runs have a value, and the value or its range in words."""
     groups: dict[str, list[float]] = {}
     for run, value in values:
         if np.isfinite(value):
-            groups.setdefault(run.arm.name, []).append(float(value))
+            groups.setdefault(arm_of(run).name, []).append(float(value))
     return [
         (name, len(group), " to ".join(dict.fromkeys(map(number, (min(group), max(group))))))
         for name, group in groups.items()
     ]
 
 
-def sentence_comparisons(runs: Sequence[RunFiles]) -> str:
+def sentence_comparisons(runs: Sequence[RunDirectory]) -> str:
     """What `return_vs_comparisons` shows."""
     x, y = runs[0].curve("comparisons", "task_return")
     best = int(np.argmax(y))
@@ -135,12 +136,12 @@ def sentence_comparisons(runs: Sequence[RunFiles]) -> str:
     )
     if np.sum(x == x[-1]) > 1:
         text += " Training goes on after the last answer, hence the upright end."
-    if any(not run.last("comparisons") > 0 for run in runs):
+    if any(not run.outcome("comparisons") > 0 for run in runs):
         text += " Level lines are final results of runs that asked nothing."
     return text
 
 
-def sentence_held_out(run: RunFiles) -> str:
+def sentence_held_out(run: RunDirectory) -> str:
     """What `held_out` shows."""
     x, accuracy = run.curve("comparisons", "held_out_accuracy")
     loss = run.curve("comparisons", "held_out_log_loss")[1]
@@ -173,13 +174,21 @@ def sentence_frames(frames: Mapping[str, Floats]) -> str:
     )
 
 
-def labels(runs: Sequence[RunFiles]) -> list[str]:
+def labels(runs: Sequence[RunDirectory]) -> list[str]:
     """What to call each run: its arm, and where two share one, the seed or the directory too."""
-    names = [run.arm.name for run in runs]
-    seeds = [run.result.get("seed") for run in runs]
+    names = [arm_of(run).name for run in runs]
+    seeds = [(run.result or {}).get("seed") for run in runs]
     for i, run in enumerate(runs):
-        twins = [j for j in range(len(runs)) if runs[j].arm == run.arm and j != i]
+        twins = [j for j in range(len(runs)) if arm_of(runs[j]) == arm_of(run) and j != i]
         if twins:
             told_by_seed = all(seeds[j] != seeds[i] for j in twins) and seeds[i] is not None
             names[i] += f", seed {seeds[i]}" if told_by_seed else f", {run.path.name}"
     return names
+
+
+def correlation(frames: Mapping[str, Floats]) -> float:
+    """Pearson correlation of learned and true reward over frames; NaN where either is constant."""
+    predicted, true = frames["predicted"], frames["true"]
+    if len(true) < 2 or np.ptp(predicted) == 0 or np.ptp(true) == 0:
+        return float("nan")
+    return float(np.corrcoef(predicted, true)[0, 1])

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.cli import main
 from experiments.training import learn as learning
-from experiments.training.results import RunFiles
+from experiments.training.run_directory import RunDirectory
 from experiments.training.sentences import number
 
 WORDS = ["demo", "--task=Pendulum", "--steps=8192", "--comparisons=12"]
@@ -14,7 +14,7 @@ WORDS = ["demo", "--task=Pendulum", "--steps=8192", "--comparisons=12"]
 
 def test_it_goes_on_where_it_stopped_and_is_shown_again(tmp_path, capsys, monkeypatch):
     words = [*WORDS, f"--out={tmp_path / 'demo'}"]
-    keep, kept = learning.Learner.keep, []
+    keep, kept = learning.Learner.save_round, []
 
     def keep_then_stop(learner, round, *rest):
         keep(learner, round, *rest)
@@ -22,13 +22,13 @@ def test_it_goes_on_where_it_stopped_and_is_shown_again(tmp_path, capsys, monkey
         if len(kept) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(learning.Learner, "keep", keep_then_stop)
+    monkeypatch.setattr(learning.Learner, "save_round", keep_then_stop)
     assert main(words) == 130
     assert f"The same command goes on: rewardmodels {' '.join(words)}" in capsys.readouterr().err
     assert main(words) == 0
     assert kept == [(arm, round) for arm in ("learned", "zero") for round in range(10)]
     said = capsys.readouterr().out.splitlines()
-    learned, zero = (RunFiles.read(tmp_path / "demo" / arm) for arm in ("learned", "zero"))
+    learned, zero = (RunDirectory(tmp_path / "demo" / arm) for arm in ("learned", "zero"))
     assert said[-2].startswith("After 12 comparisons and 8,192 steps the agent reaches ")
     assert number(learned.final_return) in said[-2]
     assert f"zero reward: {number(zero.final_return)}" in said[-2]

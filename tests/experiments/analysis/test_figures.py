@@ -9,13 +9,13 @@ from matplotlib import rcParams
 
 from experiments.analysis import figures, plots
 from experiments.analysis.plots import ARMS, spread_labels
-from experiments.training.results import RunFiles
+from experiments.training.run_directory import RunDirectory
 
 from ..made_runs import column
 
 
 def test_lines_are_the_csvs_columns(demo: dict[str, Path]) -> None:
-    runs = [RunFiles.read(demo[arm]) for arm in ("learned", "zero", "task")]
+    runs = [RunDirectory(demo[arm]) for arm in ("learned", "zero", "task")]
     lines = figures.return_vs_steps(runs).axes[0].lines
     for line, arm in zip(lines, ("learned", "zero", "task"), strict=True):
         # The first round has no finished episode.
@@ -42,7 +42,7 @@ def test_lines_are_the_csvs_columns(demo: dict[str, Path]) -> None:
 
 
 def test_every_frame_is_in_the_density(demo: dict[str, Path]) -> None:
-    frames = RunFiles.read(demo["learned"]).frames
+    frames = RunDirectory(demo["learned"]).frames
     axes = figures.predicted_vs_true(frames).axes[0]
     assert np.sum(np.asarray(axes.collections[0].get_array())) == 3000
     means = axes.lines[0]  # tenths of 3000 ordered frames: 300 each
@@ -53,7 +53,7 @@ def test_every_frame_is_in_the_density(demo: dict[str, Path]) -> None:
 
 def test_figures_leave_matplotlibs_settings_alone(demo: dict[str, Path], tmp_path: Path) -> None:
     before = dict(rcParams)
-    plots.save(figures.predicted_vs_true(RunFiles.read(demo["learned"]).frames), tmp_path / "a")
+    plots.save(figures.predicted_vs_true(RunDirectory(demo["learned"]).frames), tmp_path / "a")
     assert dict(rcParams) == before
 
 
@@ -64,7 +64,7 @@ def test_figures_are_files_too_and_the_same_each_time(
     files = {f.name: f.read_bytes() for f in (demo["learned"] / "figures").iterdir()}
     assert set(files) == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
     assert all(files[f"{name}.pdf"].startswith(b"%PDF") for name in names)
-    again = figures.predicted_vs_true(RunFiles.read(demo["learned"]).frames)
+    again = figures.predicted_vs_true(RunDirectory(demo["learned"]).frames)
     plots.save(again, tmp_path / "again")
     for kind in ("svg", "pdf"):
         assert (tmp_path / f"again.{kind}").read_bytes() == files[f"predicted_vs_true.{kind}"]

@@ -5,17 +5,19 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from experiments.training.clip_buffer import History
+from experiments.training.clip_buffer import ClipBuffer
 from rewardmodels import InvalidInput
 
 
-def record(history, steps, *, end_rate=0.15, seed=0, from_step=0):
+def record(clip_buffer, steps, *, end_rate=0.15, seed=0, from_step=0):
     """Adds steps whose observation says which environment and step it is; returns the ends."""
     rng = np.random.default_rng(seed)
-    ends = rng.random((steps, history.n_envs)) < end_rate
+    ends = rng.random((steps, clip_buffer.n_envs)) < end_rate
     for i in range(steps):
-        place = np.stack([np.arange(history.n_envs), np.full(history.n_envs, from_step + i)], 1)
-        history.add(
+        place = np.stack(
+            [np.arange(clip_buffer.n_envs), np.full(clip_buffer.n_envs, from_step + i)], 1
+        )
+        clip_buffer.add(
             place.astype(np.float32), -place.astype(np.float32), 10.0 * place[:, 1], ends[i]
         )
     return ends
@@ -34,10 +36,10 @@ def places(ends, first, length):
 
 @pytest.mark.parametrize(("steps", "recent"), [(12, 0), (20, 0), (47, 0), (60, 0), (47, 9)])
 def test_every_place_within_an_episode_is_cut_once(steps, recent):
-    history = History(capacity=20, n_envs=3)
-    ends = record(history, steps, seed=steps)
+    clip_buffer = ClipBuffer(capacity=20, n_envs=3)
+    ends = record(clip_buffer, steps, seed=steps)
     first = max(0, steps - (recent or 20))
-    clips = history.cut(4, 10_000, np.random.default_rng(0), recent=recent)
+    clips = clip_buffer.sample(4, 10_000, np.random.default_rng(0), recent=recent)
     frames = clips.observations.long()
     assert (frames[:, :, 0] == frames[:, :1, 0]).all(), "one environment"
     assert (frames[:, :, 1] == frames[:, :1, 1] + torch.arange(4)).all(), "one step after the other"
@@ -49,44 +51,44 @@ def test_every_place_within_an_episode_is_cut_once(steps, recent):
 
 
 def test_places_are_equally_likely():
-    history = History(capacity=20, n_envs=2)
-    ends = record(history, 33, seed=5)
+    clip_buffer = ClipBuffer(capacity=20, n_envs=2)
+    ends = record(clip_buffer, 33, seed=5)
     known = sorted(places(ends, 13, 3))
     rng, draws = np.random.default_rng(0), 2000
     counts = dict.fromkeys(known, 0)
     for _ in range(draws):
-        clips = history.cut(3, 4, rng)
+        clips = clip_buffer.sample(3, 4, rng)
         for place in clips.observations[:, 0].long().tolist():
             counts[tuple(place)] += 1
     assert chisquare(list(counts.values())).pvalue > 1e-3
 
 
 def test_no_clip_crosses_a_reset():
-    history = History(capacity=30, n_envs=2)
-    history.break_off()  # a reset before the first step is nothing
-    record(history, 7, end_rate=0)
-    history.break_off()
-    record(history, 7, end_rate=0, from_step=7)
-    starts = history.cut(5, 100, np.random.default_rng(0)).observations[:, 0, 1]
+    clip_buffer = ClipBuffer(capacity=30, n_envs=2)
+    clip_buffer.end_episodes()  # a reset before the first step is nothing
+    record(clip_buffer, 7, end_rate=0)
+    clip_buffer.end_episodes()
+    record(clip_buffer, 7, end_rate=0, from_step=7)
+    starts = clip_buffer.sample(5, 100, np.random.default_rng(0)).observations[:, 0, 1]
     assert sorted(set(starts.tolist())) == [0, 1, 2, 7, 8, 9]
 
 
 def test_it_comes_back_as_it_went(tmp_path):
-    history, other = History(20, 3), History(20, 3)
-    record(history, 31)
-    history.save(tmp_path / "history.npz")
+    clip_buffer, other = ClipBuffer(20, 3), ClipBuffer(20, 3)
+    record(clip_buffer, 31)
+    clip_buffer.save(tmp_path / "history.npz")
     other.load(tmp_path / "history.npz")
-    for each in history, other:
+    for each in clip_buffer, other:
         record(each, 5, seed=1, from_step=31)
-    one, two = (each.cut(3, 50, np.random.default_rng(1)) for each in (history, other))
+    one, two = (each.sample(3, 50, np.random.default_rng(1)) for each in (clip_buffer, other))
     assert (one.observations == two.observations).all()
     assert (one.rewards == two.rewards).all()
 
 
 def test_a_clip_that_is_too_long_is_refused():
-    history = History(20, 1)
+    clip_buffer = ClipBuffer(20, 1)
     with pytest.raises(InvalidInput, match="the 0 steps recorded so far, got 3"):
-        history.cut(3, 1, np.random.default_rng(0))
-    record(history, 6, end_rate=1)
+        clip_buffer.sample(3, 1, np.random.default_rng(0))
+    record(clip_buffer, 6, end_rate=1)
     with pytest.raises(InvalidInput, match="at most an episode's length, got 2"):
-        history.cut(2, 1, np.random.default_rng(0))
+        clip_buffer.sample(2, 1, np.random.default_rng(0))

@@ -3,12 +3,10 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 
 from experiments.envs.tasks import find_task
 from experiments.training import evaluation
-from experiments.training.evaluation import play, write_frames
-from rewardmodels import Clips, SampledPosterior
+from experiments.training.evaluation import play
 
 make_vec_env = evaluation.make_vec_env
 
@@ -68,28 +66,3 @@ def test_noise_that_is_a_function_of_the_state_changes_as_in_training(monkeypatc
 
     play(Agent(), Doubled(), find_task("Pendulum"), episodes=3, seed=5)
     assert drawn == [3] * 25  # of 200 steps, one draw for each episode
-
-
-def test_frames_are_a_spread_of_those_visited(tmp_path):
-    draw = torch.Generator().manual_seed(0)
-    clips = Clips(
-        torch.randn(4, 50, 3, generator=draw),
-        torch.randn(4, 50, 1, generator=draw),
-        rewards=torch.randn(4, 50, generator=draw),
-    )
-
-    class Model:
-        def frame_posterior(self, observations, actions):
-            first = observations[:, 0]
-            return SampledPosterior(torch.stack([first, first + 2]))
-
-    correlation = write_frames(Model(), clips, tmp_path / "frames.npz", frames=100)
-    with np.load(tmp_path / "frames.npz") as file:
-        predicted, std, true = file["predicted"], file["std"], file["true"]
-    rows = [round(k) for k in np.floor(np.linspace(0, 199, 100))]
-    naive = [float(clips.observations[r // 50, r % 50, 0]) + 1 for r in rows]
-    np.testing.assert_allclose(predicted, naive, rtol=1e-5)
-    spread = float(SampledPosterior(torch.tensor([[0.0], [2.0]])).variance.sqrt())
-    np.testing.assert_allclose(std, spread, rtol=1e-5)
-    np.testing.assert_array_equal(true, [float(clips.rewards[r // 50, r % 50]) for r in rows])
-    assert correlation == pytest.approx(np.corrcoef(predicted, true)[0, 1], abs=1e-5)

@@ -20,9 +20,16 @@ import torch
 from active import Constant, FeedbackStore, QueryStrategy, WhenUnsure
 from experiments.cli import main
 from experiments.training.config import LearnConfig
-from experiments.training.learn import Learner, learn
-from experiments.training.run_directory import Run
-from rewardmodels import DeepEnsemble, InvalidInput, UnknownName, load
+from experiments.training.learn import Learner, learn, score_reward
+from experiments.training.run_directory import RunDirectory
+from rewardmodels import (
+    Clips,
+    DeepEnsemble,
+    InvalidInput,
+    SampledPosterior,
+    UnknownName,
+    load,
+)
 
 ROUNDS, COMPARISONS, STEPS = 3, 20, 9000
 TINY = {
@@ -106,7 +113,7 @@ def test_clips_are_whole_stretches_of_the_task(finished):
 
 def test_the_policy_is_paid_what_the_model_says(finished):
     config = tiny(finished)
-    learner = Learner(config, Run(finished))
+    learner = Learner(config, RunDirectory(finished))
     assert learner.rounds_done == ROUNDS
     learner.seed(ROUNDS)
     model = load(finished / "model.safetensors")
@@ -254,14 +261,14 @@ def test_a_round_cut_off_between_question_and_answer_is_answered(finished, tmp_p
 
 
 def test_time_is_counted_across_interruptions(tmp_path, monkeypatch):
-    out, keep = tmp_path / "run", Learner.keep
+    out, keep = tmp_path / "run", Learner.save_round
 
     def keep_once(learner, *args):
         keep(learner, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "keep", keep_once)
+        patch.setattr(Learner, "save_round", keep_once)
         patch.setattr(time, "monotonic", lambda: 0.0)
         with pytest.raises(KeyboardInterrupt):
             learn(tiny(out, reward="zero"), progress=False)
@@ -291,24 +298,24 @@ def test_settings_out_of_range_are_refused():
 @pytest.mark.slow
 def test_an_off_policy_algorithm_learns_goes_on_and_relabels(tmp_path):
     config = tiny(tmp_path / "run", algorithm="SAC", steps=3000, comparisons=12)
-    keep = Learner.keep
+    keep = Learner.save_round
 
     def keep_once(learner, *args):
         keep(learner, *args)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "keep", keep_once)
+        patch.setattr(Learner, "save_round", keep_once)
         with pytest.raises(KeyboardInterrupt):
             learn(config, progress=False)
     result = learn(config, resume=True, progress=False)
     assert result["steps"] == 3000
     assert result["comparisons"] == 12
-    learner = Learner(config, Run(config.out))
+    learner = Learner(config, RunDirectory(config.out))
     buffer = learner.agent.replay_buffer
     assert buffer.size() == 3000
     learner.seed(ROUNDS)
-    learner.pay(learner.env.reward)
+    learner.set_reward(learner.env.reward)
     model = load(config.out / "model.safetensors")
     for row in (0, 1500, 2999):
         seen = model.frame_posterior(
@@ -332,7 +339,7 @@ def test_warm_up_asks_in_parts_before_the_policy_is_trained(tmp_path):
 
 
 def test_a_schedule_may_go_by_the_belief_about_the_latest_clips(finished):
-    learner = Learner(tiny(finished), Run(finished))
+    learner = Learner(tiny(finished), RunDirectory(finished))
     learner.seed(0)
     first, tenth = COMPARISONS // 4, math.floor(COMPARISONS / 10 + 0.5)
     for level, more in ((0.0, tenth), (math.log(2), 0)):
@@ -344,10 +351,10 @@ def test_a_schedule_may_go_by_the_belief_about_the_latest_clips(finished):
 
 def test_an_agent_that_acts_at_random_starts_over(tmp_path):
     config = tiny(tmp_path / "run", start_over=100)
-    learner = Learner(config, Run(config.out))
+    learner = Learner(config, RunDirectory(config.out))
     learner.seed(0)
     learner._act_at_random()
-    first = learner.history.cut(40, 10_000, learner.rng)
+    first = learner.clip_buffer.sample(40, 10_000, learner.rng)
     # 40 frames inside stretches of 100, in each of 32 copies of `latest` steps.
     stretches, rest = divmod(learner.latest, 100)
     assert len(first) == 32 * (stretches * 61 + max(0, rest - 39))
@@ -365,7 +372,7 @@ class Remembers(QueryStrategy):
 @pytest.mark.parametrize("focus", [0.0, 4.0])
 def test_clips_count_by_their_rank_in_optimistic_return(finished, focus):
     strategy = Remembers()
-    learner = Learner(tiny(finished), Run(finished))
+    learner = Learner(tiny(finished), RunDirectory(finished))
     learner.config.strategy, learner.config.focus = strategy, focus
     learner.seed(0)
     learner._choose(learner._latest_clips(20), 5)
@@ -394,3 +401,60 @@ def test_a_choice_among_actions_stays_one(algorithm, tmp_path):
         actions = answers.comparisons().clips.actions
     assert not actions.is_floating_point()
     assert set(actions.unique().tolist()) == {0, 1, 2}
+
+
+def test_frames_are_a_spread_of_those_visited(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    clips = Clips(
+        torch.randn(4, 50, 3, generator=draw),
+        torch.randn(4, 50, 1, generator=draw),
+        rewards=torch.randn(4, 50, generator=draw),
+    )
+
+    class Model:
+        def frame_posterior(self, observations, actions):
+            first = observations[:, 0]
+            return SampledPosterior(torch.stack([first, first + 2]))
+
+        def posterior(self, clips):
+            first = clips.observations[:, :, 0].sum(1)
+            return SampledPosterior(torch.stack([first, first + 2]))
+
+    scores = score_reward(Model(), clips, tmp_path / "frames.npz", 10, frames=100)
+    with np.load(tmp_path / "frames.npz") as file:
+        predicted, std, true = file["predicted"], file["std"], file["true"]
+    rows = [round(k) for k in np.floor(np.linspace(0, 199, 100))]
+    naive = [float(clips.observations[r // 50, r % 50, 0]) + 1 for r in rows]
+    np.testing.assert_allclose(predicted, naive, rtol=1e-5)
+    spread = float(SampledPosterior(torch.tensor([[0.0], [2.0]])).variance.sqrt())
+    np.testing.assert_allclose(std, spread, rtol=1e-5)
+    np.testing.assert_array_equal(true, [float(clips.rewards[r // 50, r % 50]) for r in rows])
+    correlation = np.corrcoef(predicted, true)[0, 1]
+    assert scores["reward_correlation"] == pytest.approx(correlation, abs=1e-5)
+    assert scores["epic_distance"] == pytest.approx(np.sqrt((1 - correlation) / 2), abs=1e-5)
+    assert 0 < scores["calibration_error"] < 1
+    assert 0 < scores["aurc"] < 1
+
+
+def test_a_perfect_reward_is_at_no_distance_and_a_constant_one_has_no_score(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    observations = torch.randn(4, 50, 3, generator=draw)
+    clips = Clips(observations, torch.zeros(4, 50, 1), rewards=3 * observations[:, :, 0] - 1)
+
+    class Model:
+        def __init__(self, factor):
+            self.factor = factor
+
+        def frame_posterior(self, observations, actions):
+            return SampledPosterior(self.factor * observations[None, :, 0])
+
+        def posterior(self, clips):
+            return SampledPosterior(self.factor * clips.observations[None, :, :, 0].sum(2))
+
+    scores = score_reward(Model(100.0), clips, tmp_path / "frames.npz", 10)
+    assert scores == pytest.approx(
+        {"reward_correlation": 1, "epic_distance": 0, "calibration_error": 0, "aurc": 0}, abs=0.02
+    )
+    scores = score_reward(Model(0.0), clips, tmp_path / "frames.npz", 10)
+    assert scores["epic_distance"] is scores["reward_correlation"] is None
+    assert scores["aurc"] == pytest.approx(0.5, abs=0.01)

@@ -12,7 +12,7 @@ import pytest
 
 from experiments.training import report, sentences
 from experiments.training.report import write_report
-from experiments.training.results import RunFiles
+from experiments.training.run_directory import RunDirectory
 from experiments.training.sentences import headline
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
@@ -115,7 +115,7 @@ def test_a_run_that_hasnt_ended(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rounds=1, ended=False, frames=False)
     page = Page(write_report(run))
     assert len(page.all("svg")) == 1  # no episode has ended, but answers were held out
-    two = RunFiles.read(make_run(tmp_path / "two", rounds=2, ended=False, frames=False))
+    two = RunDirectory(make_run(tmp_path / "two", rounds=2, ended=False, frames=False))
     assert "The run hasn't ended" in headline(two)
     assert f"reaches {sentences.number(column(two.path, 'task_return')[-1])} in its" in headline(
         two
@@ -125,7 +125,7 @@ def test_a_run_that_hasnt_ended(tmp_path: Path) -> None:
 def test_frames_without_a_value_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", video=False)
     np.savez(run / "frames.npz", predicted=[1, np.nan, 3], std=[1, 1, 1], true=[0, 1, np.inf])
-    assert RunFiles.read(run).frames["predicted"].tolist() == [1]
+    assert RunDirectory(run).frames["predicted"].tolist() == [1]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.csv"])

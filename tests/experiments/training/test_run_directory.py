@@ -19,7 +19,7 @@ from active import BALD, Hyperbolic, ScoredStrategy, SyntheticTeacher, preferenc
 from active.rules import Power
 from experiments.registry import describe, describe_settings
 from experiments.training.config import LearnConfig
-from experiments.training.run_directory import Run
+from experiments.training.run_directory import RunDirectory
 from rewardmodels import DeepEnsemble, InvalidInput, UnreadableFile
 from rewardmodels.networks import MLP
 
@@ -33,8 +33,8 @@ class Settings:
 
 
 def started(path, config=None):
-    run = Run(path)
-    run.check(config or Settings(), resume=False)
+    run = RunDirectory(path)
+    run.check_writable(config or Settings(), resume=False)
     run.start(config or Settings())
     return run
 
@@ -71,7 +71,7 @@ def test_a_round_that_is_repeated_stands_there_once(tmp_path):
         run.log(row(i))
         run.checkpoint(i, write_number(i))
     run.log(row(3, task_return=1.0))  # and here it was killed
-    again, seen = Run(run.path), []
+    again, seen = RunDirectory(run.path), []
     again.restore(lambda folder, number: seen.append((number, (folder / "number").read_text())))
     assert seen == [(2, "2")]
     for i in (3, 4):
@@ -92,11 +92,11 @@ def test_the_checkpoint_before_is_kept_as_a_spare(tmp_path):
     assert [folder.name for folder in folders] == ["0003", "0004"]
     (folders[1] / "rows.json").write_text('[{"step": 1')
     with pytest.raises(UnreadableFile, match=r"0004: expected a whole checkpoint.*Delete this"):
-        Run(run.path).restore(lambda *_: None)
+        RunDirectory(run.path).restore(lambda *_: None)
     for file in folders[1].iterdir():
         file.unlink()
     folders[1].rmdir()
-    again, seen = Run(run.path), []
+    again, seen = RunDirectory(run.path), []
     again.restore(lambda folder, number: seen.append(number))
     assert seen == [3]
     assert again.rows == [row(i) for i in range(4)]
@@ -104,8 +104,8 @@ def test_the_checkpoint_before_is_kept_as_a_spare(tmp_path):
 
 
 def _checkpoint_for_ever(path):
-    run = Run(path)
-    run.check(Settings(), resume=(path / "config.yaml").exists())
+    run = RunDirectory(path)
+    run.check_writable(Settings(), resume=(path / "config.yaml").exists())
     run.start(Settings())
     first = []
     run.restore(lambda folder, number: first.append(number + 1))
@@ -136,7 +136,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
                 assert (folder / name).read_text() == str(number) * 5000
             found.append(number)
 
-        run = Run(path)
+        run = RunDirectory(path)
         run.restore(read)
         if found:
             assert len(run.rows) == found[0] + 1
@@ -148,38 +148,38 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
 def test_what_stands_there_is_never_written_over(tmp_path):
     started(tmp_path / "run")
     with pytest.raises(InvalidInput, match=r"already holds a run .*--resume"):
-        Run(tmp_path / "run").check(Settings(), resume=False)
+        RunDirectory(tmp_path / "run").check_writable(Settings(), resume=False)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "answers.sqlite").touch()
     with pytest.raises(InvalidInput, match=r"already holds a run \(answers.sqlite\)"):
-        Run(tmp_path / "other").check(Settings(), resume=False)
+        RunDirectory(tmp_path / "other").check_writable(Settings(), resume=False)
     (tmp_path / "file").touch()
     with pytest.raises(InvalidInput, match="can be written to"):
-        Run(tmp_path / "file" / "run").check(Settings(), resume=False)
+        RunDirectory(tmp_path / "file" / "run").check_writable(Settings(), resume=False)
     with pytest.raises(InvalidInput, match="expected a run to go on with"):
-        Run(tmp_path / "none").check(Settings(), resume=True)
+        RunDirectory(tmp_path / "none").check_writable(Settings(), resume=True)
     assert not (tmp_path / "none").exists()
 
 
 def test_a_run_goes_on_with_its_own_settings_only(tmp_path):
     started(tmp_path / "run")
-    Run(tmp_path / "run").check(Settings(out=Path("elsewhere")), resume=True)
+    RunDirectory(tmp_path / "run").check_writable(Settings(out=Path("elsewhere")), resume=True)
     other = Settings(steps=20, strategy=BALD(power=2.0))
     with pytest.raises(
         InvalidInput, match=r"steps \(20 in place of 10\), strategy\.power \(2\.0 in place of 1\.0"
     ):
-        Run(tmp_path / "run").check(other, resume=True)
+        RunDirectory(tmp_path / "run").check_writable(other, resume=True)
     for damage in ("", "steps: [", "- 3"):
         (tmp_path / "run" / "config.yaml").write_text(damage)
-        with pytest.raises(UnreadableFile, match=r"config\.yaml: expected the settings of a run"):
-            Run(tmp_path / "run").check(Settings(), resume=True)
+        with pytest.raises(UnreadableFile, match=r"config\.yaml: expected a file of a run"):
+            RunDirectory(tmp_path / "run").check_writable(Settings(), resume=True)
 
 
 def test_a_result_comes_back_or_is_refused(tmp_path):
     run = started(tmp_path / "run")
     assert run.result is None
-    run.finish({"final_return": -3.5, "versions": {"python": "3"}})
-    assert Run(run.path).result == {"final_return": -3.5, "versions": {"python": "3"}}
+    run.write_result({"final_return": -3.5, "versions": {"python": "3"}})
+    assert RunDirectory(run.path).result == {"final_return": -3.5, "versions": {"python": "3"}}
     (run.path / "result.json").write_text('{"final')
     with pytest.raises(UnreadableFile, match=r"result\.json.*Delete it"):
         _ = run.result
@@ -204,7 +204,7 @@ def test_objects_are_told_by_class_path_and_arguments():
     assert (
         describe(DeepEnsemble(network=MLP))["init_args"]["network"] == "rewardmodels.networks.MLP"
     )
-    with pytest.raises(InvalidInput, match="top of a module"):
+    with pytest.raises(InvalidInput, match="top level of a module"):
         describe(DeepEnsemble(network=torch.nn.Linear(3, 2)))
     scored = ScoredStrategy(preference_variance, Power(2.0), samples=8)
     assert describe(scored)["init_args"] == {
@@ -221,7 +221,7 @@ def test_objects_are_told_by_class_path_and_arguments():
 
     with pytest.raises(InvalidInput, match=r"Forgetful: expected each constructor.*samples isn't"):
         describe(Forgetful())
-    with pytest.raises(InvalidInput, match="expected what stands at the top of a module"):
+    with pytest.raises(InvalidInput, match="top level of a module"):
         describe(ScoredStrategy(lambda returns, pairs: returns))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.analysis import figures
 from experiments.training import sentences
-from experiments.training.results import RunFiles
+from experiments.training.run_directory import RunDirectory
 from experiments.training.sentences import headline
 
 from ..made_runs import column, make_run
@@ -17,7 +17,7 @@ from ..made_runs import column, make_run
 
 def test_headline_has_the_results_numbers(demo: dict[str, Path]) -> None:
     text = headline(
-        RunFiles.read(demo["learned"]), [RunFiles.read(demo["zero"]), RunFiles.read(demo["task"])]
+        RunDirectory(demo["learned"]), [RunDirectory(demo["zero"]), RunDirectory(demo["task"])]
     )
     assert text == (
         "After 100 comparisons and 500,000 steps the agent reaches 812 (zero reward: −12; the "
@@ -27,32 +27,20 @@ def test_headline_has_the_results_numbers(demo: dict[str, Path]) -> None:
 
 
 def test_headline_of_the_other_arms(demo: dict[str, Path]) -> None:
-    text = headline(RunFiles.read(demo["zero"]))
+    text = headline(RunDirectory(demo["zero"]))
     assert text.startswith("After 500,000 steps the agent, trained on zero reward, reaches −12:")
 
 
-def test_a_reward_worse_than_guessing_is_called_so(tmp_path: Path) -> None:
-    run = RunFiles(
-        tmp_path,
-        {
-            "comparisons": np.array([10.0, 20.0]),
-            "held_out_accuracy": np.array([0.5, 0.45]),
-            "held_out_log_loss": np.array([0.7, 0.81]),
-        },
-    )
-    assert "0.810 nats an answer, no better than" in sentences.sentence_held_out(run)
-
-
 def test_runs_of_one_arm_are_told_apart(tmp_path: Path) -> None:
-    runs = [RunFiles.read(make_run(tmp_path / f"s{s}", seed=s, video=False)) for s in (3, 4)]
+    runs = [RunDirectory(make_run(tmp_path / f"s{s}", seed=s, video=False)) for s in (3, 4)]
     assert sentences.labels(runs) == ["learned reward, seed 3", "learned reward, seed 4"]
-    same = [runs[0], RunFiles.read(make_run(tmp_path / "again", seed=3, video=False))]
+    same = [runs[0], RunDirectory(make_run(tmp_path / "again", seed=3, video=False))]
     assert sentences.labels(same) == ["learned reward, s3", "learned reward, again"]
 
 
 def test_runs_of_one_arm_share_a_label_and_a_range(tmp_path: Path) -> None:
     runs = [
-        RunFiles.read(
+        RunDirectory(
             make_run(tmp_path / str(s), seed=s, final=700.0 + s, video=False, rounds=5 + s)
         )
         for s in range(4)

@@ -7,18 +7,18 @@ import torch
 from stable_baselines3 import SAC
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from experiments.training.clip_buffer import History
-from experiments.training.rewarding import LearnedReward, RewardWrapper, relabel, zero_reward
+from experiments.training.clip_buffer import ClipBuffer
+from experiments.training.rewards import LearnedReward, RewardWrapper, relabel, zero_reward
 from rewardmodels import Clips, Comparisons, DeepEnsemble, SampledPosterior, fit
 
 HORIZON = 5
 
 
-def pendulums(n, history, reward, seed=0):
+def pendulums(n, clip_buffer, reward, seed=0):
     make = [lambda: gym.make("Pendulum-v1", max_episode_steps=HORIZON) for _ in range(n)]
     venv = DummyVecEnv(make)
     venv.seed(seed)
-    return RewardWrapper(venv, history, reward)
+    return RewardWrapper(venv, clip_buffer, reward)
 
 
 def weighted(observations, actions):
@@ -48,8 +48,8 @@ def test_a_frame_is_an_action_and_what_it_led_to():
         paid_for.append((observations.copy(), actions.copy()))
         return weighted(observations, actions)
 
-    history = History(50, 3)
-    env = pendulums(3, history, reward, seed=7)
+    clip_buffer = ClipBuffer(50, 3)
+    env = pendulums(3, clip_buffer, reward, seed=7)
     env.reset()
     rng = np.random.default_rng(0)
     alone = [gym.make("Pendulum-v1", max_episode_steps=HORIZON) for _ in range(3)]
@@ -70,16 +70,16 @@ def test_a_frame_is_an_action_and_what_it_led_to():
         np.testing.assert_array_equal(paid_for[-1][0], led_to)
         np.testing.assert_array_equal(paid_for[-1][1], actions)
         np.testing.assert_allclose(rewards, weighted(np.array(led_to), actions), rtol=1e-6)
-        row = (history.steps - 1) % history.capacity
-        np.testing.assert_array_equal(history._columns["observations"][row], led_to)
-        np.testing.assert_array_equal(history._columns["actions"][row], actions)
-        np.testing.assert_allclose(history._columns["rewards"][row], own, rtol=1e-5)
-        np.testing.assert_array_equal(history._columns["ends"][row], ends)
+        row = (clip_buffer.steps - 1) % clip_buffer.capacity
+        np.testing.assert_array_equal(clip_buffer._columns["observations"][row], led_to)
+        np.testing.assert_array_equal(clip_buffer._columns["actions"][row], actions)
+        np.testing.assert_allclose(clip_buffer._columns["rewards"][row], own, rtol=1e-5)
+        np.testing.assert_array_equal(clip_buffer._columns["ends"][row], ends)
 
 
 @pytest.mark.parametrize("reward", [None, zero_reward, weighted])
 def test_returns_of_episodes_are_sums_of_what_was_paid(reward):
-    env = pendulums(2, History(50, 2), reward)
+    env = pendulums(2, ClipBuffer(50, 2), reward)
     env.reset()
     paid = [env.step(np.full((2, 1), 0.5, np.float32))[1] for _ in range(2 * HORIZON)]
     halves = np.reshape(paid, (2, HORIZON, 2)).sum(1).ravel()
@@ -93,7 +93,7 @@ def test_returns_of_episodes_are_sums_of_what_was_paid(reward):
 
 
 def test_an_episode_that_a_reset_broke_off_has_no_return():
-    env = pendulums(2, History(50, 2), None)
+    env = pendulums(2, ClipBuffer(50, 2), None)
     env.reset()
     for _ in range(HORIZON - 1):
         env.step(np.zeros((2, 1), np.float32))
@@ -101,7 +101,7 @@ def test_an_episode_that_a_reset_broke_off_has_no_return():
     for _ in range(HORIZON):
         env.step(np.zeros((2, 1), np.float32))
     assert len(env.episode_returns) == 2
-    starts = env.history.cut(HORIZON, 9, np.random.default_rng(0))
+    starts = env.clip_buffer.sample(HORIZON, 9, np.random.default_rng(0))
     assert len(starts) == 2, "no clip crosses the reset"
 
 
@@ -110,7 +110,7 @@ def test_the_learned_reward_is_the_models(model):
     observations, actions = clips.observations.flatten(0, 1), clips.actions.flatten(0, 1)
     belief = model.frame_posterior(observations, actions)
     for kappa in (0.0, 1.5):
-        reward = LearnedReward(model, kappa).anchored(clips)
+        reward = LearnedReward(model, kappa).rescaled(clips)
         paid = reward(observations.numpy(), actions.numpy())
         lower = belief.mean - kappa * belief.variance.sqrt()
         one_by_one = [
@@ -136,7 +136,7 @@ def test_the_learned_rewards_scale_is_the_same_whatever_the_models():
     clips = some_clips()
     frames = clips.observations.flatten(0, 1).numpy(), clips.actions.flatten(0, 1).numpy()
     one, other = (
-        LearnedReward(Stretched(factor)).anchored(clips)(*frames) for factor in (0.01, 50.0)
+        LearnedReward(Stretched(factor)).rescaled(clips)(*frames) for factor in (0.01, 50.0)
     )
     first = frames[0][:, 0]
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
@@ -146,7 +146,7 @@ def test_the_learned_rewards_scale_is_the_same_whatever_the_models():
 def test_a_refit_keeps_what_the_policy_lately_did_at_its_mean_and_std():
     clips = some_clips()
     old = LearnedReward(Stretched(3.0), 0.0, 0.5, 7.0)
-    new = LearnedReward(Stretched(-20.0)).anchored(clips, *old.moments(clips))
+    new = LearnedReward(Stretched(-20.0)).rescaled(clips, *old.moments(clips))
     frames = clips.observations.flatten(0, 1).numpy(), clips.actions.flatten(0, 1).numpy()
     first = frames[0][:, 0]
     assert new.moments(clips) == pytest.approx(
@@ -157,19 +157,19 @@ def test_a_refit_keeps_what_the_policy_lately_did_at_its_mean_and_std():
 
 
 def test_a_replay_buffer_is_paid_anew():
-    history = History(100, 2)
-    env = VecNormalize(pendulums(2, history, zero_reward))
+    clip_buffer = ClipBuffer(100, 2)
+    env = VecNormalize(pendulums(2, clip_buffer, zero_reward))
     agent = SAC("MlpPolicy", env, buffer_size=400, learning_starts=1000, seed=0)
     agent.learn(64)
     buffer = agent.replay_buffer
     assert not buffer.rewards.any()
-    relabel(agent, weighted, at_once=7)
+    relabel(agent, weighted, batch_size=7)
     size = buffer.size()
-    assert size == history.steps
+    assert size == clip_buffer.steps
     for row in range(size):
         for copy in range(2):
-            observation = history._columns["observations"][row, copy]
-            action = history._columns["actions"][row, copy]
+            observation = clip_buffer._columns["observations"][row, copy]
+            action = clip_buffer._columns["actions"][row, copy]
             expected = weighted(observation[None], action[None])[0]
             assert buffer.rewards[row, copy] == pytest.approx(expected, rel=1e-4, abs=1e-2)
     assert not buffer.rewards[size:].any()

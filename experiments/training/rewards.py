@@ -1,4 +1,4 @@
-"""The learned reward in the place of the task's own, for any Stable-Baselines3 algorithm."""
+"""The learned reward in place of the task's own, for any Stable-Baselines3 algorithm."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
-from experiments.training.clip_buffer import History
+from experiments.training.clip_buffer import ClipBuffer
 from rewardmodels import Clips, RewardModel
 
 Array = NDArray[Any]
 RewardFunction = Callable[[Array, Array], Array]
-"""From observations `(B, *obs)` and the actions `(B, *act)` that led to them, rewards `(B,)`."""
+"""Maps observations `(B, *obs)` and the actions `(B, *act)` before them to rewards `(B,)`."""
 
 
 def zero_reward(observations: Array, actions: Array) -> Array:
-    """The arm that shows what an agent does for no reason at all."""
+    """Zero for every frame, a baseline; also what a run pays before its first fit."""
     return np.zeros(len(observations), np.float32)
 
 
 def constant_reward(observations: Array, actions: Array) -> Array:
-    """The arm that is paid the same for everything: where episodes have one length, for nothing."""
+    """One for every frame, a baseline; the return only depends on an episode's length."""
     return np.ones(len(observations), np.float32)
 
 
 class RandomReward:
-    """The arm that is paid by chance: standard normal, whatever it does.
+    """Standard normal draws, a baseline.
 
     Args:
         seed: Of the draws.
@@ -45,15 +45,12 @@ class RandomReward:
         return self._rng.standard_normal(len(observations), np.float32)
 
 
-def unlearned_reward(name: str, seed: int) -> RewardFunction | None:
-    """What an agent is paid that learns no reward, or that hasn't learned one yet.
+def baseline_reward(name: str, seed: int) -> RewardFunction | None:
+    """Return the reward of a baseline, or None for the task's own.
 
     Args:
-        name: Of `experiments.training.config.RewardName`.
-        seed: Of a random one.
-
-    Returns:
-        None for the task's own; nothing is paid while there is none to pay for.
+        name: Of `experiments.training.config.RewardName`; `learned` gets zero until the first fit.
+        seed: Of the random reward.
     """
     if name == "task":
         return None
@@ -63,13 +60,13 @@ def unlearned_reward(name: str, seed: int) -> RewardFunction | None:
 
 
 class LearnedReward:
-    r"""$a (\mu - \kappa \sigma) + b$: a model's reward, less what it doesn't know.
+    r"""$a (\mu - \kappa \sigma) + b$: a model's reward, less a multiple of its uncertainty.
 
     Comparisons fix neither the scale of a reward nor its zero: a and b are free.
 
     Args:
         model: A fitted model.
-        pessimism: $\kappa$, how many standard deviations are taken off.
+        pessimism: $\kappa$, standard deviations subtracted.
         scale: a.
         shift: b.
     """
@@ -81,61 +78,64 @@ class LearnedReward:
         self.scale, self.shift = scale, shift
 
     def __call__(self, observations: Array, actions: Array) -> Array:
-        belief = self.model.frame_posterior(
+        posterior = self.model.frame_posterior(
             torch.from_numpy(observations), torch.from_numpy(actions)
         )
-        reward = belief.mean
+        reward = posterior.mean
         if self.pessimism:
-            reward = reward - self.pessimism * belief.variance.sqrt()
-        paid: Array = self.scale * reward.cpu().numpy() + self.shift
-        return paid
+            reward = reward - self.pessimism * posterior.variance.sqrt()
+        scaled: Array = self.scale * reward.cpu().numpy() + self.shift
+        return scaled
 
     def moments(self, clips: Clips) -> tuple[float, float]:
-        """Mean and standard deviation of what the clips' frames are paid."""
+        """Mean and standard deviation of the reward over the clips' frames."""
         observations, actions = (x.flatten(0, 1) for x in (clips.observations, clips.actions))
-        paid = self(observations.numpy(), actions.numpy())
-        return float(paid.mean()), float(paid.std())
+        rewards = self(observations.numpy(), actions.numpy())
+        return float(rewards.mean()), float(rewards.std())
 
-    def anchored(self, clips: Clips, mean: float = 0.0, std: float = 1.0) -> LearnedReward:
-        """The same reward with a and b such that the clips' frames have this mean and this std.
+    def rescaled(self, clips: Clips, mean: float = 0.0, std: float = 1.0) -> LearnedReward:
+        """Return the same reward with a and b such that the clips' frames have these moments.
 
         At first these are 0 and 1 (Christiano et al. 2017, §2.2.1, normalise to zero mean and
-        constant standard deviation). At a refit they are what the reward before had there: else
-        each refit moves the value of all states, and while the critic follows, the clipping of
-        its large gradients holds the policy back.
+        constant standard deviation). At a refit they are the previous reward's: otherwise each
+        refit shifts the value of all states, and while the critic follows, the clipping of its
+        large gradients holds the policy back.
         """
         plain = LearnedReward(self.model, self.pessimism)
-        raw_mean, raw_std = plain.moments(clips)
-        scale = std / max(raw_std, 1e-6)
-        return LearnedReward(self.model, self.pessimism, scale, mean - scale * raw_mean)
+        plain_mean, plain_std = plain.moments(clips)
+        scale = std / max(plain_std, 1e-6)
+        return LearnedReward(self.model, self.pessimism, scale, mean - scale * plain_mean)
 
 
 class RewardWrapper(VecEnvWrapper):
-    """Pays `reward` for each step in place of the task's own, and records what happened.
+    """Replace the task's reward by `reward`, and record every frame.
 
-    A frame is an action and the observation that it led to. Tasks pay for what an action brings
+    A frame is an action and the observation after it. Most tasks reward what an action brings
     about: HalfCheetah's reward correlated 0.86 with one learned from such frames, and 0.60 where
     the frame held the observation before the action (400 comparisons).
 
     Attributes:
-        reward: What is paid; None for the task's own. May be replaced at any time.
-        episode_returns: `(task's own, paid)` returns of episodes ended since last emptied.
+        reward: What the agent gets; None for the task's own. May be replaced at any time.
+        episode_returns: `(task's own, replaced)` returns of the episodes that ended since the list
+            was last cleared.
     """
 
-    def __init__(self, venv: VecEnv, history: History, reward: RewardFunction | None) -> None:
+    def __init__(
+        self, venv: VecEnv, clip_buffer: ClipBuffer, reward: RewardFunction | None
+    ) -> None:
         super().__init__(venv)
-        self.history, self.reward = history, reward
+        self.clip_buffer, self.reward = clip_buffer, reward
         self.episode_returns: list[tuple[float, float]] = []
         self._sums = np.zeros((2, self.num_envs))
 
     def reset(self) -> Any:
-        """As the environments' own."""
+        """Reset the environments."""
         self._sums[:] = 0
-        self.history.break_off()
+        self.clip_buffer.end_episodes()
         return self.venv.reset()
 
     def step_async(self, actions: Array) -> None:
-        """As the environments' own."""
+        """Start a step of the environments."""
         # A choice stays a whole number.
         kind = np.int64 if isinstance(self.action_space, spaces.Discrete) else np.float32
         self._action: NDArray[np.floating | np.integer] = np.array(actions, dtype=kind)
@@ -143,17 +143,17 @@ class RewardWrapper(VecEnvWrapper):
         self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """As the environments' own, but for the reward."""
+        """Finish the step, with the reward replaced."""
         observations, task_rewards, ends, infos = self.venv.step_wait()
-        led_to = cast(Array, observations)  # the tasks' are arrays, never dicts
+        after = cast(Array, observations)  # the tasks' are arrays, never dicts
         if ends.any():
-            led_to = led_to.copy()
+            after = after.copy()
             for copy in np.flatnonzero(ends):
-                led_to[copy] = infos[copy]["terminal_observation"]
+                after[copy] = infos[copy]["terminal_observation"]
         rewards = task_rewards
         if self.reward is not None:
-            rewards = self.reward(led_to, self._action)
-        self.history.add(led_to, self._action, task_rewards, ends, self._states)
+            rewards = self.reward(after, self._action)
+        self.clip_buffer.add(after, self._action, task_rewards, ends, self._states)
         self._sums += task_rewards, rewards
         if ends.any():
             self.episode_returns += [(float(a), float(b)) for a, b in self._sums[:, ends].T]
@@ -161,13 +161,13 @@ class RewardWrapper(VecEnvWrapper):
         return observations, rewards, ends, infos
 
 
-def relabel(agent: OffPolicyAlgorithm, reward: RewardFunction, *, at_once: int = 65536) -> None:
-    """Pays a replay buffer anew, as a changed reward makes every stored one stale.
+def relabel(agent: OffPolicyAlgorithm, reward: RewardFunction, *, batch_size: int = 65536) -> None:
+    """Recompute the rewards in a replay buffer, all of which a refit makes stale.
 
     Args:
-        agent: An off-policy algorithm with some transitions in its buffer.
-        reward: What is paid now.
-        at_once: Transitions per call of `reward`.
+        agent: An off-policy algorithm.
+        reward: The new reward.
+        batch_size: Transitions per call of `reward`.
     """
     buffer = agent.replay_buffer
     assert buffer is not None
@@ -180,8 +180,8 @@ def relabel(agent: OffPolicyAlgorithm, reward: RewardFunction, *, at_once: int =
         actions = actions[:, 0].astype(np.int64)
     else:
         actions = agent.policy.unscale_action(actions).astype(np.float32)
-    paid = [
-        reward(observations[i : i + at_once], actions[i : i + at_once])
-        for i in range(0, len(observations), at_once)
+    rewards = [
+        reward(observations[i : i + batch_size], actions[i : i + batch_size])
+        for i in range(0, len(observations), batch_size)
     ]
-    buffer.rewards[:size] = np.concatenate(paid).reshape(size, -1)
+    buffer.rewards[:size] = np.concatenate(rewards).reshape(size, -1)
