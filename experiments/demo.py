@@ -1,14 +1,14 @@
-"""Everything in a few minutes: an agent that learns from comparisons, beside one that can't."""
+"""Demonstration: an agent that learns from comparisons, beside one that gets no reward."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from experiments.analysis.page import markdown
 from experiments.training.config import LearnConfig
 from experiments.training.learn import learn
-from experiments.training.report import write_report
+from experiments.training.report import results_section, write_report
 from experiments.training.run_directory import RunDirectory
-from experiments.training.sentences import headline
 
 
 def demo(
@@ -18,31 +18,31 @@ def demo(
     steps: int = 150_000,
     seed: int = 0,
 ) -> None:
-    """Learns a task from comparisons, and beside it from a reward of zero; writes one report.
+    """Learn a task from comparisons and, for comparison, from zero reward; write one report.
 
-    A second call goes on where the first was interrupted, or shows what it came to.
+    A second call goes on where the first was interrupted, or shows the result again.
 
     Args:
-        out: Where the two runs and their report go.
+        out: Directory of the two runs; the report is in `learned`.
         task: What is learned.
-        comparisons: Answers of a synthetic teacher.
+        comparisons: Of a synthetic teacher.
         steps: Environment steps of each agent.
         seed: Of everything drawn at random.
     """
-    for arm in ("learned", "zero"):
+    learned, zero = (RunDirectory(Path(out) / reward) for reward in ("learned", "zero"))
+    for run in (learned, zero):
         config = LearnConfig(
             task=task,
-            reward=arm,
+            reward="learned" if run is learned else "zero",
             comparisons=comparisons,
             steps=steps,
             rounds=10,
             seed=seed,
-            out=Path(out) / arm,
+            out=run.path,
         )
-        if not (config.out / "result.json").exists():
-            print(f"{task}, {arm} reward, {steps:,} steps", flush=True)
-        learn(config, resume=(config.out / "config.yaml").exists())
-    learned, zero = Path(out) / "learned", Path(out) / "zero"
-    report = write_report(learned, references=[zero])
-    print(headline(RunDirectory(learned), [RunDirectory(zero)]))
+        if run.result is None:
+            print(f"{task}, {config.reward} reward, {steps:,} steps", flush=True)
+        learn(config, resume=run.exists)
+    report = write_report(learned.path, references=[zero.path])
+    print(markdown([results_section([learned, zero])]))
     print(f"Report: {report}")

@@ -1,34 +1,19 @@
-"""The figures drawn from what a run of `learn` left behind."""
+"""Figures of a run of `learn`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Any, ParamSpec
+from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from experiments.analysis.plots import (
-    ARMS,
-    BLUE,
-    GREY,
-    INK,
-    OTHER,
-    STYLE,
-    Arm,
-    End,
-    label_lines,
-)
+from experiments.analysis import plots
+from experiments.analysis.plots import ARMS, BLUE, GREY, INK, OTHER, Arm, End, label_lines
 from experiments.training.run_directory import Floats, RunDirectory
 from rewardmodels.errors import InvalidInput
-
-P = ParamSpec("P")
 
 
 def arm_of(run: RunDirectory) -> Arm:
@@ -36,25 +21,14 @@ def arm_of(run: RunDirectory) -> Arm:
     return ARMS.get(run.reward, OTHER)
 
 
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in the house style, and leave the caller's Matplotlib settings as they were."""
-
-    @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
-
-
-@_styled
+@plots.style()
 def return_vs_steps(runs: Sequence[RunDirectory]) -> Figure:
     """True return over training, a line a run; runs of one arm share a colour and a label.
 
     Raises:
         InvalidInput: If no run has a finished episode.
     """
-    figure, axes = _figure()
+    figure, [axes] = plots.panels(1)
     ends = []
     for run in runs:
         x, y = run.curve("step", "task_return")
@@ -68,14 +42,14 @@ def return_vs_steps(runs: Sequence[RunDirectory]) -> Figure:
     return label_lines(figure, {axes: ends})
 
 
-@_styled
+@plots.style()
 def return_vs_comparisons(runs: Sequence[RunDirectory]) -> Figure:
-    """True return over answers given; a run that asks nothing is a level line at its result.
+    """True return against comparisons; a run without any is a level line at its result.
 
     Raises:
         InvalidInput: If no run has made a comparison and finished an episode.
     """
-    figure, axes = _figure()
+    figure, [axes] = plots.panels(1)
     ends = []
     for run in runs:
         x, y = run.curve("comparisons", "task_return")
@@ -88,15 +62,15 @@ def return_vs_comparisons(runs: Sequence[RunDirectory]) -> Figure:
         if not run.outcome("comparisons") > 0 and np.isfinite(run.final_return):
             level = np.full(2, run.final_return)
             ends.append(_line(axes, np.array([0, right]), level, arm_of(run), marker=""))
-    axes.set_xlabel("comparisons (answers given)")
+    axes.set_xlabel("comparisons")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylabel("true return per episode\n(the task's reward units)")
     return label_lines(figure, {axes: ends})
 
 
-@_styled
+@plots.style()
 def held_out(run: RunDirectory) -> Figure:
-    """Accuracy and log loss on answers kept from training, over comparisons, beside guessing.
+    """Accuracy and log loss on held-out comparisons, against the number of comparisons.
 
     Raises:
         InvalidInput: If the run has no held-out accuracy.
@@ -104,7 +78,7 @@ def held_out(run: RunDirectory) -> Figure:
     x, accuracy = run.curve("comparisons", "held_out_accuracy")
     if not len(x):
         raise InvalidInput("run: expected a row of metrics with held_out_accuracy, got none.")
-    figure, top, bottom = _figure(4.8, rows=2)
+    figure, [top, bottom] = plots.panels(2, height=2.4, sharex=True)
     top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     above = [_line(top, x, accuracy, ARMS["learned"], "held out")]
     above.append(_level(top, 0.5, x[-1], "chance"))
@@ -117,16 +91,16 @@ def held_out(run: RunDirectory) -> Figure:
         if len(at):
             below.append(_line(bottom, at, loss, arm, name))
     below.append(_level(bottom, float(np.log(2)), x[-1], "chance"))
-    bottom.set_xlabel("comparisons (answers given)")
+    bottom.set_xlabel("comparisons")
     bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    top.set_ylabel("answers predicted")
-    bottom.set_ylabel("log loss\n(nats per answer)")
+    top.set_ylabel("share predicted")
+    bottom.set_ylabel("log loss\n(nats per comparison)")
     return label_lines(figure, {top: above, bottom: below})
 
 
-@_styled
+@plots.style()
 def predicted_vs_true(frames: Mapping[str, Floats]) -> Figure:
-    """Learned against true reward of single frames: their density, and the belief about them.
+    """Learned against true reward of single frames: their density, and the uncertainty.
 
     The bars stand at the mean of each tenth of the frames, ordered by true reward, and reach one
     epistemic standard deviation (its mean in that tenth) to either side.
@@ -140,7 +114,7 @@ def predicted_vs_true(frames: Mapping[str, Floats]) -> Figure:
     if not len(frames.get("true", ())):
         raise InvalidInput("frames: expected predicted, std and true of at least one frame.")
     predicted, std, true = (frames[name] for name in ("predicted", "std", "true"))
-    figure, axes = _figure(3.8)
+    figure, [axes] = plots.panels(1, height=3.8)
     # Ever more opaque rather than ever darker: it then works on a dark page too.
     shades = LinearSegmentedColormap.from_list("shades", [to_rgba(BLUE, 0.15), to_rgba(BLUE, 1)])
     axes.hexbin(true, predicted, gridsize=28, mincnt=1, bins="log", cmap=shades, edgecolors="none")
@@ -150,17 +124,6 @@ def predicted_vs_true(frames: Mapping[str, Floats]) -> Figure:
     axes.set_xlabel("true reward of a frame (the task's units)")
     axes.set_ylabel("learned reward of a frame\n(arbitrary units)")
     return figure
-
-
-def _figure(height: float = 3.3, rows: int = 1) -> tuple[Any, ...]:
-    """A figure and its axes, one above the other, through which the page's colour is seen."""
-    # As wide as a phone shows without shrinking the text much.
-    figure = Figure(figsize=(5.2, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    for patch in figure.patch, *(axes.patch for axes in panels):
-        patch.set_alpha(0)
-    return figure, *panels
 
 
 def _line(

@@ -105,8 +105,17 @@ class Origin:
     note: str = ""
 
 
-def write_page(out: Path, report: Report, origin: Origin) -> Path:
+def write_page(
+    out: Path, report: Report, origin: Origin, layout: str = "study.html.jinja", **extra: Any
+) -> Path:
     """Write `report.html`, `tables.md`, and each figure as `figures/<name>.pdf` and `.svg`.
+
+    Args:
+        out: Directory of the page.
+        report: Content.
+        origin: How it was made.
+        layout: Name of the template.
+        extra: Further variables of the template.
 
     Returns:
         Path of the page.
@@ -120,12 +129,13 @@ def write_page(out: Path, report: Report, origin: Origin) -> Path:
             f"sections: expected titles that differ, got several named {', '.join(sorted(twice))}."
         )
     out.mkdir(parents=True, exist_ok=True)
-    page = template("study.html.jinja").render(
+    page = template(layout).render(
         report=report,
         sections=[(section, _drawing(section, out / "figures")) for section in report.sections],
         origin=origin,
         settings={name: _setting(value) for name, value in origin.settings.items()},
-        minutes=f"{origin.seconds / 60:.1f}",
+        minutes=number(origin.seconds / 60, ".1f"),
+        **extra,
     )
     write_text_atomically(out / "tables.md", markdown(report.sections))
     write_text_atomically(out / "report.html", page)

@@ -27,8 +27,7 @@ from experiments.analysis.plots import label_lines as named
 from experiments.envs.rendering import RenderingUnavailable, render_states
 from experiments.envs.tasks import find_task
 from experiments.envs.video import write_video
-from experiments.studies.summary import Row, as_csv, by, numbers
-from experiments.training.sentences import number
+from experiments.studies.summary import Row, as_csv, by, number, numbers
 from rewardmodels.saving import write_text_atomically
 
 _CURVES = ("step", "true", "predicted", "std", "comparisons")

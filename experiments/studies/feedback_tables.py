@@ -33,8 +33,7 @@ from experiments.studies.feedback_savings import (
     needed,
     unsure_ratio,
 )
-from experiments.studies.summary import Row, as_csv, by, numbers
-from experiments.training.sentences import number
+from experiments.studies.summary import Row, as_csv, by, number, numbers
 from rewardmodels.saving import write_text_atomically
 
 _LINES = tuple(colour for colour in COLOURS if colour != ARMS["task"].colour)

@@ -82,3 +82,20 @@ def numbers(rows: Sequence[Row], metric: str | Callable[[Row], float]) -> Values
     """One metric of each row."""
     get = metric if callable(metric) else (lambda row: row[metric])
     return np.array([get(row) for row in rows], dtype=float)
+
+
+def number(value: float) -> str:
+    """A number as a sentence says it: three figures or whole, with a true minus sign.
+
+    Example:
+        >>> number(1234.5), number(-12.04), number(0.0512), number(float("nan"))
+        ('1,234', '−12.0', '0.051', 'not known')
+    """
+    if not np.isfinite(value):
+        return "not known"
+    size = abs(value)
+    digits = 0 if size >= 100 or value == int(value) else 1 if size >= 10 else 2
+    if 0 < size < 1:
+        digits = 3
+    text = f"{value:,.{digits}f}".replace("-", "−")
+    return text.lstrip("−") if float(text.replace("−", "").replace(",", "")) == 0 else text

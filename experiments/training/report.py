@@ -1,182 +1,232 @@
-"""One page that says what a run of `learn` came to: figures, video, settings, how to repeat it."""
+"""Report of a run of `learn`: returns, the judged reward, figures, video, settings."""
 
 from __future__ import annotations
 
 import base64
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-from matplotlib.figure import Figure
+import numpy as np
+import pandas as pd
 
-from experiments.analysis import figures, plots
+from experiments.analysis import figures
 from experiments.analysis.figures import arm_of
-from experiments.analysis.page import inline
-from experiments.training import sentences
-from experiments.training.run_directory import RunDirectory
-from experiments.training.sentences import headline, labels, number, percent
+from experiments.analysis.page import Origin, Report, Section, write_page
+from experiments.analysis.stats import number
+from experiments.training.run_directory import RunDirectory, flatten
 from rewardmodels.errors import InvalidInput
 
 # Larger pages are slow to open and refused by many mail servers.
 EMBEDDED_VIDEO_BYTES = 8_000_000
-REPEAT = "rewardmodels learn --config config.yaml --out NEW"
-
-
-@dataclass(frozen=True)
-class Plate:
-    """A figure in the page: its name among the files, its drawing, and what it shows."""
-
-    name: str
-    svg: Markup
-    title: str
-    sentence: str
+COMMAND = "rewardmodels learn --config config.yaml --out NEW"
 
 
 def write_report(run: Path, *, references: Sequence[Path] = ()) -> Path:
-    """Write `report.html` into a run's directory, with its figures beside it in `figures/`.
+    """Write `report.html` into a run's directory, with `tables.md` and `figures/`.
 
-    The page is one file that needs nothing else, save a video of 8 MB or more, which it links.
+    The page is one file that needs nothing else, except a video of 8 MB or more, which it links.
     What the run hasn't made (yet) is left out.
 
     Args:
         run: The run's directory, with `config.yaml` and `metrics.csv`.
-        references: Directories of other runs of the same task, to draw along; the run itself
-            among them is passed over.
+        references: Directories of other runs of the same task, for comparison; the run itself
+            among them is ignored.
 
     Returns:
-        The path of the page.
+        Path of the page.
 
     Raises:
-        InvalidInput: If a directory isn't a run's, or a reference is of another task.
-        UnreadableFile: If a file of a run is damaged.
+        InvalidInput: A directory that isn't a run's, or a reference of another task.
+        UnreadableFile: A damaged file of a run.
     """
-    run = Path(run)
     main = RunDirectory(run)
-    main.check_readable()
-    others = [RunDirectory(Path(p)) for p in references if Path(p).resolve() != run.resolve()]
-    task = _task(main)
-    for other in others:
-        if None not in (task, _task(other)) and _task(other) != task:
+    others = [RunDirectory(p) for p in references if Path(p).resolve() != main.path.resolve()]
+    runs = [main, *others]
+    for each in runs:
+        each.check_readable()
+        if None not in (main.task, each.task) and each.task != main.task:
             raise InvalidInput(
-                f"references: expected runs of the task {task!r}, got {other.path} "
-                f"of {_task(other)!r}. Returns of different tasks can't be compared."
+                f"references: expected runs of the task {main.task!r}, got {each.path} "
+                f"of {each.task!r}. Returns of different tasks can't be compared."
             )
-    templates = jinja2.FileSystemLoader(Path(__file__).parents[1] / "analysis/templates")
-    environment = jinja2.Environment(
-        loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    result = main.result or {}
+    origin = Origin(
+        COMMAND,
+        flatten(main.settings),
+        result.get("versions", {}),
+        main.outcome("wall_seconds", "seconds"),
+        ""
+        if result
+        else "The run hasn't ended: it has no result.json. Numbers are those of its last round.",
     )
-    page = environment.get_template("report.html.jinja").render(
-        task=task or "unnamed task",
-        arm=arm_of(main).name,
-        headline=headline(main, others),
-        plates=_plates(main, others),
-        video=_video(main),
-        runs=_table([main, *others]),
-        settings=_flat(main.settings),
-        versions=_flat((main.result or {}).get("versions")),
-        repeat=REPEAT,
-    )
-    target = run / "report.html"
-    unfinished = run / f".report.html.{os.getpid()}.part"
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, target)
-    return target
+    title = f"{main.task or 'unnamed task'}, {arm_of(main).name}"
+    report = Report(title, _sections(runs))
+    return write_page(main.path, report, origin, "report.html.jinja", video=_video(main))
 
 
-def _plates(run: RunDirectory, references: Sequence[RunDirectory]) -> list[Plate]:
-    """Every figure that the run has numbers for."""
-    runs = [run, *references]
-    comparisons, _ = run.curve("comparisons", "task_return")
-    # Name, title, whether there are numbers for it, the drawing and the sentence.
-    known: list[tuple[str, str, bool, Callable[[], Figure], Callable[[], str]]] = [
-        (
-            "return_vs_steps",
-            "True return while training",
-            any(len(r.curve("step", "task_return")[0]) for r in runs),
-            lambda: figures.return_vs_steps(runs),
-            lambda: sentences.sentence_steps(runs),
-        ),
-        (
-            "return_vs_comparisons",
-            "True return for answers given",
-            max(comparisons, default=0) > 0,
-            lambda: figures.return_vs_comparisons(runs),
-            lambda: sentences.sentence_comparisons(runs),
-        ),
-        (
-            "held_out",
-            "Answers kept from training",
-            len(run.curve("comparisons", "held_out_accuracy")[0]) > 0,
-            lambda: figures.held_out(run),
-            lambda: sentences.sentence_held_out(run),
-        ),
-        (
-            "predicted_vs_true",
-            "Learned against true reward",
-            bool(run.frames),
-            lambda: figures.predicted_vs_true(run.frames),
-            lambda: sentences.sentence_frames(run.frames),
-        ),
-    ]
-    plates = []
-    for name, title, there, draw, say in known:
-        if there:
-            svg = plots.save(draw(), run.path / "figures" / name)
-            plates.append(Plate(name, inline(svg, name, f"{title}. {say()}"), title, say()))
-    return plates
+def _sections(runs: Sequence[RunDirectory]) -> list[Section]:
+    main = runs[0]
+    sections = [results_section(runs)]
+    if any(len(run.curve("step", "task_return")[0]) for run in runs):
+        sections.append(
+            Section(
+                "True return while training",
+                "Mean true return of the episodes that ended in each round of training.",
+                figures.return_vs_steps(runs),
+                _rounds_table(runs),
+                digits=1,
+            )
+        )
+    else:
+        sections.append(
+            Section("Training", "No episode has finished yet, so there is nothing to draw.")
+        )
+    if max(main.curve("comparisons", "task_return")[0], default=0) > 0:
+        sections.append(
+            Section(
+                "True return against comparisons",
+                "Level lines are final results of runs without comparisons. Where training goes "
+                "on after the last comparison, the line ends upright.",
+                figures.return_vs_comparisons(runs),
+            )
+        )
+    if len(main.curve("comparisons", "held_out_accuracy")[0]):
+        sections.append(
+            Section(
+                "Held-out comparisons",
+                "Share of the comparisons kept from training that the learned reward predicts, "
+                "and log loss in nats per comparison, against guessing.",
+                figures.held_out(main),
+            )
+        )
+    if main.frames:
+        sections.append(
+            Section(
+                "Learned against true reward",
+                "Frames that the final policy visits; the stronger the colour, the more frames. "
+                "Dots are means of a tenth of the frames each, bars one epistemic standard "
+                "deviation. Comparisons leave the learned reward's scale and offset free.",
+                figures.predicted_vs_true(main.frames),
+            )
+        )
+    if len(scores := _scores_table(main)):
+        sections.append(
+            Section(
+                "Scores of the learned reward",
+                "Held-out scores are of comparisons kept from training. Correlation and EPIC "
+                "distance (Gleave et al. 2021) are over frames that the final policy visits; "
+                "calibration error and area under the risk-coverage curve are over pairs of its "
+                "clips, for the preference of the higher true return.",
+                table=scores,
+            )
+        )
+    return sections
+
+
+def results_section(runs: Sequence[RunDirectory]) -> Section:
+    """Outcome of each run, a row a run; the first is the one that is reported on."""
+    means = {
+        kind: np.mean([run.final_return for run in runs[1:] if run.reward == kind] or [np.nan])
+        for kind in ("zero", "task")
+    }
+    gap, rows = means["task"] - means["zero"], []
+    for run, name in zip(runs, _names(runs), strict=True):
+        result, returns = run.result or {}, run.final_returns
+        row: dict[str, Any] = {
+            "reward": name,
+            "true return": run.final_return,
+            "lowest": min(returns, default=np.nan),
+            "highest": max(returns, default=np.nan),
+            "episodes": len(returns),
+        }
+        if gap > 0:
+            row["share"] = number((run.final_return - means["zero"]) / gap, ".0%")
+        for key in (key for key in result if key.endswith("_per_1000_steps")):
+            counts = result[key.removesuffix("_per_1000_steps")]
+            row[key.replace("_", " ")] = float(result[key])
+            row["per episode"] = f"{min(counts)} to {max(counts)}"
+        for column, key in (("steps", "step"), ("comparisons", "comparisons")):
+            row[column] = number(run.outcome(column, key), ",.0f")
+        row["minutes"] = run.outcome("wall_seconds", "seconds") / 60
+        rows.append(row)
+    return Section(
+        "Result",
+        "Mean true return of the final policy's evaluation episodes, with their range, by the "
+        "task's own reward, which the learned reward never sees. The share is that of the way from "
+        "zero reward to the task's own reward. A row is one seed: it takes at least five of each "
+        "to say that one way of learning beats another.",
+        table=pd.DataFrame(rows, dtype=object),
+        digits=1,
+    )
+
+
+def _rounds_table(runs: Sequence[RunDirectory]) -> pd.DataFrame:
+    """Returns of the first, best and last round in which an episode ended."""
+    rows = []
+    for run, name in zip(runs, _names(runs), strict=True):
+        metrics = run.metrics.reindex(columns=["step", "comparisons", "task_return"])
+        metrics = metrics.dropna(subset=["task_return"])
+        if metrics.empty:
+            continue
+        best = metrics["task_return"].argmax()
+        for label, place in (("first", 0), ("best", best), ("last", -1)):
+            step, comparisons, task_return = metrics.iloc[place]
+            rows.append(
+                {
+                    "reward": name,
+                    "round": label,
+                    "steps": number(step, ",.0f"),
+                    "comparisons": number(comparisons, ",.0f"),
+                    "true return": task_return,
+                }
+            )
+    return pd.DataFrame(rows, dtype=object)
+
+
+# Name, key in the result, value for a reward that knows nothing, and whether higher is better.
+_SCORES = (
+    ("held-out accuracy", "held_out_accuracy", 0.5, True),
+    ("held-out log loss, nats", "held_out_log_loss", float(np.log(2)), False),
+    ("correlation with the true reward", "reward_correlation", 0.0, True),
+    ("EPIC distance to the true reward", "epic_distance", float(np.sqrt(0.5)), False),
+    ("area under the risk-coverage curve", "aurc", 0.5, False),
+    ("calibration error", "calibration_error", np.nan, False),
+)
+
+
+def _scores_table(run: RunDirectory) -> pd.DataFrame:
+    """Scores of the learned reward, compared with those of guessing."""
+    rows = []
+    for name, key, guessing, higher_is_better in _SCORES:
+        if np.isfinite(value := run.outcome(key)):
+            gain = value - guessing if higher_is_better else guessing - value
+            verdict = "better" if gain > 0 else "worse" if gain < 0 else "unclear"
+            rows.append((name, value, guessing, "–" if np.isnan(gain) else verdict))
+    if frames := run.frames:
+        rows.append(("mean epistemic standard deviation", frames["std"].mean(), np.nan, "–"))
+        rows.append(("frames", len(frames["std"]), np.nan, "–"))
+    return pd.DataFrame(rows, columns=["score", "value", "guessing", "verdict"], dtype=object)
 
 
 def _video(run: RunDirectory) -> dict[str, str]:
-    """Where the page finds the video, or why there is none."""
+    """Source of the page's video, or the reason why there is none."""
     file = run.path / "video.mp4"
     if not file.is_file():
-        note = (run.result or {}).get("video_note") or "the run has left no video.mp4."
-        return {"note": f"There is no video: {note}"}
+        return {"note": (run.result or {}).get("video_note") or "the run has left no video.mp4."}
     if file.stat().st_size >= EMBEDDED_VIDEO_BYTES:
         return {"source": file.name}
     return {"source": "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()}
 
 
-def _table(runs: Sequence[RunDirectory]) -> list[list[str]]:
-    """A row of outcomes for each run."""
-    rows = []
-    for run, name in zip(runs, labels(runs), strict=True):
-        returns = run.final_returns
-        spread = f" ({number(min(returns))} to {number(max(returns))})" if len(returns) > 1 else ""
-        rows.append(
-            [
-                name,
-                number(run.final_return) + spread,
-                number(run.outcome("steps", "step")),
-                number(run.outcome("comparisons")),
-                percent(run.outcome("held_out_accuracy")),
-                number(run.outcome("reward_correlation")),
-                _clock(run),
-            ]
-        )
-    return [[cell.replace("not known", "–") for cell in row] for row in rows]
-
-
-def _clock(run: RunDirectory) -> str:
-    seconds = run.outcome("wall_seconds", "seconds")
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{number(seconds)} s"
-
-
-def _task(run: RunDirectory) -> str | None:
-    task = (run.result or {}).get("task", run.settings.get("task"))
-    return None if task is None else str(task)
-
-
-def _flat(settings: Mapping[str, Any] | None, prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted names, the way the command line takes them."""
-    flat: dict[str, str] = {}
-    for name, value in (settings or {}).items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = "none" if value is None else str(value)
-    return flat
+def _names(runs: Sequence[RunDirectory]) -> list[str]:
+    """Name of each run's reward, with the seed or directory where several have the same."""
+    names = [arm_of(run).name for run in runs]
+    seeds = [(run.result or {}).get("seed") for run in runs]
+    unique = []
+    for i, run in enumerate(runs):
+        twins = [j for j in range(len(runs)) if names[j] == names[i] and j != i]
+        by_seed = seeds[i] is not None and all(seeds[j] != seeds[i] for j in twins)
+        extra = f", seed {seeds[i]}" if by_seed else f", {run.path.name}"
+        unique.append(names[i] + (extra if twins else ""))
+    return unique

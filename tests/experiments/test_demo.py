@@ -7,7 +7,6 @@ import pytest
 from experiments.cli import main
 from experiments.training import learn as learning
 from experiments.training.run_directory import RunDirectory
-from experiments.training.sentences import number
 
 WORDS = ["demo", "--task=Pendulum", "--steps=8192", "--comparisons=12"]
 
@@ -27,16 +26,17 @@ def test_it_goes_on_where_it_stopped_and_is_shown_again(tmp_path, capsys, monkey
     assert f"The same command goes on: rewardmodels {' '.join(words)}" in capsys.readouterr().err
     assert main(words) == 0
     assert kept == [(arm, round) for arm in ("learned", "zero") for round in range(10)]
-    said = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
     learned, zero = (RunDirectory(tmp_path / "demo" / arm) for arm in ("learned", "zero"))
-    assert said[-2].startswith("After 12 comparisons and 8,192 steps the agent reaches ")
-    assert number(learned.final_return) in said[-2]
-    assert f"zero reward: {number(zero.final_return)}" in said[-2]
-    assert said[-1] == f"Report: {tmp_path / 'demo' / 'learned' / 'report.html'}"
+    rows = {cells[1].strip(): cells for line in printed if len(cells := line.split("|")) > 3}
+    for reward, run in (("learned reward", learned), ("zero reward", zero)):
+        assert rows[reward][2].strip() == f"{run.final_return:.1f}".replace("-", "−")
+    assert printed[-1] == f"Report: {tmp_path / 'demo' / 'learned' / 'report.html'}"
 
     assert main(words) == 0
     assert len(kept) == 20
-    assert capsys.readouterr().out.splitlines() == said[-2:]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == printed[-len(shown) :]
     result = json.loads((tmp_path / "demo" / "zero" / "result.json").read_text())
     assert result["comparisons"] == 0
     assert result["final_return"] == pytest.approx(zero.final_return)

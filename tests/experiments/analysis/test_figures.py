@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from matplotlib import rcParams
 
 from experiments.analysis import figures, plots
@@ -60,14 +61,19 @@ def test_figures_leave_matplotlibs_settings_alone(demo: dict[str, Path], tmp_pat
 def test_figures_are_files_too_and_the_same_each_time(
     demo: dict[str, Path], tmp_path: Path
 ) -> None:
-    names = {"return_vs_steps", "return_vs_comparisons", "held_out", "predicted_vs_true"}
+    names = {
+        *("true-return-while-training", "true-return-against-comparisons"),
+        *("held-out-comparisons", "learned-against-true-reward"),
+    }
     files = {f.name: f.read_bytes() for f in (demo["learned"] / "figures").iterdir()}
     assert set(files) == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
     assert all(files[f"{name}.pdf"].startswith(b"%PDF") for name in names)
     again = figures.predicted_vs_true(RunDirectory(demo["learned"]).frames)
     plots.save(again, tmp_path / "again")
     for kind in ("svg", "pdf"):
-        assert (tmp_path / f"again.{kind}").read_bytes() == files[f"predicted_vs_true.{kind}"]
+        assert (tmp_path / f"again.{kind}").read_bytes() == files[
+            f"learned-against-true-reward.{kind}"
+        ]
 
 
 def test_spread_keeps_order_and_distance() -> None:
@@ -79,3 +85,8 @@ def test_spread_keeps_order_and_distance() -> None:
         gaps = np.diff(placed[order]) - (halves[order][1:] + halves[order][:-1])
         assert (gaps > -1e-9).all()
     assert spread_labels([40.0, 0.0], [5.0, 5.0]) == [40.0, 0.0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 11])
+def test_frames_may_be_few_or_all_alike(n: int) -> None:
+    figures.predicted_vs_true({name: np.ones(n) for name in ("predicted", "std", "true")})

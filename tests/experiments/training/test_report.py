@@ -10,29 +10,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.training import report, sentences
+from experiments.analysis import figures
+from experiments.training import report
 from experiments.training.report import write_report
 from experiments.training.run_directory import RunDirectory
-from experiments.training.sentences import headline
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
 from ..made_runs import column, make_run
 
 
 class Page(HTMLParser):
-    """A page's tags with their attributes, and its text."""
+    """A page's tags with their attributes, its text, and its tables by the heading above."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
+        self.tables: dict[str, list[list[str]]] = {}
+        self.text = self.heading = ""
         self.feed(path.read_text("utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "h2":
+            self.heading = ""
+        elif tag == "tr":
+            self.tables.setdefault(self.heading, []).append([])
+        elif tag in ("th", "td"):
+            self.tables[self.heading][-1].append("")
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        tag = self.tags[-1][0] if self.tags else ""
+        if tag == "h2" and not self.heading:
+            self.heading = data
+        elif tag in ("th", "td") and data.strip():
+            self.tables[self.heading][-1][-1] += data
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -44,19 +56,52 @@ def page(demo: dict[str, Path]) -> Page:
     return Page(demo["learned"] / "report.html")
 
 
-def test_sentences_have_the_files_numbers(demo: dict[str, Path], page: Page) -> None:
-    run, text = demo["learned"], page.text
-    ends = [f"{column(demo[arm], 'task_return')[-1]:.0f} with" for arm in ("learned", "task")]
-    assert all(end in text for end in ends)
-    assert "at 500,000 steps" in text
-    accuracy, loss = column(run, "held_out_accuracy")[-1], column(run, "held_out_log_loss")[-1]
-    assert f"predicts {accuracy:.0%} of the answers" in text
-    assert f"log loss of {loss:.3f} nats an answer, better than" in text
-    assert f"the best round, {max(column(run, 'task_return')):.0f}, came at" in text
+def test_tables_have_the_files_numbers(demo: dict[str, Path], page: Page) -> None:
+    run = demo["learned"]
+    header, *rows = page.tables["Result"]
+    results = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    learned = results["learned reward"]
+    assert list(results) == ["learned reward", "zero reward", "the task's own reward"]
+    assert [row["true return"] for row in results.values()] == ["812.4", "−12.0", "900.0"]
+    assert (learned["lowest"], learned["highest"]) == ("794.4", "830.4")  # 812.4 ± 18
+    assert learned["share"] == "90%"  # (812.4 + 12) / (900 + 12) = 0.904
+    assert (learned["steps"], learned["comparisons"]) == ("500,000", "100")
+    assert learned["minutes"] == "13.1"
+
+    rounds = page.tables["True return while training"]
+    returns = column(run, "task_return")
+    ends = {row[1]: row for row in rounds if row[0] == "learned reward"}
+    wanted = {"first": returns[0], "best": max(returns), "last": returns[-1]}
+    assert {name: row[-1] for name, row in ends.items()} == {
+        name: f"{value:.1f}".replace("-", "−") for name, value in wanted.items()
+    }
+    assert ends["last"][2:4] == ["500,000", "100"]
+
+    scores = {row[0]: row[1:] for row in page.tables["Scores of the learned reward"]}
+    assert scores["held-out accuracy"] == ["0.873", "0.500", "better"]
+    loss = column(run, "held_out_log_loss")[-1]
+    assert scores["held-out log loss, nats"] == [f"{loss:.3f}", "0.693", "better"]
     with np.load(run / "frames.npz") as frames:
-        r = np.cov(frames["predicted"], frames["true"])
-        assert f"correlate by {r[0, 1] / np.sqrt(r[0, 0] * r[1, 1]):.3f}" in text
-        assert f"({frames['std'].mean():.3f} on average)" in text
+        std = frames["std"].mean()
+    assert scores["mean epistemic standard deviation"][0] == f"{std:.3f}"
+    assert scores["frames"][0] == "3,000"
+
+
+def test_a_score_is_compared_with_guessing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", frames=False, video=False)
+    result = json.loads((run / "result.json").read_text())
+    result |= {"held_out_accuracy": 0.5, "held_out_log_loss": 0.81, "epic_distance": 0.9,
+               "calibration_error": 0.1, "aurc": None}  # fmt: skip
+    (run / "result.json").write_text(json.dumps(result))
+    scores = Page(write_report(run)).tables["Scores of the learned reward"]
+    verdicts = {row[0].split(",")[0]: row[-1] for row in scores[1:]}
+    assert verdicts == {
+        "held-out accuracy": "unclear",
+        "held-out log loss": "worse",
+        "correlation with the true reward": "better",
+        "EPIC distance to the true reward": "worse",
+        "calibration error": "–",
+    }
 
 
 def test_the_page_needs_nothing_else(demo: dict[str, Path], page: Page) -> None:
@@ -66,7 +111,7 @@ def test_the_page_needs_nothing_else(demo: dict[str, Path], page: Page) -> None:
     (video,) = page.all("video")
     assert str(video["src"]).startswith("data:video/mp4;base64,")
     drawings = page.all("svg")
-    assert len(drawings) == 4
+    assert len(drawings) == 4  # the run itself among the references isn't drawn twice
     for svg in drawings:
         assert svg["role"] == "img"
         assert len(str(svg["aria-label"])) > 60
@@ -75,7 +120,7 @@ def test_the_page_needs_nothing_else(demo: dict[str, Path], page: Page) -> None:
     raw = (demo["learned"] / "report.html").read_text("utf-8")
     used = set(re.findall(r'(?:url\(#|xlink:href="#)([^")]+)', raw))
     assert used <= set(ids)
-    assert report.REPEAT in page.text
+    assert report.COMMAND in page.text
 
 
 def test_a_large_video_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,20 +151,40 @@ def test_names_from_files_are_text(tmp_path: Path, hostile: str) -> None:
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path / "run", rounds=0, ended=False, frames=False)))
-    assert "No episode has finished yet" in page.text
     assert "nothing to draw" in page.text
     assert not page.all("svg")
 
 
 def test_a_run_that_hasnt_ended(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", rounds=1, ended=False, frames=False)
-    page = Page(write_report(run))
-    assert len(page.all("svg")) == 1  # no episode has ended, but answers were held out
-    two = RunDirectory(make_run(tmp_path / "two", rounds=2, ended=False, frames=False))
-    assert "The run hasn't ended" in headline(two)
-    assert f"reaches {sentences.number(column(two.path, 'task_return')[-1])} in its" in headline(
-        two
-    )
+    page = Page(write_report(make_run(tmp_path / "one", rounds=1, ended=False, frames=False)))
+    assert len(page.all("svg")) == 1  # no episode has ended, but comparisons were held out
+    assert "hasn't ended" in page.text
+    run = make_run(tmp_path / "two", rounds=2, ended=False, frames=False)
+    header, row = Page(write_report(run)).tables["Result"]
+    assert row[header.index("true return")] == f"{column(run, 'task_return')[-1]:.1f}"
+
+
+def test_runs_of_one_arm_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"s{s}", seed=s, video=False) for s in (3, 4)]
+    again = make_run(tmp_path / "again", seed=3, video=False)
+    for references, names in (
+        (runs[1:], ["learned reward, seed 3", "learned reward, seed 4"]),
+        ([again], ["learned reward, s3", "learned reward, again"]),
+    ):
+        table = Page(write_report(runs[0], references=references)).tables["Result"]
+        assert [row[0] for row in table[1:]] == names
+    axes = figures.return_vs_steps([RunDirectory(run) for run in runs]).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["learned\nreward, 2 runs"]
+
+
+def test_what_a_task_counts_is_in_the_result(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", video=False)
+    result = json.loads((run / "result.json").read_text())
+    result |= {"backflips": [2, 7], "backflips_per_1000_steps": 4.5}
+    (run / "result.json").write_text(json.dumps(result))
+    header, row = Page(write_report(run)).tables["Result"]
+    assert row[header.index("backflips per 1000 steps")] == "4.5"
+    assert row[header.index("per episode")] == "2 to 7"
 
 
 def test_frames_without_a_value_are_left_out(tmp_path: Path) -> None:
@@ -159,8 +224,3 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes) -> N
     (run / name).write_bytes(content)
     with pytest.raises(UnreadableFile, match=name):
         write_report(run)
-
-
-def test_the_run_among_its_references_is_drawn_once(page: Page) -> None:
-    assert page.text.count("(zero reward: −12; the task's own reward: 900)") == 1
-    assert "learned reward, " not in page.text
