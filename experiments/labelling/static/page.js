@@ -1,23 +1,23 @@
 "use strict";
-// What is on the screen is `pairs[0]`; the others are loaded meanwhile, so that an answer shows the
-// next at once. What people do goes to the server in order, one thing at a time, and is said to be
-// saved only when the server has said so.
+// `pairs[0]` is on the screen; the others are loaded meanwhile, so that the next one appears at once
+// after an answer. Feedback is sent in order, one request at a time, and reported as saved only
+// after the server has confirmed it.
 
 const FPS = 25;
 const $ = (id) => document.getElementById(id);
 const stage = $("stage");
 let pairs = [];              // {id, clips, root, videos, since}
-let chosen = 0;              // which of the two clips keys speak of
+let chosen = 0;              // side of the clip that keys act on
 let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
-let unsaved = 0;             // what was done and isn't acknowledged
+let unsaved = 0;             // requests that aren't confirmed yet
 let renewing = 0;
-const gone = new Set();      // queries answered here, whatever an older reply still lists
+const answeredHere = new Set();  // queries answered here; an older reply may still list them
 const undoable = JSON.parse(sessionStorage.getItem("undoable") || "[]");
 const WORDS = { left: "Left is better", right: "Right is better", same: "The same", unsure: "Can’t tell", skip: "Skipped" };
 
-const DRAWING = "These clips are being drawn…";
+const DRAWING = "Loading these clips…";
 
-function say(text, wrong = false) {
+function showStatus(text, wrong = false) {
   $("status").textContent = text;
   $("status").classList.toggle("wrong", wrong);
 }
@@ -32,50 +32,50 @@ async function post(path, body) {
     headers: { "content-type": "application/json" },
     body: body === undefined ? undefined : JSON.stringify(body),
   });
-  const said = await reply.json().catch(() => ({}));
-  if (!reply.ok) throw new Refused(reply.status, said.reason || `the server said ${reply.status}`);
-  return said;
+  const content = await reply.json().catch(() => ({}));
+  if (!reply.ok) throw new Refused(reply.status, content.reason || `The server replied with status ${reply.status}.`);
+  return content;
 }
 
-// Tries until the server has answered one way or the other: it may be starting anew.
-async function surely(path, body) {
+// Repeat a request until the server confirms or refuses it: it may be restarting.
+async function postUntilConfirmed(path, body) {
   for (let pause = 200, tried = false; ; pause = Math.min(2 * pause, 5000), tried = true) {
     try {
       return await post(path, body);
     } catch (error) {
       if (error instanceof Refused && error.status < 500) {
-        // An earlier try may have come through though its reply didn't.
+        // An earlier attempt may have arrived although its reply was lost.
         if (tried && error.status === 409) return null;
         throw error;
       }
-      say("Not saved yet: no reply from the server. Trying again…", true);
+      showStatus("Not saved yet: the server doesn’t reply. Trying again…", true);
       await new Promise((done) => setTimeout(done, pause));
     }
   }
 }
 
-let line = Promise.resolve();
-function inOrder(job) {
+let queue = Promise.resolve();
+function enqueue(job) {
   unsaved += 1;
-  line = line.then(job).catch((error) => {
-    say(error.message, true);
+  queue = queue.then(job).catch((error) => {
+    showStatus(error.message, true);
     return post("next").then(update).catch(() => {});
   }).finally(() => { unsaved -= 1; });
-  return line;
+  return queue;
 }
 
 function remember(kind, id, query) {
   undoable.push({ kind, id, query });
   undoable.splice(0, undoable.length - 50);
-  keepUndoable();
+  storeUndoable();
 }
 
-function keepUndoable() {
+function storeUndoable() {
   sessionStorage.setItem("undoable", JSON.stringify(undoable));
   $("undo").disabled = undoable.length === 0 && unsaved === 0;
 }
 
-// ---- what the server says is to be shown
+// ---- the state of the page, as the server reports it
 
 function update(state) {
   if (!state) return post("next").then(update);
@@ -83,22 +83,22 @@ function update(state) {
   $("welcome").hidden = named;
   $("work").hidden = !named;
   if (!named) { $("name").focus(); return; }
-  const wanted = state.queries.filter((query) => !gone.has(query.id));
-  // What somebody looks at stays in front of them; and after an undo, what they took back.
+  const wanted = state.queries.filter((query) => !answeredHere.has(query.id));
+  // The pair on the screen stays there; after an undo, the reopened pair comes first.
   const front = state.query || (pairs[0] && pairs[0].id);
   wanted.sort((a, b) => (b.id === front) - (a.id === front));
   const have = new Map(pairs.map((pair) => [pair.id, pair]));
   const before = pairs[0];
   pairs = wanted.map((query) => have.get(query.id) || load(query));
-  for (const [id, pair] of have) if (!wanted.some((query) => query.id === id)) drop(pair);
+  for (const [id, pair] of have) if (!wanted.some((query) => query.id === id)) discard(pair);
   if (pairs[0] !== before) show();
   const { same, repeated } = state.agreement;
-  $("how-far").textContent = `${state.answered} of ${state.budget} answered` +
-    (state.declined ? `, ${state.declined} left out` : "") +
-    (repeated ? ` · agreed ${same} of ${repeated} times when asked again` : "");
+  $("progress-text").textContent = `${state.answered} of ${state.budget} answered` +
+    (state.declined ? `, ${state.declined} skipped` : "") +
+    (repeated ? ` · same answer to ${same} of ${repeated} repeated questions` : "");
   $("progress").max = Math.max(1, state.budget);
   $("progress").value = state.answered;
-  keepUndoable();
+  storeUndoable();
   clearTimeout(renewing);
   renewing = setTimeout(renew, pairs.length ? 1000 * state.renew_seconds : 2000);
 }
@@ -106,7 +106,7 @@ function update(state) {
 function renew() {
   if (unsaved) { renewing = setTimeout(renew, 2000); return; }
   post("next").then(update).catch((error) => {
-    say(error instanceof Refused ? error.message : "No reply from the server. Trying again…", true);
+    showStatus(error instanceof Refused ? error.message : "The server doesn’t reply. Trying again…", true);
     renewing = setTimeout(renew, 3000);
   });
 }
@@ -129,15 +129,15 @@ function prepare(pair, figure, side) {
   figure.setAttribute("aria-label", name);
   video.setAttribute("aria-label", `${name}, ${clip.frames} frames`);
   video.src = `/video/${clip.id}`;
-  video.addEventListener("error", () => { if (video.hasAttribute("src")) why(figure, clip); });
+  video.addEventListener("error", () => { if (video.hasAttribute("src")) explainFailure(figure, clip); });
   video.addEventListener("ended", () => loopInStep(pair));
   figure.addEventListener("focusin", () => choose(side));
   figure.addEventListener("pointerdown", () => choose(side));
   for (const button of figure.querySelectorAll(".hold")) {
     const good = button.dataset.good === "1";
     button.setAttribute("aria-label", `Mark as ${good ? "good" : "bad"} while held, ${name.toLowerCase()}`);
-    button.addEventListener("pointerdown", (event) => { button.setPointerCapture(event.pointerId); hold(side, good); });
-    for (const end of ["pointerup", "pointercancel"]) button.addEventListener(end, letGo);
+    button.addEventListener("pointerdown", (event) => { button.setPointerCapture(event.pointerId); startMark(side, good); });
+    for (const end of ["pointerup", "pointercancel"]) button.addEventListener(end, endMark);
     button.addEventListener("contextmenu", (event) => event.preventDefault());
   }
   for (const lane of figure.querySelectorAll(".lane")) draggable(pair, side, lane);
@@ -154,19 +154,19 @@ function prepare(pair, figure, side) {
   return video;
 }
 
-// A video that is only removed goes on holding its connection, and a browser has six.
-function drop(pair) {
+// Removing a video doesn't close its connection, and a browser allows only six.
+function discard(pair) {
   for (const video of pair.videos) { video.removeAttribute("src"); video.load(); }
   pair.root.remove();
 }
 
-async function why(figure, clip) {
+async function explainFailure(figure, clip) {
   const note = document.createElement("p");
-  note.className = "why";
+  note.className = "unavailable";
   note.setAttribute("role", "alert");
   const reply = await fetch(`/video/${clip.id}`).catch(() => null);
-  const said = reply && !reply.ok ? await reply.json().catch(() => ({})) : {};
-  note.textContent = `This clip can’t be shown. ${said.reason || "Its video doesn’t play here."}`;
+  const content = reply && !reply.ok ? await reply.json().catch(() => ({})) : {};
+  note.textContent = `This clip can’t be shown. ${content.reason || "This browser can’t play its video."}`;
   figure.querySelector("video").replaceWith(note);
 }
 
@@ -181,7 +181,7 @@ function show() {
   $("empty").hidden = Boolean(pair);
   for (const button of document.querySelectorAll("[data-choice]")) button.disabled = !pair;
   if (!pair) return;
-  letGo();
+  endMark();
   pair.since = performance.now();
   choose(0);
   for (const video of pair.videos) video.currentTime = 0;
@@ -189,17 +189,17 @@ function show() {
   whenVisible(pair);
 }
 
-// Measured where a person would: both have a picture, and the browser has painted them.
+// The moment from which a person sees the pair: both videos have a frame, and it is painted.
 function whenVisible(pair) {
   if (pair !== pairs[0]) return;
   if (pair.videos.some((video) => video.readyState < 2)) {
-    if (performance.now() - pair.since > 500 && $("status").textContent !== DRAWING) say(DRAWING);
+    if (performance.now() - pair.since > 500 && $("status").textContent !== DRAWING) showStatus(DRAWING);
     setTimeout(whenVisible, 4, pair);
     return;
   }
-  if ($("status").textContent === DRAWING) say("");
+  if ($("status").textContent === DRAWING) showStatus("");
   pair.seen = true;
-  pair.since = performance.now();   // what somebody waited for isn't what they took
+  pair.since = performance.now();   // loading isn't part of the response time
   requestAnimationFrame(() => requestAnimationFrame(() => performance.mark("pair-shown", { detail: pair.id })));
 }
 
@@ -212,7 +212,7 @@ function playOrPause() {
   $("play").lastElementChild.textContent = playing ? "Pause" : "Play";
 }
 
-// Neither starts again before both are through: so they stay in step, whatever their lengths.
+// Both restart together once both have ended, so that clips of different lengths stay in step.
 function loopInStep(pair) {
   if (pair !== pairs[0] || pair.videos.some((video) => video.isConnected && !video.ended)) return;
   for (const video of pair.videos) video.currentTime = 0;
@@ -235,50 +235,50 @@ function animate() {
     const part = pair.videos[side].currentTime * FPS / pair.clips[side].frames;
     figure.querySelector(".head").style.left = `${100 * Math.min(1, part)}%`;
   });
-  if (held) stretch(held);
+  if (growing) extendMark(growing);
   requestAnimationFrame(animate);
 }
 
-// ---- what people do
+// ---- feedback
 
 function answer(choice, event) {
   const pair = pairs[0];
   if (!pair) return;
-  // A key too many shouldn't answer what nobody has seen.
-  if (!pair.seen && choice !== "skip") return say("Not answered: these clips aren’t in sight yet.", true);
+  // One key press too many must not answer a pair that nobody has seen.
+  if (!pair.seen && choice !== "skip") return showStatus("Not saved: these clips haven’t loaded yet.", true);
   performance.mark("answered", { startTime: event.timeStamp });
   const seconds = Math.min((performance.now() - pair.since) / 1000, 86400);
-  gone.add(pair.id);
+  answeredHere.add(pair.id);
   pairs.shift();
-  drop(pair);
+  discard(pair);
   show();
-  inOrder(async () => {
-    const state = await surely("answer", { query: pair.id, choice, seconds });
+  enqueue(async () => {
+    const state = await postUntilConfirmed("answer", { query: pair.id, choice, seconds });
     if (state) remember("answer", state.id, pair.id);
-    say(`Saved: ${WORDS[choice].toLowerCase()}.`);
+    showStatus(`Saved: ${WORDS[choice].toLowerCase()}.`);
     await update(state);
   });
 }
 
 function undo() {
-  inOrder(async () => {
+  enqueue(async () => {
     const last = undoable.pop();
-    keepUndoable();
-    if (!last) return say("There is nothing to take back.");
-    const state = await surely("undo", { kind: last.kind, id: last.id });
-    if (last.kind === "answer") gone.delete(last.query);
-    else for (const drawn of stage.querySelectorAll(`[data-undo="${last.kind}-${last.id}"]`)) take(drawn);
-    say(`Taken back: your last ${last.kind}.`);
+    storeUndoable();
+    if (!last) return showStatus("There is nothing to undo.");
+    const state = await postUntilConfirmed("undo", { kind: last.kind, id: last.id });
+    if (last.kind === "answer") answeredHere.delete(last.query);
+    else for (const drawn of stage.querySelectorAll(`[data-undo="${last.kind}-${last.id}"]`)) erase(drawn);
+    showStatus(`Undone: your last ${last.kind}.`);
     await update(state);
   });
 }
 
-function take(drawn) {
+function erase(drawn) {
   if (drawn.classList.contains("mark")) drawn.remove();
-  else { delete drawn.dataset.undo; light(drawn, 0); }
+  else { delete drawn.dataset.undo; fillStars(drawn, 0); }
 }
 
-function light(stars, n) {
+function fillStars(stars, n) {
   [...stars.children].forEach((star, i) => star.classList.toggle("on", i < n));
 }
 
@@ -286,11 +286,11 @@ function rate(side, stars) {
   const pair = pairs[0];
   if (!pair) return;
   const row = pair.figures[side].querySelector(".stars");
-  light(row, stars);
-  inOrder(async () => {
-    const said = await surely("rate", { query: pair.id, side, stars });
-    if (said) { row.dataset.undo = `rating-${said.id}`; remember("rating", said.id); }
-    say(`Saved: ${stars} of 5 for the ${side ? "right" : "left"} clip.`);
+  fillStars(row, stars);
+  enqueue(async () => {
+    const reply = await postUntilConfirmed("rate", { query: pair.id, side, stars });
+    if (reply) { row.dataset.undo = `rating-${reply.id}`; remember("rating", reply.id); }
+    showStatus(`Saved: ${stars} of 5 for the ${side ? "right" : "left"} clip.`);
   });
 }
 
@@ -309,13 +309,13 @@ function place(drawn, clip, first, last) {
 }
 
 function saveMark(pair, side, first, last, good, drawn) {
-  inOrder(async () => {
+  enqueue(async () => {
     try {
-      const said = await surely("mark", { query: pair.id, side, first, last, good });
-      if (!said) return;
-      drawn.dataset.undo = `mark-${said.id}`;
-      remember("mark", said.id);
-      say(`Saved: frames ${first} to ${last} of the ${side ? "right" : "left"} clip are ${good ? "good" : "bad"}.`);
+      const reply = await postUntilConfirmed("mark", { query: pair.id, side, first, last, good });
+      if (!reply) return;
+      drawn.dataset.undo = `mark-${reply.id}`;
+      remember("mark", reply.id);
+      showStatus(`Saved: frames ${first} to ${last} of the ${side ? "right" : "left"} clip are ${good ? "good" : "bad"}.`);
     } catch (error) {
       drawn.remove();
       throw error;
@@ -323,48 +323,48 @@ function saveMark(pair, side, first, last, good, drawn) {
   });
 }
 
-let held = null;             // the mark that grows while + or − is held
-function hold(side, good) {
-  if (held || !pairs[0]) return;
+let growing = null;          // mark that grows while + or − is held
+function startMark(side, good) {
+  if (growing || !pairs[0]) return;
   choose(side);
   const pair = pairs[0];
-  if (pair.videos[side].ended) {   // it waits for the other: the part begins with the next round
+  if (pair.videos[side].ended) {   // it waits for the other clip: the mark begins with the next loop
     for (const video of pair.videos) video.currentTime = 0;
     playOrPause();
   }
   const first = frameOf(side);
-  held = { pair, side, good, first, last: first };
-  held.drawn = drawMark(pair.figures[side], pair.clips[side], { first, last: first, good });
+  growing = { pair, side, good, first, last: first };
+  growing.drawn = drawMark(pair.figures[side], pair.clips[side], { first, last: first, good });
   if (!playing) { playing = true; playOrPause(); }
 }
 
-function stretch(mark) {
+function extendMark(mark) {
   const now = frameOf(mark.side);
-  if (now < mark.last) { mark.last = mark.pair.clips[mark.side].frames - 1; letGo(); return; }  // it began anew
+  if (now < mark.last) { mark.last = mark.pair.clips[mark.side].frames - 1; endMark(); return; }  // the video restarted
   mark.last = now;
   place(mark.drawn, mark.pair.clips[mark.side], mark.first, mark.last);
 }
 
-function letGo() {
-  if (!held) return;
-  const { pair, side, good, first, last, drawn } = held;
-  held = null;
+function endMark() {
+  if (!growing) return;
+  const { pair, side, good, first, last, drawn } = growing;
+  growing = null;
   saveMark(pair, side, first, last, good, drawn);
 }
 
 function draggable(pair, side, lane) {
   const clip = pair.clips[side], good = lane.classList.contains("good");
-  let drawn = null, from = 0, to = 0;
+  let drawn = null, start = 0, to = 0;
   const at = (event) => {
     const box = lane.getBoundingClientRect();
     return Math.max(0, Math.min(clip.frames - 1, Math.floor((event.clientX - box.left) / box.width * clip.frames)));
   };
-  const ends = () => [Math.min(from, to), Math.max(from, to)];
+  const ends = () => [Math.min(start, to), Math.max(start, to)];
   lane.addEventListener("pointerdown", (event) => {
     if (event.button) return;
     lane.setPointerCapture(event.pointerId);
-    from = to = at(event);
-    drawn = drawMark(pair.figures[side], clip, { first: from, last: to, good });
+    start = to = at(event);
+    drawn = drawMark(pair.figures[side], clip, { first: start, last: to, good });
   });
   lane.addEventListener("pointermove", (event) => {
     if (!drawn) return;
@@ -394,26 +394,26 @@ document.addEventListener("keydown", (event) => {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (!(key in KEYS) && !(key in SIGNS)) return;
   event.preventDefault();
-  if (event.repeat) return;   // a key that stays down is one answer
-  if (key in SIGNS) hold(chosen, SIGNS[key]);
+  if (event.repeat) return;   // a key that is held down counts once
+  if (key in SIGNS) startMark(chosen, SIGNS[key]);
   else KEYS[key](event);
 });
-document.addEventListener("keyup", (event) => { if (event.key in SIGNS) letGo(); });
-window.addEventListener("blur", letGo);
+document.addEventListener("keyup", (event) => { if (event.key in SIGNS) endMark(); });
+window.addEventListener("blur", endMark);
 for (const button of document.querySelectorAll("[data-choice]"))
   button.addEventListener("click", (event) => answer(button.dataset.choice, event));
 $("undo").addEventListener("click", undo);
 $("play").addEventListener("click", KEYS[" "]);
 $("welcome").addEventListener("submit", (event) => {
   event.preventDefault();
-  post("name", { name: $("name").value }).then(update).catch((error) => say(error.message, true));
+  post("name", { name: $("name").value }).then(update).catch((error) => showStatus(error.message, true));
 });
 window.addEventListener("pagehide", () => { if (!unsaved) navigator.sendBeacon("/api/leave"); });
 window.addEventListener("pageshow", (event) => { if (event.persisted) renew(); });
 
-// ---- what the agent has learned
+// ---- what the agent has learned so far
 
-async function learned() {
+async function refreshLearned() {
   const reply = await fetch("/api/learned").then((r) => r.ok ? r.json() : null).catch(() => null);
   if (reply && reply.curve.length) { $("learned").hidden = false; drawCurve(reply.curve); }
   const best = await fetch("/video/best").catch(() => null);
@@ -427,13 +427,13 @@ async function learned() {
       $("learned").hidden = $("best").hidden = false;
     }
   }
-  setTimeout(learned, 20000);
+  setTimeout(refreshLearned, 20000);
 }
 
 function drawCurve(rows) {
   const xs = rows.map((row) => row[1]), ys = rows.map((row) => row[2]);
-  const low = Math.min(0, ...ys), high = Math.max(0, ...ys), far = Math.max(1, ...xs);
-  const x = (v) => 50 + 240 * v / far, y = (v) => 130 - 115 * (v - low) / (high - low || 1);
+  const low = Math.min(0, ...ys), high = Math.max(0, ...ys), most = Math.max(1, ...xs);
+  const x = (v) => 50 + 240 * v / most, y = (v) => 130 - 115 * (v - low) / (high - low || 1);
   const points = xs.map((v, i) => `${x(v).toFixed(1)},${y(ys[i]).toFixed(1)}`);
   const svg = (name, attributes, text = "") => {
     const made = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -449,12 +449,12 @@ function drawCurve(rows) {
     svg("path", { d: "M" + points.join("L") }),
     svg("circle", { cx: x(xs[last]), cy: y(ys[last]), r: 3 }),
     ...[...new Set([low, high])].map((v) => svg("text", { x: 44, y: y(v) + 3, "text-anchor": "end" }, number(v))),
-    svg("text", { x: 290, y: 146, "text-anchor": "end" }, `${number(far)} steps`),
+    svg("text", { x: 290, y: 146, "text-anchor": "end" }, `${number(most)} steps`),
   );
   $("curve-says").textContent =
-    `Return by the task’s own reward: ${number(ys[last])} after ${number(xs[last])} steps and ${number(rows[last][0])} answers.`;
+    `Task return: ${number(ys[last])} after ${number(xs[last])} steps and ${number(rows[last][0])} comparisons.`;
 }
 
 animate();
 renew();
-setTimeout(learned, 1500);   // after what somebody waits for
+setTimeout(refreshLearned, 1500);   // after the first pair, which is more urgent

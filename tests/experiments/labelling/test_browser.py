@@ -1,14 +1,19 @@
-"""The page in Chromium, by keyboard; its screenshots stay in runs/labelling-page/."""
+"""The labelling page in Chromium, alone and beside `learn`; screenshots go to runs/."""
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from active import FeedbackStore
 from experiments.benchmarks.page import (
     CHROMIUM,
     CHROMIUM_FLAGS,
@@ -24,14 +29,24 @@ from rewardmodels import InvalidInput
 SCREENSHOTS = Path(__file__).parents[3] / "runs" / "labelling-page"
 KEYS = {"ArrowLeft": 0.0, "ArrowRight": 1.0, "ArrowUp": 0.5, "ArrowDown": None, "s": None}
 pytestmark = pytest.mark.slow
+needs_chromium = pytest.mark.skipif(not CHROMIUM.is_file(), reason="needs Chromium")
+
+
+@pytest.fixture
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
 
 
 def idle(page: Any) -> None:
     wait_until(page, "unsaved === 0")
 
 
-def next_loaded(page: Any) -> None:
-    wait_until(page, "pairs.length > 0 && pairs[0].seen")
+def next_loaded(page: Any, seconds: float = 30) -> None:
+    wait_until(page, "pairs.length > 0 && pairs[0].seen", seconds=seconds)
 
 
 def rows(run: Path, sql: str) -> list[Any]:
@@ -46,19 +61,14 @@ def photograph(page: Any, name: str) -> None:
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
-@pytest.mark.skipif(not CHROMIUM.is_file(), reason="needs Chromium")
-def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api")
+@needs_chromium
+def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path, browser):
     put_queries(tmp_path, "HalfCheetah", 40, clips=16)
     curve = [(0, 0, -300), (10, 3000, -120), (20, 6000, 240), (30, 9000, 700)]
     lines = [f"{step},{n},{value}" for n, step, value in curve]
     (tmp_path / "metrics.csv").write_text("\n".join(["step,comparisons,task_return", *lines]))
     keys, said, errors = list(KEYS), {}, []
-    with (
-        serve_in_background(tmp_path, "HalfCheetah") as link,
-        sync_api.sync_playwright() as driver,
-    ):
-        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_FLAGS)
+    with serve_in_background(tmp_path, "HalfCheetah") as link:
         context = browser.new_context(viewport={"width": 1100, "height": 1000})
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(error))
@@ -88,13 +98,12 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path):
         page.mouse.up()
         idle(page)
         photograph(page, "marks")
-        # One more, which is taken back.
+        # One more, which is undone.
         page.keyboard.press("f")
         page.keyboard.press("f")
         page.keyboard.press("1")
         page.keyboard.press("u")
         idle(page)
-        assert page.inner_text("#status") == "Taken back: your last rating."
 
         for given in range(30):
             if given == 12:
@@ -129,7 +138,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path):
                 page.wait_for_timeout(300)
                 photograph(page, f"{width}-{scheme}")
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
-        browser.close()
+        context.close()
     assert not errors
     standing = dict(rows(tmp_path, "SELECT query, preference FROM standing WHERE teacher = 'Ann'"))
     assert standing == said
@@ -157,3 +166,71 @@ def test_the_benchmark_refuses_before_it_starts(tmp_path):
         benchmark_page(json=tmp_path / "nowhere" / "x.json")
     with pytest.raises(InvalidInput, match="chromium: "):
         benchmark_page(chromium=tmp_path / "chromium")
+
+
+def start_learning(out, *flags):
+    settings = [
+        "--task", "Hopper", "--teacher", "human", "--comparisons", "16", "--steps", "2048",
+        "--rounds", "2", "--candidates", "12", "--clip_length", "10", "--epochs", "5",
+        "--evaluate", "1", "--video", "false",
+    ]  # fmt: skip
+    command = [sys.executable, "-c", "from experiments.cli import main; raise SystemExit(main())"]
+    command += ["learn", *settings, "--out", str(out), *flags]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def open_page(browser, link):
+    page = browser.new_page()
+    page.goto(link)
+    page.fill("#name", "Ann")
+    page.keyboard.press("Enter")
+    return page
+
+
+def answer_pairs(page, n):
+    """Press a key for each of the next n pairs once it is visible."""
+    for given in range(n):
+        next_loaded(page, seconds=120)
+        page.keyboard.press("ArrowLeft" if given % 2 else "ArrowRight")
+        idle(page)
+
+
+@needs_chromium
+def test_learning_from_somebody_survives_a_kill_of_either_side(tmp_path, browser):
+    run = tmp_path / "run"
+    agent = start_learning(run)
+    try:
+        limit = time.monotonic() + 120
+        while not (run / "answers.sqlite").is_file():
+            assert agent.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.1)
+        with serve_in_background(run, "Hopper") as link:
+            page = open_page(browser, link)
+            answer_pairs(page, 2)
+        agent.kill()
+        agent.communicate()
+        with FeedbackStore(run / "answers.sqlite") as store:
+            before = store.comparisons()
+            assert len(before) == 2
+        agent = start_learning(run, "--resume")
+        with serve_in_background(run, "Hopper") as link:
+            page = open_page(browser, link)
+            answer_pairs(page, 2)
+            # The rest while it trains; fewer where it is through before they are answered.
+            while agent.poll() is None:
+                if page.evaluate("pairs.length > 0 && pairs[0].seen"):
+                    answer_pairs(page, 1)
+                time.sleep(0.05)
+        said = agent.communicate()[1]
+    finally:
+        agent.kill()
+        agent.wait()
+    assert agent.returncode == 0, said
+    found = json.loads((run / "result.json").read_text())
+    with FeedbackStore(run / "answers.sqlite") as store:
+        counts, after = store.counts(), store.comparisons()
+        assert {query.teacher for query in store.queries()} <= {"Ann", None}
+    assert 4 <= found["comparisons"] <= counts.answered <= counts.put <= 16
+    assert after.preference[:2].tolist() == before.preference.tolist() == [1.0, 0.0]
+    assert (run / "report.html").is_file()

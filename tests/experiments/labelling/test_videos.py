@@ -1,4 +1,4 @@
-"""Videos of clips: drawn from states or pictures, any environment's, once each."""
+"""Videos of clips: drawn from simulator states or images, for any environment, once each."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ from active import FeedbackStore
 from experiments.envs.rendering import Renderer, RenderingUnavailable, render_states
 from experiments.envs.tasks import TASKS, find_task, make_env
 from experiments.labelling import videos as module
-from experiments.labelling.videos import SIZE_PX, ClipRenderer, Videos, best_clip
+from experiments.labelling.videos import (
+    SIZE_PX,
+    ClipRenderer,
+    Videos,
+    VideoUnavailable,
+    best_clip,
+)
 from rewardmodels import Clips, InvalidInput, SampledPosterior
 
 
 class Lamp(gym.Env[Any, Any]):
-    """As bright as its state says: neither MuJoCo nor classic control, and its size is its own."""
+    """As bright as its state; neither MuJoCo nor classic control, with pictures of its own size."""
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
     observation_space = gym.spaces.Box(0, 255, (1,))
@@ -54,9 +60,10 @@ def decoded(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
 
 
-def put(run: Path, clips: Clips) -> None:
+def renderer_of(run: Path, clips: Clips, task: str = "Hopper") -> ClipRenderer:
     with FeedbackStore(run / "answers.sqlite") as store:
         store.add_queries(clips, torch.tensor([[0, 1]]), round=0)
+    return ClipRenderer(run, task)
 
 
 def test_any_environment_with_rgb_array_and_a_state_is_drawn(lamp):
@@ -87,99 +94,120 @@ def test_a_renderer_draws_each_clip_as_if_it_were_the_first():
     assert 0 < difference.mean() < 5  # edges only
 
 
-def test_a_clip_is_drawn_once_by_what_it_shows(lamp, tmp_path, monkeypatch):
+def test_clips_of_the_same_states_share_one_video(lamp, tmp_path, monkeypatch):
     states = torch.tensor([[[40.0], [80.0], [120.0]]]).repeat(2, 1, 1)
     clips = Clips(torch.rand(2, 3, 1), torch.rand(2, 3, 1), states=states)
-    put(tmp_path, clips)
-    renderer = ClipRenderer(tmp_path, lamp)
+    renderer = renderer_of(tmp_path, clips, lamp)
     name = renderer.clip(1)
-    assert decoded(renderer.folder / name).shape == (3, SIZE_PX, SIZE_PX, 3)
-    shades = decoded(renderer.folder / name).mean((1, 2, 3))
-    assert shades == pytest.approx([40, 80, 120], abs=3)
-    monkeypatch.setattr(renderer, "_renderer", None)
-    monkeypatch.setattr(module, "Renderer", None)  # cannot be called any more
-    assert renderer.clip(2) == name  # other observations, the same states
+    frames = decoded(renderer.folder / name)
+    assert frames.shape == (3, SIZE_PX, SIZE_PX, 3)
+    assert frames.mean((1, 2, 3)) == pytest.approx([40, 80, 120], abs=3)
+    monkeypatch.setattr(module, "write_video", None)  # must not be called again
+    assert renderer.clip(2) == name
     assert [file.name for file in renderer.folder.iterdir()] == [name]
     renderer.close()
 
 
-def test_pictures_as_observations_need_no_simulator(tmp_path):
-    pictures = torch.randint(0, 255, (2, 4, 1, 1, 3), dtype=torch.uint8).expand(2, 4, 20, 30, 3)
-    put(tmp_path, Clips(pictures, torch.zeros(2, 4, 1)))
-    renderer = ClipRenderer(tmp_path, "Hopper")
-    seen = decoded(renderer.folder / renderer.clip(2))
-    assert np.abs(seen.mean((1, 2)) - pictures[1, :, 0, 0].numpy()).max() < 8
+def test_images_as_observations_need_no_simulator(tmp_path):
+    images = torch.randint(0, 255, (2, 4, 1, 1, 3), dtype=torch.uint8).expand(2, 4, 20, 30, 3)
+    renderer = renderer_of(tmp_path, Clips(images, torch.zeros(2, 4, 1)))
+    frames = decoded(renderer.folder / renderer.clip(2))
+    assert np.abs(frames.mean((1, 2)) - images[1, :, 0, 0].numpy()).max() < 8
     renderer.close()
 
 
-def test_an_environment_that_shows_no_state_is_refused_with_a_reason(tmp_path):
-    put(tmp_path, Clips(torch.rand(2, 4, 2), torch.rand(2, 4, 1)))
-    renderer = ClipRenderer(tmp_path, "Hopper")
-    with pytest.raises(RenderingUnavailable, match="simulator states or images"):
+def test_a_clip_without_states_or_images_is_refused(tmp_path):
+    renderer = renderer_of(tmp_path, Clips(torch.rand(2, 4, 2), torch.rand(2, 4, 1)))
+    with pytest.raises(RenderingUnavailable, match="clip 1: "):
         renderer.clip(1)
     renderer.close()
 
 
-def test_somebody_who_waits_comes_first(tmp_path):
+def test_a_requested_video_overtakes_prefetched_ones(tmp_path):
     async def order() -> list[Any]:
-        videos, asked = Videos(tmp_path, "Hopper"), []
+        videos, drawn = Videos(tmp_path, "Hopper"), []
 
-        async def ask(process: object, job: Any) -> Path:
-            asked.append(job)
+        async def draw(process: object, job: Any) -> Path:
+            drawn.append(job)
             await asyncio.sleep(0)
             return tmp_path / f"{job}"
 
-        videos._draw = ask  # type: ignore[assignment,method-assign]
+        videos._draw = draw  # type: ignore[assignment,method-assign]
         videos._process = object()  # type: ignore[assignment]
         videos.start()
         videos.prefetch([1, 2, 3, 4])
         videos.prefetch([2, 3])  # known already
         assert await videos.get(4) == tmp_path / "4"
-        for job in (1, 2, 3):
+        for job in (1, 2, 3, 1):
             await videos.get(job)
-        await videos.get(1)
         videos.forget(1)
         await videos.get(1)
         videos._process = None
         await videos.stop()
-        return asked
+        return drawn
 
-    asked = asyncio.run(order())
-    assert asked.index(4) <= 1  # at once, or after what was being drawn
-    assert sorted(asked) == [1, 1, 2, 3, 4]
+    drawn = asyncio.run(order())
+    assert drawn.index(4) <= 1  # at once, or after the one in progress
+    assert sorted(drawn) == [1, 1, 2, 3, 4]
 
 
-def test_the_best_clip_is_the_one_of_highest_learned_return(tmp_path, monkeypatch):
+def test_the_best_clip_has_the_highest_learned_return(tmp_path, monkeypatch):
+    assert best_clip(tmp_path) is None
     folder = tmp_path / "checkpoints" / "0003"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").touch()
     steps, envs = 40, 2
-    worth = np.zeros((steps, envs, 1), np.float32)
-    worth[17:22, 1] = 1.0
+    frame_rewards = np.zeros((steps, envs, 1), np.float32)
+    frame_rewards[17:22, 1] = 1.0
     states = np.arange(steps * envs, dtype=np.float32).reshape(steps, envs, 1)
     np.savez(
-        folder / "history.npz", steps=steps, observations=worth, actions=worth,
-        rewards=-worth[..., 0], ends=np.zeros((steps, envs), bool), states=states,
+        folder / "history.npz", steps=steps, observations=frame_rewards, actions=frame_rewards,
+        rewards=-frame_rewards[..., 0], ends=np.zeros((steps, envs), bool), states=states,
     )  # fmt: skip
 
-    class Sums:
+    class Sum:
         def posterior(self, clips: Clips) -> SampledPosterior:
             return SampledPosterior(clips.observations.sum((1, 2))[None])
 
-    monkeypatch.setattr(module, "load", lambda path: Sums())
+    monkeypatch.setattr(module, "load", lambda path: Sum())
     assert best_clip(tmp_path, 5).tolist() == states[17:22, 1].tolist()
     (folder / "model.safetensors").unlink()
     assert best_clip(tmp_path, 5) is None
 
 
-def test_the_process_answers_a_line_for_a_line(lamp, tmp_path, monkeypatch, capfd):
+def test_the_process_replies_one_line_per_job(lamp, tmp_path, monkeypatch, capfd):
     states = torch.rand(2, 3, 1)
-    put(tmp_path, Clips(torch.rand(2, 3, 1), torch.rand(2, 3, 1), states=states))
-    monkeypatch.setattr(module.sys, "argv", ["drawing", str(tmp_path), lamp])
+    clips = Clips(torch.rand(2, 3, 1), torch.rand(2, 3, 1), states=states)
+    renderer_of(tmp_path, clips, lamp).close()
+    monkeypatch.setattr(module.sys, "argv", ["videos", str(tmp_path), lamp])
     monkeypatch.setattr(module.sys, "stdin", ["1\n", "9\n", '"best"\n'])
-    monkeypatch.setattr(module.os, "dup2", lambda *_: None)  # the test's own output is needed
+    monkeypatch.setattr(module.os, "dup2", lambda *_: None)  # pytest's own output is needed
     module.main()
-    said = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    assert (tmp_path / "videos" / said[0]["file"]).is_file()
-    assert "expected clips in" in said[1]["error"]
-    assert said[2]["file"] is None
+    drawn, unknown, best = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert (tmp_path / "videos" / drawn["file"]).is_file()
+    assert "9" in unknown["error"]
+    assert best["file"] is None
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_draw_gives_the_reason_and_is_replaced_when_killed(tmp_path):
+    renderer_of(tmp_path, Clips(torch.rand(2, 4, 2), torch.rand(2, 4, 1))).close()
+
+    async def check() -> None:
+        videos = Videos(tmp_path, "Hopper")
+        videos.start()
+        try:
+            for clip in (1, 77):
+                with pytest.raises(VideoUnavailable, match=f"{clip}"):
+                    await videos.get(clip)
+            assert await videos.get("best") is None
+            assert videos._process is not None
+            videos._process.kill()
+            with pytest.raises(VideoUnavailable, match="process has ended"):
+                await videos.get(2)
+            with pytest.raises(VideoUnavailable, match="clip 2: "):
+                await videos.get(2)  # by a new process
+        finally:
+            await videos.stop()
+
+    asyncio.run(check())
