@@ -43,9 +43,9 @@ def label(
         )
     import uvicorn
 
-    from experiments.labelling.questions import settings
     from experiments.labelling.server import make_app
     from experiments.labelling.videos import Videos
+    from experiments.training.run_directory import RunDirectory
 
     run = Path(run)
     if not any((run / name).is_file() for name in ("answers.sqlite", "config.yaml")):
@@ -58,7 +58,7 @@ def label(
             raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
     if not 0 <= port < 2**16:
         raise InvalidInput(f"port: expected a number from 0 to {2**16 - 1}, got {port}.")
-    task = task or settings(run).get("task")
+    task = task or RunDirectory(run).task
     if task is None:
         raise InvalidInput(f"task: expected --task, since {run} has no config.yaml that names it.")
     find_task(task)

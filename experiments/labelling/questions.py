@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import yaml
+import numpy as np
 
 from active import FeedbackStore
 from active.leases import SECONDS
 from experiments.labelling.auth import Person
-from rewardmodels import InvalidInput, UnreadableFile
+from experiments.training.run_directory import RunDirectory
+from rewardmodels import InvalidInput
 
 Choice = Literal["left", "right", "same", "unsure", "skip"]
 Kind = Literal["answer", "mark", "rating"]
@@ -39,11 +37,15 @@ class Questions:
     def __init__(
         self, run: Path, repeat_every: int, lease_seconds: float = SECONDS, *, seed: int = 0
     ) -> None:
-        self.run, self.repeat_every, self.lease_seconds = run, repeat_every, lease_seconds
+        self.run, self.repeat_every, self.lease_seconds = (
+            RunDirectory(run),
+            repeat_every,
+            lease_seconds,
+        )
         self.store = FeedbackStore(run / "answers.sqlite")
         self._random = random.Random(seed)
         self._frames: dict[int, int] = {}
-        self._budget = settings(run).get("comparisons")
+        self._budget = self.run.settings.get("comparisons")
 
     def state(self, person: Person) -> dict[str, Any]:
         """State of the page: the person's queries, oldest first, and everybody's progress."""
@@ -99,13 +101,11 @@ class Questions:
             self.store.leases.grant(query, person.session, seconds=self.lease_seconds)
         return query
 
-    def leave(self, person: Person) -> None:
-        """Return a person's queries to the queue."""
-        self.store.leases.release(person.session)
-
     def learning_curve(self) -> list[list[float]]:
-        """Comparisons, environment steps and task return of each round."""
-        return list(_read_curve(self.run / "metrics.csv"))
+        """Comparisons, environment steps and task return of each round that has a return."""
+        columns = ["comparisons", "step", "task_return"]
+        rows = self.run.metrics.reindex(columns=columns).to_numpy(float)
+        return rows[np.isfinite(rows).all(1)].tolist()
 
     def has_clip(self, clip: int) -> bool:
         """Return True if the store has a clip of this id."""
@@ -141,35 +141,6 @@ class Questions:
         clips = self.store.shown(query)
         self.store.leases.check(query, person.session)
         return clips[side]
-
-
-def settings(run: Path) -> dict[str, Any]:
-    """Return the settings of a run, or {} if `learn` didn't make it.
-
-    Raises:
-        UnreadableFile: `config.yaml` is damaged.
-    """
-    file = run / "config.yaml"
-    if not file.is_file():
-        return {}
-    try:
-        found = yaml.safe_load(file.read_text("utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise UnreadableFile(f"{file}: expected the settings of a run, got {error}.") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _read_curve(file: Path) -> Iterator[list[float]]:
-    if not file.is_file():
-        return
-    with file.open(newline="") as rows:
-        for row in csv.DictReader(rows):
-            try:
-                point = [float(row[name]) for name in ("comparisons", "step", "task_return")]
-            except (KeyError, ValueError, TypeError):
-                continue  # a round in which no episode ended
-            if all(map(math.isfinite, point)):
-                yield point
 
 
 def _name(person: Person) -> str:

@@ -20,7 +20,8 @@ from active import Conflict, Missing
 from active.leases import SECONDS
 from experiments.labelling.auth import Authentication, Person
 from experiments.labelling.questions import Choice, Kind, Questions
-from experiments.labelling.videos import Videos, VideoUnavailable, newest_checkpoint
+from experiments.labelling.videos import Videos, VideoUnavailable
+from experiments.training.run_directory import RunDirectory
 from rewardmodels import RewardModelsError, UnreadableFile
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ def make_app(
             loop = asyncio.get_running_loop()
             app.state.questions = await loop.run_in_executor(thread, open_questions)
             app.state.thread = thread
-            app.state.best_checkpoint = None
+            app.state.best_checkpoint = []
             videos.start()
             videos.prefetch(await _call(app, Questions.first_clips))
             yield
@@ -138,7 +139,7 @@ def make_app(
 def _add_files(app: FastAPI, run: Path, videos: Videos) -> None:
     @app.get("/video/best")
     async def best() -> Response:
-        newest = newest_checkpoint(run)
+        newest = RunDirectory(run).checkpoints[-1:]
         if newest != app.state.best_checkpoint:  # not more often: it takes seconds from the pairs
             app.state.best_checkpoint = newest
             videos.forget("best")
@@ -198,7 +199,7 @@ def _add_api(app: FastAPI, authentication: Authentication, videos: Videos) -> No
 
     @app.post("/api/leave")
     async def leave(person: _Sender) -> dict[str, Any]:
-        await _call(app, Questions.leave, person)
+        await _call(app, lambda questions: questions.store.leases.release(person.session))
         return {}
 
     @app.get("/api/learned")

@@ -14,9 +14,9 @@ import json
 import os
 import signal
 import sys
-from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,6 +29,7 @@ from experiments.envs.rendering import Renderer, RenderingUnavailable
 from experiments.envs.tasks import find_task
 from experiments.envs.video import write_video
 from experiments.training.clip_buffer import ClipBuffer
+from experiments.training.run_directory import RunDirectory
 from rewardmodels import RewardModelsError, load
 
 Job = int | Literal["best"]
@@ -54,9 +55,10 @@ class Videos:
     def __init__(self, run: Path, task: str) -> None:
         self.folder = run / "videos"
         self._command = [sys.executable, "-m", "experiments.labelling.videos", str(run), task]
-        self._waiting: deque[Job] = deque()
+        # Priority (lower is sooner), number, job; a job may be in it twice.
+        self._queue: asyncio.PriorityQueue[tuple[int, int, Job]] = asyncio.PriorityQueue()
+        self._numbers = count()
         self._results: dict[Job, asyncio.Future[Path | None]] = {}
-        self._work = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._process: asyncio.subprocess.Process | None = None
 
@@ -78,8 +80,7 @@ class Videos:
         for job in jobs:
             if job not in self._results:
                 self._results[job] = asyncio.get_running_loop().create_future()
-                self._waiting.append(job)
-        self._work.set()
+                self._queue.put_nowait((1, next(self._numbers), job))
 
     async def get(self, job: Job) -> Path | None:
         """Return the file of a video once it is drawn; None if there is nothing to draw yet.
@@ -88,9 +89,8 @@ class Videos:
             VideoUnavailable: It can't be drawn.
         """
         self.prefetch([job])
-        if job in self._waiting and job != "best":  # which takes long, and nobody waits for it
-            self._waiting.remove(job)
-            self._waiting.appendleft(job)
+        if job != "best" and not self._results[job].done():  # the best takes long; it can wait
+            self._queue.put_nowait((0, next(self._numbers), job))
         return await asyncio.shield(self._results[job])
 
     def forget(self, job: Job) -> None:
@@ -104,11 +104,10 @@ class Videos:
                 self._process = await asyncio.create_subprocess_exec(
                     *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
                 )
-            while not self._waiting:
-                self._work.clear()
-                await self._work.wait()
-            job = self._waiting.popleft()
-            result = self._results[job]
+            _, _, job = await self._queue.get()
+            result = self._results.get(job)
+            if result is None or result.done():
+                continue
             try:
                 result.set_result(await self._draw(self._process, job))
             except VideoUnavailable as error:
@@ -197,11 +196,6 @@ class ClipRenderer:
         return name
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """Directory of a run's newest checkpoint, or None if there is none."""
-    return max((p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir()), default=None)
-
-
 def best_clip(run: Path, frames: int = BEST_FRAMES) -> NDArray[np.floating[Any]] | None:
     """Simulator states of the recent clip with the highest learned return.
 
@@ -213,9 +207,10 @@ def best_clip(run: Path, frames: int = BEST_FRAMES) -> NDArray[np.floating[Any]]
         `(frames, s)`, or None if there is no checkpoint, learned reward or state, or if the
         checkpoint was replaced meanwhile.
     """
-    newest = newest_checkpoint(run)
-    if newest is None or not (newest / "model.safetensors").exists():
+    checkpoints = RunDirectory(run).checkpoints
+    if not checkpoints or not (checkpoints[-1] / "model.safetensors").exists():
         return None
+    newest = checkpoints[-1]
     try:
         model = load(newest / "model.safetensors")
         with np.load(newest / "history.npz", allow_pickle=False) as file:
