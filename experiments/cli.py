@@ -365,11 +365,11 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "study strategies": (
         "compare query strategies: the comparisons that they save over uniform ones",
-        _study,
+        _call("experiments.studies.strategies:study_strategies"),
     ),
     "study feedback": (
         "measure how many comparisons are needed, by schedule and by teacher",
-        _study,
+        _call("experiments.studies.feedback:study_feedback"),
     ),
     "study marks": ("measure how many comparisons marks of parts of clips save", _study),
     "study guard": (
@@ -387,6 +387,13 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
             quick="in about two minutes, for trends: one task, one seed",
         ),
     ),
+    "benchmark queries": (
+        "measure what queries save over random ones, and how long choosing takes",
+        _call(
+            "experiments.benchmarks.queries:benchmark_queries",
+            quick="in about two minutes, for trends: one task, two seeds",
+        ),
+    ),
     "benchmark speed": (
         "time what has to be fast",
         _call(
@@ -402,6 +409,13 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         _call(
             "experiments.benchmarks.page:benchmark_page",
             quick="in about two minutes, for trends: fewer answers and kills",
+        ),
+    ),
+    "benchmark learn": (
+        "measure returns, throughput and the scoring of pairs",
+        _call(
+            "experiments.benchmarks.learn:benchmark_learn",
+            quick="in under 50 seconds, for trends: one task, one seed",
         ),
     ),
 }

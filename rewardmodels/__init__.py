@@ -14,7 +14,7 @@ from rewardmodels.errors import (
     UnknownName,
     UnreadableFile,
 )
-from rewardmodels.fitting import fit
+from rewardmodels.fitting import FitOptions, fit
 from rewardmodels.frames import FrameSpec
 from rewardmodels.gp import GPHead
 from rewardmodels.laplace import LaplaceHead
@@ -38,6 +38,7 @@ __all__ = [
     "Difference",
     "Epinet",
     "FitDiverged",
+    "FitOptions",
     "FitReport",
     "FrameScorer",
     "FrameSpec",

@@ -1,4 +1,4 @@
-"""Comparisons: what teachers said of pairs of clips."""
+"""Feedback from teachers: comparisons of two clips, marks of parts, and ratings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 @dataclass(frozen=True, eq=False)
 class Comparisons:
-    """Q answers to "which of these two clips is better?".
+    """Q preferences between two clips each.
 
     Args:
         clips: The N clips that were compared.
         pairs: `(Q, 2)` long, indices into clips.
-        preference: `(Q,)`, probability that the second is preferred: 0 the first, 1 the second,
-            0.5 "the same", or anything between.
+        preference: `(Q,)`, probability that the second is preferred: 0 for the first, 1 for the
+            second, 0.5 for a tie, or anything between.
 
     Raises:
         InvalidInput: Shapes that don't agree, a pair out of range or of a clip with itself, or a
@@ -30,8 +30,9 @@ class Comparisons:
 
     Example:
         >>> clips = Clips(torch.randn(3, 10, 2), torch.randn(3, 10, 1))
-        >>> said = Comparisons(clips, torch.tensor([[0, 1], [2, 0]]), torch.tensor([1.0, 0.5]))
-        >>> len(said), len(said[:1])
+        >>> pairs, preference = torch.tensor([[0, 1], [2, 0]]), torch.tensor([1.0, 0.5])
+        >>> comparisons = Comparisons(clips, pairs, preference)
+        >>> len(comparisons), len(comparisons[:1])
         (2, 1)
     """
 
@@ -51,27 +52,27 @@ class Comparisons:
                 f"preference: expected shape (Q,) = ({len(pairs)},) as pairs has rows, got "
                 f"{tuple(preference.shape)}."
             )
-        outside = (pairs < 0) | (pairs >= n)
-        if bool(outside.any()):
-            row = int(outside.any(1).nonzero()[0])
-            raise InvalidInput(
+        _refuse(
+            ((pairs < 0) | (pairs >= n)).any(1),
+            lambda row: (
                 f"pairs: expected indices from 0 to {n - 1} ({n} clips), got "
                 f"{pairs[row].tolist()} in row {row}."
-            )
-        itself = pairs[:, 0] == pairs[:, 1]
-        if bool(itself.any()):
-            row = int(itself.nonzero()[0])
-            raise InvalidInput(
+            ),
+        )
+        _refuse(
+            pairs[:, 0] == pairs[:, 1],
+            lambda row: (
                 f"pairs: expected two different clips, got clip {int(pairs[row, 0])} against "
                 f"itself in row {row}."
-            )
-        wrong = ~((preference >= 0) & (preference <= 1))
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            raise InvalidInput(
+            ),
+        )
+        _refuse(
+            ~((preference >= 0) & (preference <= 1)),
+            lambda row: (
                 "preference: expected probabilities from 0 to 1 that the second clip is "
                 f"preferred, got {float(preference[row])} in row {row}; leave skipped queries out."
-            )
+            ),
+        )
         if not preference.is_floating_point():
             object.__setattr__(self, "preference", preference.float())
 
@@ -82,18 +83,14 @@ class Comparisons:
         rows = as_rows(index)
         return replace(self, pairs=self.pairs[rows], preference=self.preference[rows])
 
-    def swapped(self) -> Comparisons:
-        """Returns the same answers with each pair written the other way round."""
-        return replace(self, pairs=self.pairs.flip(1), preference=1 - self.preference)
-
     def compact(self) -> Comparisons:
-        """Returns the same answers with only the clips that are in some pair."""
+        """Return the same comparisons with only the clips that are in some pair."""
         used, pairs = self.pairs.unique(return_inverse=True)
         return replace(self, clips=self.clips[used], pairs=pairs)
 
     @classmethod
     def cat(cls, parts: Sequence[Comparisons]) -> Comparisons:
-        """Joins answers; clips are concatenated and pairs renumbered to match.
+        """Join comparisons; clips are concatenated and pairs renumbered to match.
 
         Raises:
             InvalidInput: No parts, or clips whose frames have different shapes.
@@ -106,7 +103,7 @@ class Comparisons:
 
 @dataclass(frozen=True, eq=False)
 class Marks:
-    r"""M stretches of clips that somebody called good or bad.
+    r"""M marks: stretches of clips that somebody called good or bad.
 
     A good stretch is better than the rest of its clip, frame by frame, a bad one worse. With
     $\bar r_\text{in}$ the mean reward of its frames, $\bar r_\text{out}$ that of the clip's other
@@ -115,30 +112,29 @@ class Marks:
     $$P(\text{good}) = \sigma(T\,(\bar r_\text{in} - \bar r_\text{out})).$$
 
     It is a reward-rational choice (Jeon et al. 2020, arXiv:2002.04833, §3) between two options,
-    the stretch and the rest, each standing for a clip of T frames drawn from it. So a mark is
-    as clear as a comparison of two whole clips of T frames, one all like the stretch and one all
-    like the rest; rewards of both kinds of answer have one unit, and a constant added to every
-    frame's reward changes neither. Nothing is said of other clips. Against a softmax over all
-    stretches of the same length, the other reading, it asks no more of a predictor than a
-    difference of two returns, so that every one learns from marks as it does from comparisons.
+    the stretch and the rest, each repeated to a clip of T frames. So a mark is as informative as a
+    comparison of two whole clips of T frames, one like the stretch and one like the rest; rewards
+    have the same unit as with comparisons, and a constant added to every frame's reward changes
+    neither. Unlike a softmax over all stretches of the same length, it needs only a difference of
+    two returns, so that every predictor learns from marks as it does from comparisons.
 
     Where the number of frames doesn't divide T, some count once more than others, and a mean is off
-    by a little: of five frames of 25 on agents of MuJoCo, the difference by 1% on Hopper and
+    by a little: for five frames of 25 on MuJoCo agents, the difference by 1% on Hopper and
     Walker2d, by 9% on HalfCheetah, whose gait is about as short; its sign never.
 
     Args:
         clips: The N clips that were marked.
-        rows: `(M, 4)` integers: which clip, the stretch's first frame (from 0), its last, which is
-            part of it, and whether it is good (1) or bad (0).
+        rows: `(M, 4)` integers: clip, first frame of the stretch (from 0), last frame
+            (inclusive), and 1 for good or 0 for bad.
 
     Raises:
-        InvalidInput: Rows of another shape or type, a clip that there isn't, frames out of order or
+        InvalidInput: Rows of another shape or type, a clip out of range, frames out of order or
             past the clip's end, or a last number that is neither 0 nor 1.
 
     Example:
         >>> clips = Clips(torch.arange(5.0).reshape(1, 5, 1), torch.zeros(1, 5, 1))
-        >>> said = Marks(clips, torch.tensor([[0, 3, 4, 1]])).comparisons()
-        >>> said.clips.observations.squeeze()  # the rest, and the stretch, each five frames long
+        >>> comparisons = Marks(clips, torch.tensor([[0, 3, 4, 1]])).comparisons()
+        >>> comparisons.clips.observations.squeeze()  # the rest and the stretch, of five frames
         tensor([[0., 0., 1., 2., 2.],
                 [3., 3., 4., 4., 4.]])
     """
@@ -176,25 +172,25 @@ class Marks:
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Marks:
         return replace(self, rows=self.rows[as_rows(index)])
 
-    def places(self) -> Tensor:
-        """`(Q,)` long, which marks `comparisons` speaks of: all but those of a whole clip."""
+    def compared_rows(self) -> Tensor:
+        """Rows `(Q,)` of the marks in `comparisons`: all but those of a whole clip."""
         clip, first, last, _ = self.rows.T
         partial = last - first + 1 < self.clips.lengths.to(clip.device)[clip]
         return partial.nonzero().squeeze(1)
 
     def comparisons(self) -> Comparisons:
-        r"""The same said of Q pairs of clips: the rest of the clip, and the stretch.
+        r"""Equivalent comparisons of Q pairs of clips: the rest of the clip, and the stretch.
 
-        Both are as long as the clip, their frames repeated as evenly as can be: each counts
-        $\lfloor T/n \rfloor$ or $\lceil T/n \rceil$ times, where there are n. A mark of a whole
-        clip has no rest, says nothing here and is passed over.
+        Both are as long as the clip, their n frames repeated as evenly as possible: each counts
+        $\lfloor T/n \rfloor$ or $\lceil T/n \rceil$ times. A mark of a whole clip has no rest and
+        is left out.
         """
-        clip, first, last, good = self.rows[self.places()].long().T
+        clip, first, last, good = self.rows[self.compared_rows()].long().T
         device = self.clips.mask.device
         lengths = self.clips.lengths.to(clip.device)[clip, None]
         first, inside = first[:, None], (last - first + 1)[:, None]
         step = torch.arange(self.clips.length, device=clip.device).expand(len(clip), -1)
-        # Past a shorter clip's end stands what the mask hides.
+        # Past a shorter clip's end the mask hides what stands there.
         at = 2 * torch.minimum(step, lengths - 1) + 1
         stretch = first + at * inside // (2 * lengths)
         rest = at * (lengths - inside) // (2 * lengths)
@@ -213,28 +209,27 @@ class Marks:
 
 @dataclass(frozen=True, eq=False)
 class Ratings:
-    """M clips, each by itself, that somebody said how good they are.
+    """M ratings of single clips.
 
-    Only the order of one person's ratings is believed: what one calls 0.8 another calls 0.6, and
-    comparisons leave the constant free that an absolute rating would need. So each rating is an
-    answer to whether its clip is better than the one that the same person last rated otherwise
-    before it: M ratings are M - 1 comparisons at most, and no rating counts for more than one
-    answer. Of one person's ratings of one clip the last is meant.
+    Only the order of one person's ratings is used: two people's scales differ, and comparisons
+    leave the constant free that an absolute rating would need. Each rating becomes a comparison of
+    its clip with the last clip before it that the same person rated differently: M ratings are
+    M - 1 comparisons at most, and no rating counts for more than one. Of one person's ratings of
+    one clip the last counts.
 
     Args:
         clips: The N clips that were rated.
         which: `(M,)` integers, the clip of each rating, oldest first.
-        rating: `(M,)`, any numbers of which a higher one is better.
+        rating: `(M,)`, any numbers; higher is better.
         raters: `(M,)` integers, a number for each person; None for one person.
 
     Raises:
-        InvalidInput: Shapes that don't agree, a clip that there isn't, or a rating that isn't
-            finite.
+        InvalidInput: Shapes that don't agree, a clip out of range, or a rating that isn't finite.
 
     Example:
         >>> clips = Clips(torch.zeros(3, 5, 2), torch.zeros(3, 5, 1))
-        >>> said = Ratings(clips, torch.tensor([0, 2, 1]), torch.tensor([0.3, 0.9, 0.9]))
-        >>> said.comparisons().pairs.tolist(), said.comparisons().preference
+        >>> ratings = Ratings(clips, torch.tensor([0, 2, 1]), torch.tensor([0.3, 0.9, 0.9]))
+        >>> ratings.comparisons().pairs.tolist(), ratings.comparisons().preference
         ([[0, 2], [0, 1]], tensor([1., 1.]))
     """
 
@@ -268,33 +263,32 @@ class Ratings:
     def __len__(self) -> int:
         return len(self.which)
 
-    def places(self) -> Tensor:
-        """`(Q,)` long, which ratings `comparisons` speaks of: those with one to be set beside."""
-        return torch.tensor([place for place, _ in self._beside()], dtype=torch.long)
+    def compared_rows(self) -> Tensor:
+        """Rows `(Q,)` of the ratings in `comparisons`: those with an earlier, different one."""
+        return self._pairs()[:, 1]
 
     def comparisons(self) -> Comparisons:
-        """The same said of Q pairs of clips: the one rated before, and the one rated."""
-        beside = self._beside()
-        pairs = torch.tensor([[before, place] for place, before in beside]).long().view(-1, 2)
+        """Equivalent comparisons of Q pairs of clips: the one rated before, and the one rated."""
+        pairs = self._pairs()
         before, after = self.rating.cpu()[pairs].T
         return Comparisons(self.clips, self.which.cpu().long()[pairs], (after > before).float())
 
-    def _beside(self) -> list[tuple[int, int]]:
-        """Places of ratings that count, each with that of the rating it is set beside."""
+    def _pairs(self) -> Tensor:
+        """Rows `(Q, 2)` of ratings: the earlier one, and the one compared with it."""
         raters = [0] * len(self) if self.raters is None else self.raters.tolist()
-        meant = {
-            said: place for place, said in enumerate(zip(raters, self.which.tolist(), strict=True))
-        }
-        last: dict[int, tuple[int, int | None]] = {}  # and the last one that differs from it
-        found, rating = [], self.rating.tolist()
-        for place in sorted(meant.values()):
-            latest, other = last.get(raters[place], (None, None))
-            if latest is not None and rating[latest] != rating[place]:
+        # Of one person's ratings of one clip the last.
+        final = {key: row for row, key in enumerate(zip(raters, self.which.tolist(), strict=True))}
+        # Of each person the latest row, and the last before it whose rating differs.
+        last: dict[int, tuple[int, int | None]] = {}
+        pairs, rating = [], self.rating.tolist()
+        for row in sorted(final.values()):
+            latest, other = last.get(raters[row], (None, None))
+            if latest is not None and rating[latest] != rating[row]:
                 other = latest
             if other is not None:
-                found.append((place, other))
-            last[raters[place]] = place, other
-        return found
+                pairs.append((other, row))
+            last[raters[row]] = row, other
+        return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
 def _check_clips(name: str, clip: Tensor, n: int) -> None:
@@ -308,6 +302,6 @@ def _check_clips(name: str, clip: Tensor, n: int) -> None:
 
 
 def _refuse(wrong: Tensor, why: Callable[[int], str]) -> None:
-    """Raises InvalidInput about the first row that is wrong, if one is."""
+    """Raise InvalidInput for the first row that is wrong, if one is."""
     if bool(wrong.any()):
         raise InvalidInput(why(int(wrong.nonzero()[0])))

@@ -1,12 +1,10 @@
-"""MC dropout: what one network believes with different of its units missing."""
+"""MC dropout: one network, evaluated with different units dropped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,24 +13,16 @@ from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
 from rewardmodels.networks import MLP, FrameNetwork
-from rewardmodels.scoring import (
-    Array,
-    Fold,
-    Layer,
-    as_array,
-    fold_mlp,
-    pass_hidden,
-    sample_moments,
-)
 
 
 class MCDropout(SampledRewardModel):
-    """One network, asked under S dropout masks (Gal & Ghahramani 2016, arXiv:1506.02142, eq. 8).
+    """One network, evaluated under S dropout masks.
 
-    A sample is a mask held fixed over every clip and frame, so that it is a function. A mask
-    drawn anew for each frame would make a clip differ from itself: covariances would vanish,
-    and the variance of a difference would say nothing. The masks follow from a seed drawn when
-    the network is made and saved with it; asking twice gives the same belief twice.
+    Gal & Ghahramani 2016, arXiv:1506.02142, eq. 8. A sample is a mask held fixed over all clips and
+    frames, so that it is a function. A mask drawn anew for each frame would make a clip differ
+    from itself: covariances would vanish, and the variance of a difference would mean nothing. The
+    masks follow from a seed drawn when the network is made and saved with it, so that the
+    posterior is the same at each call.
 
     In training each comparison draws one mask, which all frames of its two clips share. It is
     one term of the log likelihood, and stands for one draw of the network's weights; comparisons
@@ -40,12 +30,12 @@ class MCDropout(SampledRewardModel):
     gradient than one mask for all of a minibatch.
 
     Of a multilayer perceptron the units of each hidden layer are dropped, of any other network
-    those of its features.
+    its features.
 
     Args:
         samples: S.
         rate: Share of units dropped, from 0 to below 1.
-        options: As `RewardModel` has them.
+        options: As for `RewardModel`.
 
     Raises:
         InvalidInput: A number out of range.
@@ -70,49 +60,35 @@ class MCDropout(SampledRewardModel):
         self.register_buffer("mask_seed", torch.tensor(0))
 
     def build(self, inputs: int) -> None:
-        """Makes the network, and draws the seed of its masks."""
+        """Make the network, and draw the seed of its masks."""
         self.mask_seed.random_(2**31)
         self.network = self.frame_network(inputs)
 
     def masks(self) -> list[Tensor]:
-        """A mask `(S, 1, H)` for each hidden layer: 0, or what keeps a unit's mean as it was."""
-        generator = torch.Generator().manual_seed(int(self.mask_seed))
-        return [mask.to(self.device) for mask in self._draw(self.samples, generator)]
+        """A mask `(S, 1, H)` for each hidden layer: 0, or what keeps a unit's mean."""
+        return self._draw(self.samples, torch.Generator().manual_seed(int(self.mask_seed)))
 
-    def rewards(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """`(S, B)`, the network's view under each mask."""
-        return self._under(self.masks(), self.inputs(observations, actions))
-
-    def fold(self) -> Fold | None:
-        """The layers and the masks; None for a network that is no multilayer perceptron."""
-        layers, last = fold_mlp(self.network.body), self.network.last
-        if layers is None:
-            return None
-        *masks, last_mask = (mask.squeeze(1) for mask in self.masks())
-        return partial(
-            _score,
-            layers,
-            [as_array(mask) for mask in masks],
-            as_array(last_mask * last.weight),
-            as_array(last.bias - self.gauge),
-        )
+    def rewards(self, inputs: Tensor) -> Tensor:
+        """Rewards `(S, B)` under each mask."""
+        return self._masked(self.masks(), inputs)
 
     def loss(self, batch: PairBatch) -> Tensor:
         """Mean over comparisons of the log loss, each under a mask of its own."""
-        masks = [mask.to(self.device) for mask in self._draw(len(batch.index))]
-        difference = self._each(batch.second, masks) - self._each(batch.first, masks)
+        masks = self._draw(len(batch.index))
         return negative_log_likelihood(
-            difference, batch.preference, random_answer_rate=self.random_answer_rate
+            self._masked_returns(batch.second, masks) - self._masked_returns(batch.first, masks),
+            batch.preference,
+            random_answer_rate=self.random_answer_rate,
         ).mean()
 
-    def _each(self, clips: Clips, masks: list[Tensor]) -> Tensor:
-        """`(N,)` returns, of each clip under the mask at its own place."""
+    def _masked_returns(self, clips: Clips, masks: list[Tensor]) -> Tensor:
+        """Returns `(N,)` of N clips, clip i under mask i."""
         frames = self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
-        rewards = self._under(masks, frames, clips.mask.shape)
+        rewards = self._masked(masks, frames, clips.mask.shape)
         return rewards.masked_fill(~clips.mask, 0).sum(1)
 
-    def _under(self, masks: list[Tensor], frames: Tensor, shape: Sequence[int] = (-1,)) -> Tensor:
-        """Rewards of frames `(B, D)`, laid out as `shape`, which masks then meet from the right."""
+    def _masked(self, masks: list[Tensor], frames: Tensor, shape: Sequence[int] = (-1,)) -> Tensor:
+        """Rewards of frames `(B, D)` laid out as `shape`, against which masks broadcast."""
         body = self.network.body
         if isinstance(body, MLP):
             features = body(frames.unflatten(0, shape), masks)
@@ -124,16 +100,5 @@ class MCDropout(SampledRewardModel):
     def _draw(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
         keep, body = 1 - self.rate, self.network.body
         widths = self.hidden if isinstance(body, MLP) else (self.network.width,)
-        return [
-            torch.rand(n, 1, width, generator=generator).lt(keep).float() / keep for width in widths
-        ]
-
-
-def _score(
-    layers: Sequence[Layer], masks: Sequence[Array], last: Array, constant: Array, inputs: Array
-) -> tuple[Array, Array]:
-    # All masks share the first layer; from there on hidden layers are (B, S, H).
-    hidden = pass_hidden(inputs, layers[:1])[:, None]
-    for mask, layer in zip(masks, layers[1:], strict=True):
-        hidden = pass_hidden(hidden * mask, [layer])
-    return sample_moments(np.vecdot(hidden, last) + constant)
+        masks = [torch.rand(n, 1, width, generator=generator).lt(keep) for width in widths]
+        return [(mask.float() / keep).to(self.device) for mask in masks]

@@ -1,12 +1,10 @@
-"""Epinet: one network, and a small one beside it that says what could be otherwise."""
+"""Epinet: one network, and a small one whose random index gives the uncertainty."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,18 +13,6 @@ from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
 from rewardmodels.networks import PRIOR_GAIN, FrameNetwork, MemberMLP
-from rewardmodels.scoring import (
-    Array,
-    Fold,
-    Layer,
-    as_array,
-    fold_members,
-    fold_mlp,
-    leaky_relu,
-    pass_hidden,
-    pass_members,
-    sample_moments,
-)
 
 _PRIOR_HIDDEN = (5, 5)  # Osband et al. 2023, §4.1
 
@@ -41,21 +27,21 @@ class Epinet(SampledRewardModel):
 
     where $\phi$ is the base network's last hidden layer, which the epinet's gradient doesn't
     reach (sg), $h$ has one hidden layer and is trained, and the $p_i$ are small random networks
-    that aren't. Each index is a function. Those asked for a belief follow from a seed drawn
+    that aren't. Each index is a reward function. The S of the posterior follow from a seed drawn
     when the networks are made and saved with them. In training all comparisons of a minibatch
-    see the same few fresh indices, each held fixed over all frames.
+    share a few fresh indices, each held fixed over all frames.
 
     Frames pass the base network once, whatever the number of samples.
 
     Args:
         index_dim: Numbers in an index.
-        samples: S, indices asked for a belief.
+        samples: S, indices of the posterior.
         prior_scale: $\beta$, in reward units per frame for outputs of about one.
         epinet_width: Hidden units of the epinet.
-        training_indices: Indices that each minibatch sees.
-        weight_decay: As `RewardModel` has it. Each index is trained on all answers, none on a
+        training_indices: Indices drawn for each minibatch.
+        weight_decay: As for `RewardModel`. Each index is trained on all comparisons, none on a
             bootstrap, so that with less of it all agree too soon on rewards that are too large.
-        options: As `RewardModel` has them; the base network's.
+        options: As for `RewardModel`; the base network's.
 
     Raises:
         InvalidInput: A number out of range.
@@ -96,7 +82,7 @@ class Epinet(SampledRewardModel):
         self.register_buffer("index_seed", torch.tensor(0))
 
     def build(self, inputs: int) -> None:
-        """Makes the three networks, and draws the seed of the indices."""
+        """Make the three networks, and draw the seed of the indices."""
         self.index_seed.random_(2**31)
         self.network = self.frame_network(inputs)
         # The first layer in its two parts, so that frames and indices each pass theirs once.
@@ -107,17 +93,15 @@ class Epinet(SampledRewardModel):
         self.prior = prior.requires_grad_(False)
 
     def indices(self) -> Tensor:
-        """`(S, Z)`, those asked for a belief; the same at each call."""
-        generator = torch.Generator().manual_seed(int(self.index_seed))
-        return self._draw(self.samples, generator)
+        """Indices `(S, Z)` of the posterior, the same at each call."""
+        return self._draw(self.samples, torch.Generator().manual_seed(int(self.index_seed)))
 
-    def rewards(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """`(S, B)`, the view of each index asked for a belief."""
-        return self.rewards_of(self.indices(), observations, actions)
+    def rewards(self, inputs: Tensor) -> Tensor:
+        """Rewards `(S, B)` under each index of the posterior."""
+        return self.rewards_of(self.indices(), inputs)
 
-    def rewards_of(self, indices: Tensor, observations: Tensor, actions: Tensor) -> Tensor:
-        """`(I, B)` rewards of B frames under each of the indices `(I, Z)`, not yet centred."""
-        frames = self.inputs(observations, actions)
+    def rewards_of(self, indices: Tensor, frames: Tensor) -> Tensor:
+        """Rewards `(I, B)` of frames with inputs `(B, D)` under indices `(I, Z)`, not centred."""
         features = self.network.features(frames)
         base: Tensor = self.network.last(features).squeeze(1)
         of_frame = self.of_frame(torch.cat([features.detach(), frames], 1))
@@ -128,35 +112,13 @@ class Epinet(SampledRewardModel):
         constant = (indices @ self.out.bias)[:, None]
         return base + learned + constant + self.prior_scale * (indices @ self.prior(frames))
 
-    def fold(self) -> Fold | None:
-        """The layers, and all that is known of the indices before a frame comes; as `rewards_of`.
-
-        None for a base network that is no multilayer perceptron.
-        """
-        layers, last, indices = fold_mlp(self.network.body), self.network.last, self.indices()
-        if layers is None:
-            return None
-        of_features, of_inputs = self.of_frame.weight.tensor_split([self.network.width], 1)
-        constant = indices @ self.out.bias + last.bias - self.gauge
-        return partial(
-            _score,
-            _Folded(
-                base=layers,
-                prior=fold_members(self.prior, scale=self.prior_scale),
-                of_features=as_array(torch.cat([of_features, last.weight]).T),
-                of_inputs=as_array(of_inputs.T),
-                of_index=as_array(self.of_index(indices) + self.of_frame.bias),
-                out=as_array(indices @ self.out.weight),
-                indices=as_array(indices.T),
-                constant=as_array(constant),
-            ),
-        )
-
     def loss(self, batch: PairBatch) -> Tensor:
         """Mean log loss over comparisons and a few fresh indices."""
         indices = self._draw(self.training_indices)
         first, second = (
-            self.rewards_of(indices, clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
+            self.rewards_of(
+                indices, self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
+            )
             .unflatten(1, clips.mask.shape)
             .masked_fill(~clips.mask, 0)
             .sum(2)
@@ -168,22 +130,3 @@ class Epinet(SampledRewardModel):
 
     def _draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return torch.randn(n, self.index_dim, generator=generator).to(self.network.last.weight)
-
-
-class _Folded(NamedTuple):
-    base: list[Layer]
-    prior: list[Layer]
-    of_features: Array  # (H, E + 1), the last column that of the base network's output
-    of_inputs: Array  # (D, E)
-    of_index: Array  # (S, E)
-    out: Array  # (S, E)
-    indices: Array  # (Z, S)
-    constant: Array  # (S,)
-
-
-def _score(net: _Folded, inputs: Array) -> tuple[Array, Array]:
-    of_features = pass_hidden(inputs, net.base) @ net.of_features
-    of_frame, base = of_features[:, :-1] + inputs @ net.of_inputs, of_features[:, -1:]
-    learned = np.vecdot(leaky_relu(of_frame[:, None] + net.of_index), net.out)
-    prior = pass_members(inputs, net.prior).T @ net.indices
-    return sample_moments(base + learned + prior + net.constant)

@@ -1,9 +1,11 @@
-"""RewardModel: what every predictor is, whatever it is made of."""
+"""RewardModel, the base class of all predictors."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,7 +20,7 @@ from rewardmodels.frames import FrameInputs, FrameSpec
 from rewardmodels.likelihood import check_random_answer_rate
 from rewardmodels.networks import CNN, MLP, Activation, FrameNetwork, MakeNetwork, network_maker
 from rewardmodels.posterior import ReturnPosterior, SampledPosterior
-from rewardmodels.scoring import Fold, FrameScorer
+from rewardmodels.scoring import FrameScorer, to_numpy
 
 # Bounds the memory of `posterior`, and keeps it within a processor's cache; each frame is seen
 # once either way.
@@ -32,16 +34,16 @@ RewardOf = Literal["observation_action", "observation"]
 
 @dataclass(frozen=True)
 class FitReport:
-    """How a fit went.
+    """Result of a fit.
 
     Attributes:
-        epochs: Passes over the training answers that the kept weights have had in this fit.
-        train_log_loss: Mean loss of the last of them, nats per answer.
-        held_out_log_loss: That of what is believed of the answers kept back, of every kind; NaN
-            without any.
-        held_out_accuracy: Share of decided (not tied) held-out answers that were predicted;
-            NaN without any.
-        held_out: How many answers were kept back.
+        epochs: Passes over the training comparisons that the kept weights have had in this fit.
+        train_log_loss: Mean loss of the last of them, nats per comparison.
+        held_out_log_loss: Mean negative log likelihood of the held-out comparisons under the
+            posterior, nats; NaN without any.
+        held_out_accuracy: Share of the decided (not tied) held-out comparisons that were
+            predicted; NaN without any.
+        held_out: Number of held-out comparisons.
     """
 
     epochs: int
@@ -53,13 +55,13 @@ class FitReport:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """A minibatch of Q comparisons.
+    """Minibatch of Q comparisons.
 
     Args:
-        first: Q clips that were written first.
-        second: The Q clips they were compared with.
+        first: First clips of Q pairs.
+        second: Second clips.
         preference: `(Q,)`, probability that the second is preferred.
-        index: `(Q,)` long, the place of each among all answers of its kind: comparisons, marks or
+        index: `(Q,)` long, place of each among all feedback of its kind: comparisons, marks or
             ratings.
     """
 
@@ -69,7 +71,7 @@ class PairBatch:
     index: Tensor
 
     def to(self, device: torch.device | str) -> PairBatch:
-        """Returns the same minibatch on another device."""
+        """Return the same minibatch on another device."""
         return PairBatch(
             self.first.to(device),
             self.second.to(device),
@@ -79,47 +81,73 @@ class PairBatch:
 
 
 class RewardModel(L.LightningModule, ABC):
-    """A belief about rewards, learned from comparisons and their like by `rewardmodels.fit`.
+    """Base class of reward models: a LightningModule with a joint posterior over returns.
 
-    A subclass writes `build`, `loss`, `after_epoch`, `compute_posterior` and, where it needs to,
-    `before_fit` and `after_fit`. Its constructor takes hyper-parameters only, its own and, as
-    `**options`, those below; shapes come with the first data.
+    `rewardmodels.fit` trains it. Observations are vectors or, with three axes or more, images
+    `(C, H, W)`; actions are vectors, or one whole number each. For the reward of a transition see
+    `transitions`; for that of an item with a feature vector, such as an embedded text,
+    `Clips.of_items`.
 
-    Observations are vectors or, with three axes or more, images `(C, H, W)`; actions are vectors,
-    or one whole number each. For the reward of a transition see `transitions`; for that of an item
-    with a feature vector, such as an embedded text, `Clips.of_items`.
+    Comparisons leave rewards free up to a constant per frame. Every function drawn from the
+    posterior is therefore centred on one reference batch, fixed at the first fit and saved with the
+    model: its mean reward over the reference is zero. Between clips of different length the
+    constant does count, since a return is a sum over real frames: it is learned from such
+    comparisons, and without any the reference decides what one more frame is worth.
 
-    Comparisons leave rewards free up to a constant per frame. Every sample is therefore
-    centred on one reference batch, fixed at the first fit and stored with the model: its mean
-    reward over the reference is zero, so that what is said of a single frame doesn't hold an
-    arbitrary constant. Between clips of different length that constant does count, since a
-    return is a sum over real frames: it is learned from such comparisons, and the reference
-    decides what a frame more is worth where there are none.
+    **To write a predictor**, subclass and write these methods. The constructor takes
+    hyper-parameters only (its own, and those below as `**options`); shapes come with the first
+    data.
+
+    | method | runs | does |
+    |---|---|---|
+    | `build(inputs)` | once, at the first fit or `load` | makes the networks |
+    | `before_fit(clips)` | first in each fit | updates the normalisation; optional |
+    | `loss(batch)` | at each step | returns a scalar to minimise, nats per comparison |
+    | `after_epoch()` | after each epoch, and with the kept weights | centres functions |
+    | `after_fit(comparisons)` | last, with the kept weights | e.g. inverts a Hessian; optional |
+    | `compute_posterior(clips)` | in `posterior` | returns the centred `ReturnPosterior` |
+    | `frame_moments(inputs)` | in `frame_scorer` | returns mean and std of frames; optional |
+
+    What is learned must be a parameter or a registered buffer, or `save` misses it. If the
+    posterior is a finite set of reward functions, extend `SampledRewardModel`, which needs only
+    `build`, `loss` and `rewards`. `rewardmodels.checks.check_reward_model` tests that a predictor
+    keeps the library's promises:
+
+        >>> from rewardmodels import SampledRewardModel, negative_log_likelihood
+        >>> from rewardmodels.checks import check_reward_model
+        >>> class LinearRewards(SampledRewardModel):
+        ...     def build(self, inputs):
+        ...         self.layer = nn.Linear(inputs, 5)  # five functions
+        ...     def rewards(self, inputs):
+        ...         return self.layer(inputs).T
+        ...     def loss(self, batch):
+        ...         difference = self.returns(batch.second) - self.returns(batch.first)
+        ...         return negative_log_likelihood(difference, batch.preference).mean()
+        >>> check_reward_model(LinearRewards)
 
     Args:
         hidden: Widths of the hidden layers, none for a reward that is linear in its inputs; those
             behind the convolutions where observations are images.
-        network: In their place, a module of your own from `(B, D)` inputs to `(B, H)` features, or
-            a function from D to one; a last layer, linear in the features, follows. Inputs are
-            normalised, the observation's numbers first (an image's row by row, channel by
-            channel), then the action's. A module is copied, never changed.
-        activation: Of hidden units: "silu", which is right more often about what it has not seen;
-            or "leaky_relu", as Christiano et al. (2017) have, on whose rewards the policies of
-            `rewardmodels learn` get further.
-        reward_of: Whether a reward is one of the observation and the action, or of the observation
-            alone.
-        discrete_actions: How many there are to choose from, where actions are whole numbers; 0 for
+        network: In their place, your own module from `(B, D)` inputs to `(B, H)` features, or a
+            function from D to one; a last layer, linear in the features, follows. Inputs are
+            normalised: the observation's numbers (an image's row by row, channel by channel), then
+            the action's. A module is copied, never changed.
+        activation: Of hidden units: "silu", which predicts comparisons better; or "leaky_relu", as
+            in Christiano et al. (2017), on whose rewards the policies of `rewardmodels learn` get
+            further.
+        reward_of: Inputs of the reward: observation and action, or the observation alone.
+        discrete_actions: Number of actions to choose from, where actions are whole numbers; 0 for
             as many as the first clips show.
         learning_rate: Step size of AdamW.
         weight_decay: Decoupled weight decay of AdamW, which takes `learning_rate` times as much of
             each weight at each step: 0.01 does next to nothing in a few hundred steps.
-        random_answer_rate: How often the teacher is taken to answer at random (Christiano et al.
-            2017, §2.2.3, use 0.1).
+        random_answer_rate: Probability that the teacher answers at random (Christiano et al. 2017,
+            §2.2.3, use 0.1).
 
     Attributes:
         spec: Shapes of a frame; None before the first data.
-        fitted: Whether it may be asked.
-        fit_report: How the latest fit went; None before the first, and after `load`.
+        fitted: True once it was fitted or loaded.
+        fit_report: Result of the latest fit; None before the first, and after `load`.
 
     Raises:
         InvalidInput: A number out of range.
@@ -179,45 +207,54 @@ class RewardModel(L.LightningModule, ABC):
 
     @abstractmethod
     def build(self, inputs: int) -> None:
-        """Makes the networks, for frames that are vectors of `inputs` numbers."""
+        """Make the networks, for frames that are vectors of `inputs` numbers."""
 
     @abstractmethod
     def loss(self, batch: PairBatch) -> Tensor:
         """Scalar to minimise, in nats per comparison."""
 
+    def before_fit(self, clips: Clips) -> None:
+        """Add the real frames of these clips to the statistics that inputs are normalised by."""
+        assert self.frame_inputs is not None
+        for part in clip_chunks(clips):
+            self.frame_inputs.update(part.observations[part.mask], part.actions[part.mask])
+
     @abstractmethod
     def after_epoch(self) -> None:
-        """Does what a belief needs after each epoch, and is quick: the gauge."""
+        """Do what the posterior needs after each epoch, and is quick, such as centring."""
 
     def after_fit(self, comparisons: Comparisons) -> None:
-        """Does what is left once the best weights are back: an inverse Hessian, say.
+        """Do what the posterior needs once the best weights are back, such as a Hessian.
 
         Called once a fit, without gradients, in eval mode and after `after_epoch`.
 
         Args:
-            comparisons: Those that were trained on, and what marks and ratings came to; none that
-                were kept back.
+            comparisons: Training comparisons, those made of marks and ratings included; none that
+                was held out.
         """
 
     @abstractmethod
     def compute_posterior(self, clips: Clips) -> ReturnPosterior:
-        """The centred belief about checked clips; called without gradients, in eval mode."""
+        """Centred posterior of checked clips; called without gradients, in eval mode."""
 
-    def fold(self) -> Fold | None:
-        """The belief about single frames as a function of arrays, for `frame_scorer`.
+    def frame_moments(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of single frames' rewards, which `frame_scorer` translates.
 
-        A predictor that has none is right without it, if slower. One that inherits it, and
-        changes what is believed, has to give its own, or None.
+        A predictor that inherits it, and changes `compute_posterior`, has to change it too.
+
+        Args:
+            inputs: `(B, D)` normalised inputs, as from `inputs`.
 
         Returns:
-            A function from normalised inputs `(B, D)`, as `inputs` makes them, to means and
-            standard deviations `(B,)` in reward units, the gauge included; of copies, so that a
-            later fit doesn't change it. None where there is no such function.
+            `(B,)` and `(B,)`, centred, in reward units.
+
+        Raises:
+            NotImplementedError: This predictor has none; its scorer is right, but slower.
         """
-        return None
+        raise NotImplementedError
 
     def initialise(self, clips: Clips) -> None:
-        """Takes shapes and the reference batch from the first data; later calls only check.
+        """Take shapes and the reference batch from the first data; later calls only check.
 
         Raises:
             InvalidInput: Clips whose frames have other shapes than the first data's.
@@ -237,20 +274,14 @@ class RewardModel(L.LightningModule, ABC):
         self.reference_actions = clips.actions.flatten(0, 1)[chosen].clone()
         self.configure_model()
 
-    def before_fit(self, clips: Clips) -> None:
-        """Adds the real frames of these clips to what inputs are normalised by."""
-        assert self.frame_inputs is not None
-        for part in in_parts(clips):
-            self.frame_inputs.update(part.observations[part.mask], part.actions[part.mask])
-
     def inputs(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """`(B, D)` normalised inputs of B frames."""
+        """Normalised inputs `(B, D)` of B frames."""
         assert self.frame_inputs is not None
         inputs: Tensor = self.frame_inputs(observations, actions)
         return inputs
 
     def frame_body(self, inputs: int) -> nn.Module:
-        """Makes what turns inputs into features: the caller's network, a CNN or an MLP."""
+        """Make the module from inputs to features: the caller's network, a CNN or an MLP."""
         assert self.spec is not None
         if self.make_network is not None:
             return self.make_network(inputs)
@@ -259,75 +290,94 @@ class RewardModel(L.LightningModule, ABC):
         return MLP(inputs, self.hidden, self.activation)
 
     def frame_network(self, inputs: int) -> FrameNetwork:
-        """Makes features with a linear layer behind them."""
+        """Make features with a linear layer behind them."""
         return FrameNetwork(self.frame_body(inputs), inputs)
 
     @torch.no_grad()
     def posterior(self, clips: Clips) -> ReturnPosterior:
-        """The joint belief about the returns of N clips, in reward units.
+        """Joint posterior over the returns of N clips, in reward units.
 
         Raises:
             NotFitted: The model has not been fitted yet.
-            InvalidInput: Clips whose frames have other shapes than those learned from.
+            InvalidInput: Clips whose frames have other shapes than the training data's.
         """
-        if not self.fitted:
-            raise NotFitted(f"{type(self).__name__}: expected a fitted model; call fit first.")
+        self.check_fitted()
         self.check(clips)
-        clips = clips.to(self.device)
-        if not self.training:
-            return self.compute_posterior(clips)
-        self.eval()
-        try:
-            return self.compute_posterior(clips)
-        finally:
-            self.train()
+        with self._evaluating():
+            return self.compute_posterior(clips.to(self.device))
 
     def frame_posterior(self, observations: Tensor, actions: Tensor) -> ReturnPosterior:
-        """The joint belief about the rewards of B single frames, each a clip of length one.
+        """Joint posterior over the rewards of B single frames, each a clip of length one.
 
         Args:
             observations: `(B, *obs)`.
             actions: `(B, *act)`.
 
         Returns:
-            A belief over B returns, in reward units per frame.
+            A posterior over B returns, in reward units per frame.
 
         Raises:
             NotFitted: The model has not been fitted yet.
-            InvalidInput: Frames of other shapes than those learned from, or that hold NaN or
+            InvalidInput: Frames of other shapes than the training data's, or that hold NaN or
                 infinity.
 
         Example:
             >>> from rewardmodels import Comparisons, DeepEnsemble, fit
             >>> clips = Clips(torch.randn(4, 5, 2), torch.randn(4, 5, 1))
-            >>> said = Comparisons(clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))
-            >>> model = fit(DeepEnsemble(members=3), said, epochs=1)
+            >>> comparisons = Comparisons(clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))
+            >>> model = fit(DeepEnsemble(members=3), comparisons, epochs=1)
             >>> model.frame_posterior(torch.zeros(7, 2), torch.zeros(7, 1)).mean.shape
             torch.Size([7])
         """
         return self.posterior(Clips(observations[:, None], actions[:, None]))
 
     def frame_scorer(self) -> FrameScorer:
-        """Makes what answers for one frame at a time as `frame_posterior` does, only sooner.
+        """Make a fast snapshot of `frame_posterior`, for one frame at a time.
 
-        It keeps what is believed now: a later fit doesn't change it, so make another after each.
+        A later fit doesn't change it, so make another after each.
 
         Raises:
             NotFitted: The model has not been fitted yet.
         """
-        if not self.fitted:
-            raise NotFitted(f"{type(self).__name__}: expected a fitted model; call fit first.")
-        return FrameScorer(self)
+        self.check_fitted()
+        assert self.spec is not None
+        assert self.frame_inputs is not None
+        try:
+            with self._evaluating():
+                moments = to_numpy(self.frame_moments, self.frame_inputs.size, self.device)
+        except NotImplementedError:
+            moments = None
+        if moments is not None:
+            return FrameScorer(self.spec, self.frame_inputs, moments)
+        snapshot = copy.deepcopy(self).eval()
+        return FrameScorer(self.spec, self.frame_inputs, posterior=snapshot.frame_posterior)
 
     def check(self, clips: Clips) -> None:
-        """Raises InvalidInput unless the clips' frames have the shapes learned from."""
+        """Raise InvalidInput unless the clips' frames have the training data's shapes."""
         assert self.spec is not None
         self.spec.check(clips)
+
+    def check_fitted(self) -> None:
+        """Raise NotFitted before the first fit."""
+        if not self.fitted:
+            raise NotFitted(f"{type(self).__name__}: expected a fitted model; call fit first.")
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode inside the block."""
+        training = self.training
+        if training:
+            self.eval()
+        try:
+            yield
+        finally:
+            if training:
+                self.train()
 
     # What Lightning calls.
 
     def configure_model(self) -> None:
-        """Builds the networks, once shapes are known; Lightning calls it at each fit."""
+        """Build the networks, once shapes are known; Lightning calls it at each fit."""
         if self.spec is not None and self.frame_inputs is None:
             frame_inputs = FrameInputs(self.spec, actions=self.reward_of == "observation_action")
             self.build(frame_inputs.size)
@@ -340,14 +390,15 @@ class RewardModel(L.LightningModule, ABC):
         )
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """One minibatch."""
+        """Loss of one minibatch."""
         return self.loss(batch)
 
 
 class SampledRewardModel(RewardModel):
-    """A model whose belief is a finite set of functions: members, masks or indices.
+    """Base class of models whose posterior is S equally likely reward functions.
 
-    A subclass gives `rewards`; the belief follows.
+    These are the members of an ensemble, dropout masks or indices. A subclass writes `build`,
+    `loss` and `rewards`.
     """
 
     gauge: Tensor
@@ -357,29 +408,37 @@ class SampledRewardModel(RewardModel):
         self.register_buffer("gauge", None)
 
     @abstractmethod
-    def rewards(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """`(S, B)` rewards of B frames under each function, not yet centred."""
+    def rewards(self, inputs: Tensor) -> Tensor:
+        """Rewards `(S, B)` of frames with inputs `(B, D)` under each function, not centred."""
+
+    def returns(self, clips: Clips) -> Tensor:
+        """Returns `(S, N)` of each clip under each function, not centred."""
+        frames = self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
+        rewards = self.rewards(frames).unflatten(1, clips.mask.shape)
+        return rewards.masked_fill(~clips.mask, 0).sum(2)
 
     @torch.no_grad()
     def after_epoch(self) -> None:
-        """Centres each function on the reference batch."""
-        rewards = self.rewards(self.reference_observations, self.reference_actions)
-        self.gauge = rewards.mean(1)
+        """Centre each function on the reference batch."""
+        inputs = self.inputs(self.reference_observations, self.reference_actions)
+        self.gauge = self.rewards(inputs).mean(1)
 
     def compute_posterior(self, clips: Clips) -> SampledPosterior:
-        """Sums centred rewards over each clip's real frames."""
+        """Centred rewards, summed over each clip's real frames."""
         constant = self.gauge[:, None] * clips.lengths
-        some = in_parts(clips, functions=len(self.gauge))
-        return SampledPosterior(torch.cat([self.returns(part) for part in some], 1) - constant)
+        chunks = clip_chunks(clips, functions=len(self.gauge))
+        return SampledPosterior(torch.cat([self.returns(part) for part in chunks], 1) - constant)
 
-    def returns(self, clips: Clips) -> Tensor:
-        """`(S, N)` returns of each clip under each function, not yet centred."""
-        rewards = self.rewards(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
-        return rewards.unflatten(1, clips.mask.shape).masked_fill(~clips.mask, 0).sum(2)
+    def frame_moments(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        rewards = self.rewards(inputs) - self.gauge[:, None]
+        mean = rewards.mean(0)
+        # Deviations are squared, never the rewards themselves, so that functions that hardly
+        # differ keep the digits in which they do.
+        return mean, (rewards - mean).square().mean(0).sqrt()
 
 
-def in_parts(clips: Clips, *, functions: int = 1) -> Iterator[Clips]:
-    """Yields the clips in parts that so many functions can be asked about at once; at least one."""
+def clip_chunks(clips: Clips, *, functions: int = 1) -> Iterator[Clips]:
+    """Yield the clips in chunks that fit in cache for so many functions; at least one chunk."""
     numbers = clips.observations[0:1, 0:1].numel()
     frames = min(_FRAMES_AT_ONCE, _NUMBERS_AT_ONCE // max(1, numbers))
     at_once = max(1, frames // (clips.length * -(-functions // _FUNCTIONS_AT_ONCE)))

@@ -28,7 +28,8 @@ from rewardmodels.laplace import LaplaceHead
 from rewardmodels.model import RewardModel
 from rewardmodels.networks import MakeNetwork
 
-FORMAT = 2  # 1 said mistake_rate where 2 says random_answer_rate
+FORMAT = 2
+_RENAMED = {"mistake_rate": "random_answer_rate", "answers": "comparison_count"}  # since format 1
 _CALIBRATION = "calibration."
 PREDICTORS: dict[str, type[RewardModel]] = {
     cls.__name__: cls for cls in (DeepEnsemble, Epinet, GPHead, LaplaceHead, MCDropout)
@@ -175,8 +176,6 @@ def load(
             f"{path}: expected a model written by rewardmodels.save, got a damaged file or one of "
             f"another format ({error!r})."
         ) from error
-    if version == 1 and "mistake_rate" in hparams:
-        hparams["random_answer_rate"] = hparams.pop("mistake_rate")
     if version > FORMAT:
         raise UnreadableFile(
             f"{path}: expected format {FORMAT} or older, got {version}; update rewardmodels."
@@ -192,9 +191,14 @@ def load(
         raise InvalidInput(
             f"network: expected {which}, got {network!r}; pass it as load(path, network=...)."
         )
-    if network is not None:
-        hparams["network"] = network
     try:
+        if version == 1:
+            hparams, tensors = (
+                {_RENAMED.get(name, name): value for name, value in found.items()}
+                for found in (hparams, tensors)
+            )
+        if network is not None:
+            hparams["network"] = network
         # Building draws initial weights, which the file's then replace.
         calibration = {
             name.removeprefix(_CALIBRATION): tensors.pop(name)

@@ -50,6 +50,7 @@ from rewardmodels import (
     Comparisons,
     DeepEnsemble,
     Epinet,
+    FitOptions,
     GPHead,
     InvalidInput,
     LaplaceHead,
@@ -296,11 +297,12 @@ def _taught(
     *,
     seed: int,
     batch_size: int = 64,
-    **options: Any,
+    **settings: Any,
 ) -> tuple[RewardModel, dict[str, Any]]:
-    model = make(**options)
+    model = make(**settings)
     started = time.perf_counter()
-    fit(model, comparisons, groups=groups, seed=seed, batch_size=batch_size)
+    options = FitOptions(batch_size=batch_size, groups=groups)
+    fit(model, comparisons, seed=seed, options=options)
     seconds = time.perf_counter() - started
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model, {"fit seconds": seconds, "parameters": parameters}

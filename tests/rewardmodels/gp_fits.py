@@ -7,6 +7,7 @@ import torch
 from rewardmodels import (
     Clips,
     Comparisons,
+    FitOptions,
     GPHead,
     fit,
 )
@@ -30,7 +31,9 @@ def some(n: int = 20, seed: int = 0, frames: int = 3, ragged: bool = False) -> C
 def fitted(comparisons: Comparisons, epochs: int = 3, **settings: Any) -> GPHead:
     """A model in double precision, so that what is compared is the formula."""
     settings = {"hidden": (8,), "inducing": 12, "random_features": 64, **settings}
-    model = fit(GPHead(**settings), comparisons, epochs=epochs, held_out=0.0).double()
+    model = fit(
+        GPHead(**settings), comparisons, epochs=epochs, options=FitOptions(held_out=0.0)
+    ).double()
     model.after_epoch()
     model.after_fit(comparisons)
     return model

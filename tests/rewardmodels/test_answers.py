@@ -2,8 +2,8 @@
 
 import torch
 
-from rewardmodels import Clips, Comparisons
-from rewardmodels.fitting import Answers
+from rewardmodels import Clips, Comparisons, FitOptions
+from rewardmodels.fitting import TrainingSet
 
 
 def test_a_minibatch_is_the_rows_it_says():
@@ -11,8 +11,8 @@ def test_a_minibatch_is_the_rows_it_says():
     clips = Clips(torch.randn(20, 4, 3, generator=draw), torch.randn(20, 4, 1, generator=draw))
     pairs = torch.randperm(20, generator=draw).view(10, 2)
     answers = Comparisons(clips, pairs, torch.rand(10, generator=draw))
-    gathered = Answers.gather(answers, None, None, held_out=0, groups=None, seed=0)
-    batch = gathered.batches(torch.tensor([2, 4, 9])).__getitems__([2, 0])
+    data = TrainingSet.gather(answers, None, None, FitOptions(), seed=0)
+    batch = data.batch(torch.tensor([9, 2]))
     assert batch.index.tolist() == [9, 2]
     assert torch.equal(batch.first.observations, clips.observations[pairs[[9, 2], 0]])
     assert torch.equal(batch.second.observations, clips.observations[pairs[[9, 2], 1]])

@@ -13,6 +13,7 @@ from rewardmodels import (
     Clips,
     Comparisons,
     DeepEnsemble,
+    FitOptions,
     GaussianPosterior,
     InvalidInput,
     NotFitted,
@@ -143,7 +144,9 @@ def test_isotonic_is_antisymmetric_and_never_certain(spread):
     even = torch.tensor([[0, 0]])
     torch.testing.assert_close(belief.preference(even), torch.tensor([0.5]).double())
     # Whichever clip was written first while calibrating.
-    other = Calibrated(Fake(5.0, spread), "isotonic").calibrate(said.swapped(), random=True)
+    other = Calibrated(Fake(5.0, spread), "isotonic").calibrate(
+        Comparisons(said.clips, said.pairs.flip(1), 1 - said.preference), random=True
+    )
     assert other.temperature == pytest.approx(came.temperature, rel=1e-6)
     torch.testing.assert_close(
         other.posterior(fresh.clips).preference(fresh.pairs),
@@ -291,7 +294,7 @@ def test_a_real_model_is_held_and_left_as_it_was():
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     p = torch.sigmoid(worth[pairs[:, 1]] - worth[pairs[:, 0]])
     said = Comparisons(clips, pairs, torch.bernoulli(p, generator=draw))
-    far = {"epochs": 200, "held_out": 0.0, "batch_size": 16}
+    far = {"epochs": 200, "options": FitOptions(batch_size=16, held_out=0.0)}
     model = fit(DeepEnsemble(members=3, weight_decay=0.0), said[:100], **far)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     belief = Calibrated(model).calibrate(said[100:200], random=True).posterior(clips)

@@ -48,9 +48,8 @@ def test_a_sample_is_one_mask_for_every_clip_and_frame(model):
 class AnewPerFrame(MCDropout):
     """The mistake: nn.Dropout left on, which draws for each frame."""
 
-    def rewards(self, observations: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        frames = self.inputs(observations, actions)
-        return torch.stack([self._under(self._per_frame(len(frames)), frames) for _ in range(200)])
+    def rewards(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self._masked(self._per_frame(len(inputs)), inputs) for _ in range(200)])
 
     def _per_frame(self, n: int) -> list[torch.Tensor]:
         return [mask.squeeze(1) for mask in self._draw(n)]

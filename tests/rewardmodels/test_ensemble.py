@@ -258,7 +258,7 @@ def test_a_member_is_its_network_and_its_prior_by_scale():
     some = answers(clips, returns, 10)
     model = fit(DeepEnsemble(members=3, hidden=(8,), prior_scale=0.7), some, epochs=2)
     frames = model.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
-    came = model.rewards(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
+    came = model.rewards(frames)
     for member in range(3):
         expected = 0.0
         for part, scale in ((model.network, 1.0), (model.prior, 0.7)):

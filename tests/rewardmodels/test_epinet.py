@@ -82,9 +82,9 @@ def test_loss_is_a_loop_over_answers_and_indices(model, monkeypatch):
 
 def test_the_epinets_gradient_stops_at_the_features(model):
     model.zero_grad()
-    frames = CLIPS.observations.flatten(0, 1), CLIPS.actions.flatten(0, 1)
-    under = model.rewards_of(torch.randn(5, 3), *frames)
-    (under - model.rewards_of(torch.zeros(1, 3), *frames)).square().sum().backward()
+    frames = model.inputs(CLIPS.observations.flatten(0, 1), CLIPS.actions.flatten(0, 1))
+    under = model.rewards_of(torch.randn(5, 3), frames)
+    (under - model.rewards_of(torch.zeros(1, 3), frames)).square().sum().backward()
     assert float(model.out.weight.grad.abs().max()) > 0
     for parameter in model.network.parameters():
         assert float(parameter.grad.abs().max()) < 1e-4  # rounding of what cancels

@@ -20,11 +20,12 @@ from rewardmodels import (
     Comparisons,
     DeepEnsemble,
     FitDiverged,
+    FitOptions,
     InvalidInput,
     PairBatch,
     fit,
 )
-from rewardmodels.fitting import Answers
+from rewardmodels.fitting import TrainingSet
 
 
 def some(n: int = 60, seed: int = 0, shift: float = 0.0) -> Comparisons:
@@ -102,9 +103,9 @@ class Spy(DeepEnsemble):
         return super().loss(batch)
 
 
-def held_out_rows(n: int, **settings: Any) -> set[int]:
+def held_out_rows(n: int, seed: int = 0, **options: Any) -> set[int]:
     model = Spy(members=1, hidden=())
-    fit(model, some(120)[:n], epochs=2, **settings)
+    fit(model, some(120)[:n], epochs=2, seed=seed, options=FitOptions(**options))
     rows = set(range(n)) - model.trained_on
     assert model.fit_report is not None
     assert model.fit_report.held_out == len(rows)
@@ -125,7 +126,7 @@ def test_few_answers_are_all_learned_from():
 
 def test_minibatches_hold_every_row_once_an_epoch():
     model = Spy(members=1, hidden=())
-    fit(model, some(50), epochs=3, batch_size=20, held_out=0.0)
+    fit(model, some(50), epochs=3, options=FitOptions(batch_size=20, held_out=0.0))
     assert model.sizes == [20, 20, 10] * 3
 
 
@@ -148,7 +149,9 @@ def test_keeps_the_best_epoch_and_stops_when_it_gets_no_better():
     )
     model = small(learning_rate=3e-2)
     rows = sorted(held_out_rows(60, held_out=0.4))
-    fit(model, noise, patience=5, held_out=0.4, trainer=plain(max_epochs=100, callbacks=[Scores()]))
+    options = FitOptions(patience=5, held_out=0.4)
+    trainer = plain(max_epochs=100, callbacks=[Scores()])
+    fit(model, noise, options=options, trainer=trainer)
     report = model.fit_report
     assert report is not None
     assert report.epochs == int(np.argmin(histories)) + 1
@@ -159,7 +162,7 @@ def test_keeps_the_best_epoch_and_stops_when_it_gets_no_better():
 
 
 def test_without_anything_kept_back_the_last_epoch_is_kept():
-    model = fit(small(), some(), epochs=4, held_out=0.0)
+    model = fit(small(), some(), epochs=4, options=FitOptions(held_out=0.0))
     assert model.fit_report is not None
     assert model.fit_report.epochs == 4
     assert np.isnan(model.fit_report.held_out_log_loss)
@@ -188,8 +191,9 @@ def test_weights_that_break_in_an_epochs_last_step_are_not_kept(held_out):
                 poison(model)
 
     model = small()
+    trainer = plain(max_epochs=3, callbacks=[Late()])
     with pytest.raises(FitDiverged, match="epoch 3"):
-        fit(model, some(), held_out=held_out, trainer=plain(max_epochs=3, callbacks=[Late()]))
+        fit(model, some(), options=FitOptions(held_out=held_out), trainer=trainer)
     assert model.fitted
     assert model.fit_report is not None
     assert model.fit_report.epochs == 2
@@ -318,13 +322,9 @@ def test_whole_numbers_and_images_do():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"comparisons": some(1)}, "comparisons: expected at least 2 answers.*got 1"),
-        ({"held_out": 1.0}, "held_out: .*got 1.0"),
-        ({"held_out": -0.1}, "held_out: .*got -0.1"),
-        ({"held_out": 0.9999}, "held_out: .*leaves some of the 60.*0.9999"),
+        ({"comparisons": some(1)}, "comparisons: expected at least 2 .*got 1"),
+        ({"options": FitOptions(held_out=0.9999)}, "held_out: .*leaves some of the 60.*0.9999"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
-        ({"patience": 0}, "patience: .*got 0"),
-        ({"batch_size": 0}, "batch_size: .*got 0"),
     ],
 )
 def test_refuses_before_it_starts(arguments, message):
@@ -332,6 +332,14 @@ def test_refuses_before_it_starts(arguments, message):
     with pytest.raises(InvalidInput, match=message):
         fit(model, **{"comparisons": some(), **arguments})
     assert model.spec is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("held_out", 1.0), ("held_out", -0.1), ("patience", 0), ("batch_size", 0)]
+)
+def test_options_out_of_range_are_refused(name, value):
+    with pytest.raises(InvalidInput, match=f"{name}: .*got {value}"):
+        FitOptions(**{name: value})
 
 
 def test_refuses_clips_of_other_shapes():
@@ -375,7 +383,8 @@ def test_a_gpu_learns_the_same_and_leaves_its_generator():
 
 
 def kept_back(n: int, groups: torch.Tensor | None) -> torch.Tensor:
-    return Answers.gather(some(n), None, None, held_out=0.3, groups=groups, seed=1).kept_back
+    options = FitOptions(held_out=0.3, groups=groups)
+    return TrainingSet.gather(some(n), None, None, options, seed=1).held_out
 
 
 def test_groups_are_kept_back_together_and_stay_so():
@@ -390,4 +399,4 @@ def test_groups_are_kept_back_together_and_stay_so():
     each = torch.arange(60)
     assert torch.equal(kept_back(60, each), kept_back(60, None))
     with pytest.raises(InvalidInput, match="groups: expected a number for each of 60"):
-        fit(small(), some(60), groups=groups[:3])
+        fit(small(), some(60), options=FitOptions(groups=groups[:3]))

@@ -10,6 +10,7 @@ import torch
 from rewardmodels import (
     Clips,
     Comparisons,
+    FitOptions,
     InvalidInput,
     LaplaceHead,
     NotFitted,
@@ -36,7 +37,7 @@ def some(n: int = 60, seed: int = 0, ragged: bool = False) -> Comparisons:
 def fitted(comparisons: Comparisons, **settings: Any) -> LaplaceHead:
     """A model in double precision, so that what is compared is the formula."""
     model = LaplaceHead(**{"hidden": (16, 6), "learning_rate": 1e-2, **settings})
-    fit(model, comparisons, epochs=10, held_out=0.0)
+    fit(model, comparisons, epochs=10, options=FitOptions(held_out=0.0))
     model.double().after_epoch()
     model.after_fit(comparisons)
     return model
@@ -176,7 +177,12 @@ def test_an_added_answer_lowers_the_variance_by_the_closed_form():
 
 
 def test_many_added_answers_stay_those_of_a_batch_in_single_precision():
-    model = fit(LaplaceHead(hidden=(32,), prior_precision=0.1), some(20), epochs=3, held_out=0.0)
+    model = fit(
+        LaplaceHead(hidden=(32,), prior_precision=0.1),
+        some(20),
+        epochs=3,
+        options=FitOptions(held_out=0.0),
+    )
     new = some(500, seed=4)
     for row in range(500):
         model.add(new[row])

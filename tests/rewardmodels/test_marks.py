@@ -10,6 +10,7 @@ from rewardmodels import (
     Comparisons,
     DeepEnsemble,
     Epinet,
+    FitOptions,
     GPHead,
     InvalidInput,
     LaplaceHead,
@@ -20,7 +21,7 @@ from rewardmodels import (
     fit,
     negative_log_likelihood,
 )
-from rewardmodels.fitting import Answers
+from rewardmodels.fitting import TrainingSet
 
 WORTH = torch.tensor([1.0, -2.0])  # of a frame's inputs
 
@@ -109,7 +110,7 @@ def test_a_constant_added_to_every_frame_changes_nothing():
 def test_a_mark_of_a_whole_clip_is_passed_over():
     clips = drawn()
     marks = Marks(clips, torch.tensor([[0, 0, 11, 1], [1, 0, 10, 1], [2, 0, 11, 0]]))
-    assert marks.places().tolist() == [1]
+    assert marks.compared_rows().tolist() == [1]
     assert len(marks.comparisons()) == 1
     assert len(marks[:1].comparisons()) == 0
 
@@ -144,7 +145,7 @@ def test_the_last_rating_of_a_clip_is_meant():
     said = Ratings(drawn(), torch.tensor([0, 1, 0]), torch.tensor([0.1, 0.5, 0.9]))
     assert said.comparisons().pairs.tolist() == [[1, 0]]
     assert said.comparisons().preference.tolist() == [1]
-    assert said.places().tolist() == [2]
+    assert said.compared_rows().tolist() == [2]
 
 
 def test_ratings_all_alike_say_nothing():
@@ -205,7 +206,8 @@ def test_the_likelihood_is_that_of_the_means_in_dense_algebra():
     rows = marks.rows.clone()
     rows[:, 3] = good.long()
     model = LaplaceHead(hidden=(), learning_rate=0.05, weight_decay=0.0, reward_of="observation")
-    fit(model, marks=Marks(marks.clips, rows), held_out=0.0, epochs=300, batch_size=100)
+    options = FitOptions(batch_size=100, held_out=0.0)
+    fit(model, marks=Marks(marks.clips, rows), epochs=300, options=options)
     learned = model.network.last.weight[0].detach().double()
     scale = model.frame_inputs.norm.scale.double()
     torch.testing.assert_close(learned / scale, weights, rtol=0.02, atol=0.02)
@@ -224,8 +226,8 @@ def some(n: int = 60) -> Comparisons:
     return Comparisons(clips, pairs, (second > first).float())
 
 
-def gathered(comparisons: Comparisons | None, marks: Marks, ratings: Ratings) -> Answers:
-    return Answers.gather(comparisons, marks, ratings, held_out=0.3, groups=None, seed=1)
+def gathered(comparisons: Comparisons | None, marks: Marks, ratings: Ratings) -> TrainingSet:
+    return TrainingSet.gather(comparisons, marks, ratings, FitOptions(held_out=0.3), seed=1)
 
 
 def test_marks_of_a_clip_are_kept_back_together_and_stay_so():
@@ -235,12 +237,12 @@ def test_marks_of_a_clip_are_kept_back_together_and_stay_so():
     few, more = gathered(some(20), marks, ratings), gathered(some(60), marks, ratings)
     alone = gathered(None, marks, ratings)
     for answers, before in ((few, 20), (more, 60), (alone, 0)):
-        of_marks = answers.kept_back[before : before + 80].view(40, 2)
+        of_marks = answers.held_out[before : before + 80].view(40, 2)
         assert torch.equal(of_marks[:, 0], of_marks[:, 1])
-        assert torch.equal(answers.kept_back[before:], alone.kept_back)
+        assert torch.equal(answers.held_out[before:], alone.held_out)
         assert torch.equal(answers.index[before:], alone.index)
-    assert torch.equal(more.kept_back[:20], few.kept_back[:20])
-    assert 0 < int(alone.kept_back[:80].sum()) < 80
+    assert torch.equal(more.held_out[:20], few.held_out[:20])
+    assert 0 < int(alone.held_out[:80].sum()) < 80
 
 
 def test_comparisons_alone_are_fitted_as_with_no_marks():
@@ -257,22 +259,22 @@ def test_all_kinds_go_into_one_fit():
     clips = drawn(30)
     model = LaplaceHead(hidden=(8,))
     ratings = Ratings(clips, torch.arange(30), clips.returns)
-    fit(model, some(), marks=best_and_worst(clips), ratings=ratings, epochs=3, held_out=0.2)
+    fit(model, some(), marks=best_and_worst(clips), ratings=ratings, epochs=3)
     everything = gathered(some(), best_and_worst(clips), ratings)
-    assert len(everything.said) == 60 + 60 + 29
+    assert len(everything.comparisons) == 60 + 60 + 29
     report = model.fit_report
     assert report is not None
     assert report.held_out > 5
 
 
 def test_nothing_to_learn_from_is_refused():
-    with pytest.raises(InvalidInput, match="answers of some kind"):
+    with pytest.raises(InvalidInput, match="got none"):
         fit(LaplaceHead())
     whole = Marks(drawn(), torch.tensor([[0, 0, 11, 1], [1, 0, 11, 1]]))
-    with pytest.raises(InvalidInput, match="at least 2 answers"):
+    with pytest.raises(InvalidInput, match="at least 2"):
         fit(LaplaceHead(), marks=whole)
-    with pytest.raises(InvalidInput, match="groups: expected none"):
-        fit(LaplaceHead(), marks=best_and_worst(drawn()), groups=[0])
+    with pytest.raises(InvalidInput, match="groups: expected None"):
+        fit(LaplaceHead(), marks=best_and_worst(drawn()), options=FitOptions(groups=[0]))
     other = Marks(Clips(torch.zeros(1, 5, 9), torch.zeros(1, 5, 1)), torch.tensor([[0, 0, 1, 1]]))
     with pytest.raises(InvalidInput, match="observations of one shape"):
         fit(LaplaceHead(), some(), marks=other)
