@@ -122,11 +122,11 @@ def guard_run(
         env = shifted(env, shift, severity, onset, seed, observation_std=std)
     response: Any = {"watch": _go_on}.get(on_alarm, on_alarm)
     log = EventLog(Path(run) / "guard.jsonl")
-    rules = AlarmResponse(on_alarm=response, ask=_ask if on_alarm == "ask" else None, log=log)
+    respond = AlarmResponse(on_alarm=response, ask=_ask if on_alarm == "ask" else None)
     rows = []
     with isolated_randomness(seed):
         for number in tqdm(range(episodes), unit=" episodes", leave=False):
-            guard = Guard(env, monitor, FEATURES, rules)
+            guard = Guard(env, monitor, FEATURES, respond, log)
             rows.append({"episode": number, **_guarded(guard, act, model, seed + number)})
     _show(rows, monitor, log)
     return rows

@@ -1,12 +1,11 @@
-"""When to stop trusting: detectors of the unfamiliar, and guards that act on them.
+"""Out-of-distribution detection: detectors, thresholds with a promise, and guards.
 
-Episodes of the policy at work come first (`record_episodes`), in two lots. From one a detector
-(`Mahalanobis`, `KNN`, `DynamicsEnsemble` and others) learns what is familiar. From the other a
-`Monitor` takes the threshold that a statistic of the scores (`Spike`, `EWMA`, `CUSUM`) or of
-signed errors (`MEWMA`) exceeds in no more than a promised share of new episodes. A `Guard` runs the
-monitor beside the agent, and halts it, asks, or lets another policy take over. For drift so slow
-that no episode is strange, whole episodes' scores go to a `ConformalMartingale` or to
-`ShiryaevRoberts`.
+First record episodes of the policy (`record_episodes`), in two lots. A detector (`Mahalanobis`,
+`KNN`, `DynamicsEnsemble` and others) is fitted to one. By the other a `Monitor` finds the threshold
+that a statistic of the scores (`Spike`, `EWMA`, `CUSUM`, `MEWMA`) exceeds in no more than a
+promised share of new episodes. A `Guard` runs the monitor beside the agent, and halts it, asks, or
+lets another policy take over. Environments without episodes have `Monitor.calibrate_stream`, with
+`ConformalMartingale` or `ShiryaevRoberts` as the statistic.
 
 Example:
     >>> import gymnasium, numpy, torch
@@ -24,21 +23,40 @@ Example:
     ('halted', 'Mahalanobis')
 """
 
-from ood.adapters import Epistemic, Joint, SklearnDetector
 from ood.conformal import Threshold, calibrate, calibrate_stream, conformal_quantile
 from ood.density import KNN, MixtureDensity
-from ood.detectors import Mahalanobis, OODDetector, RelativeMahalanobis
-from ood.distillation import RandomNetworkDistillation
-from ood.dynamics import DynamicsEnsemble
-from ood.events import Event, EventLog
-from ood.guard import Guard, VectorGuard
-from ood.martingales import ConformalMartingale, ShiryaevRoberts
-from ood.monitor import Monitor, Reading, StaleThreshold
-from ood.recording import record_episodes
-from ood.rules import AlarmResponse
-from ood.saving import DETECTORS, agent_fingerprint, load_monitor, save_monitor
-from ood.selective import Selection, confidence_for, confident_errors, select
-from ood.sequential import CUSUM, EWMA, MEWMA, STATISTICS, Spike, Statistic
+from ood.detectors import (
+    Epistemic,
+    Joint,
+    Mahalanobis,
+    OODDetector,
+    RelativeMahalanobis,
+    SklearnDetector,
+)
+from ood.dynamics import DynamicsEnsemble, RandomNetworkDistillation
+from ood.guard import AlarmResponse, Event, EventLog, Guard, VectorGuard
+from ood.monitor import (
+    DETECTORS,
+    Monitor,
+    Reading,
+    StaleThreshold,
+    agent_fingerprint,
+    load_monitor,
+    record_episodes,
+    save_monitor,
+)
+from ood.selective import Selection, confident_errors, select
+from ood.sequential import (
+    CUSUM,
+    EWMA,
+    MEWMA,
+    STATISTICS,
+    STREAM_STATISTICS,
+    ConformalMartingale,
+    ShiryaevRoberts,
+    Spike,
+    Statistic,
+)
 
 __all__ = [
     "CUSUM",
@@ -47,6 +65,7 @@ __all__ = [
     "KNN",
     "MEWMA",
     "STATISTICS",
+    "STREAM_STATISTICS",
     "AlarmResponse",
     "ConformalMartingale",
     "DynamicsEnsemble",
@@ -73,7 +92,6 @@ __all__ = [
     "agent_fingerprint",
     "calibrate",
     "calibrate_stream",
-    "confidence_for",
     "confident_errors",
     "conformal_quantile",
     "load_monitor",

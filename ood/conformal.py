@@ -1,29 +1,27 @@
-r"""Thresholds with a promised rate of false alarms, for any detector and any statistic.
+r"""Conformal thresholds: a promised rate of false alarms, for any detector and any statistic.
 
 The promise, for whole episodes. Let the calibration episodes and one new one be exchangeable: the
-same policy in the same environment, none of them seen when the detector was fitted. Some of the
-calibration episodes, picked before any is looked at, are set apart to learn each step's usual mean
-and standard deviation of the score. Given these, "standardise by time, run the statistic, take its
+same policy in the same environment, none of them seen when the detector was fitted. Some
+calibration episodes, picked before any is looked at, are set apart to estimate each step's mean and
+standard deviation of the score. Given these, "standardise by step, run the statistic, take its
 largest value" is one fixed function of a whole episode, so the maxima $M_1, \dots, M_n$ of the
 others and $M_{n+1}$ of the new one are exchangeable, however the scores within an episode depend on
-each other. The rank of $M_{n+1}$ among all n + 1 is then at most uniform, so with q the
-$\lceil (1 - \alpha)(n + 1) \rceil$-th smallest of the n,
+each other. With q the $\lceil (1 - \alpha)(n + 1) \rceil$-th smallest of the n,
 
 $$P(M_{n+1} > q) \le \alpha$$
 
 (Vovk, Gammerman & Shafer 2005; split conformal prediction, Lei et al. 2018, arXiv:1604.04173, §2.2;
-largest deviations of whole curves, each point divided by a scale that other curves gave:
-Diquigiovanni, Fontana & Vantini 2025, Statistica Sinica 35:853). Had the standardising episodes
-also been among the n, their maxima would be smaller than the new one's, and the promise broken. The
-probability is over the calibration as well as the new episode: given one calibration the rate is
-Beta-distributed about it (`false_alarm_quantile`), and only many episodes make that narrow.
+standardised deviations of curves: Diquigiovanni, Fontana & Vantini 2025, Statistica Sinica 35:853).
+If the standardising episodes were also among the n, their maxima would be too small and the promise
+broken. The probability is over the calibration as well as the new episode: given one calibration
+the rate is Beta-distributed about it (`Threshold.false_alarm_quantile`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import scipy.stats
@@ -32,26 +30,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ood.detectors import as_array
-from ood.sequential import Statistic
+from ood.sequential import RankBet, Spike, Statistic
 from rewardmodels import InvalidInput
 
 Array = NDArray[np.float64]
 
-_SMALLEST_SCALE = 1e-3  # of the scores' overall spread, where a step's own is smaller
+_SMALLEST_SCALE = 1e-3  # of a step's scores, relative to their overall spread
 
 
 @dataclass(frozen=True, eq=False)
 class Threshold:
-    """What a statistic has to exceed for an alarm, and what that is worth.
+    """Value that a new episode's statistic exceeds with probability at most alpha.
+
+    Assumes that calibration episodes and new ones are exchangeable.
 
     Args:
         value: The threshold.
-        alpha: Chance of a false alarm in an episode (or block), at most.
-        mean: `(T,)`, the score's usual value at each step; later steps are taken for the last. Of
-            signed numbers `(T, D)`.
-        scale: `(T,)` or `(T, D)`, the usual standard deviation.
-        episodes: n, how many calibration maxima it is a quantile of.
-        fingerprint: Of the detector that it holds for; empty for any.
+        alpha: Largest chance of a false alarm in an episode (or block; ever, if the statistic is a
+            `ConformalMartingale`).
+        mean: Usual score at each step, `(T,)`, or `(T, D)` of residuals; later steps use the last.
+        scale: Usual standard deviation, of the same shape.
+        episodes: n, the number of calibration maxima that it is a quantile of.
+        fingerprint: Of the monitor that it holds for; empty for any.
         period: Steps after which the statistic begins anew in an unending stream; 0 for episodes.
     """
 
@@ -63,15 +63,12 @@ class Threshold:
     fingerprint: str = ""
     period: int = 0
 
-    @classmethod
-    def never(cls) -> Threshold:
-        """One that no finite score exceeds, of any detector."""
-        return cls(math.inf)
-
     def standardise(self, scores: Array, steps: NDArray[np.int64]) -> Array:
-        """Scores `(n,)` less what is usual at each one's step `(n,)`, in standard deviations.
+        """Scores `(n,)`, or residuals `(n, D)`, in standard deviations from those usual at `steps`.
 
-        So with `(n, D)` signed numbers.
+        Args:
+            scores: One for each step.
+            steps: `(n,)`, of the episode, from 0.
         """
         last = len(self.mean) - 1
         if len(steps) == 1:  # a view, in a fifth of the time that copies take
@@ -89,10 +86,10 @@ class Threshold:
 
     @property
     def run_length(self) -> float:
-        r"""Steps before a false alarm in an unending stream, on average and at least.
+        r"""Lower bound on the mean number of steps before a false alarm in an unending stream.
 
         $b (1/\alpha - 1)$ for blocks of b steps: given the calibration, independent blocks have one
-        chance p of an alarm, and alarm after 1/p blocks on average; $E[1/p] \\ge 1/E[p] \\ge
+        chance p of an alarm, and alarm after 1/p blocks on average; $E[1/p] \ge 1/E[p] \ge
         1/\alpha$ by Jensen's inequality; an alarm may come at once in its block.
 
         Raises:
@@ -105,7 +102,7 @@ class Threshold:
         return self.period * (1 / self.alpha - 1)
 
     def false_alarm_quantile(self, probability: float = 0.95) -> float:
-        r"""Rate of false alarms that this very calibration stays below, with that probability.
+        r"""Bound on this calibration's own rate of false alarms, which holds with `probability`.
 
         Given the calibration, the rate is at most $\text{Beta}(n + 1 - k, k)$ for the k-th smallest
         of n (Vovk 2012, "Conditional validity of inductive conformal predictors").
@@ -119,9 +116,9 @@ class Threshold:
 
 
 def episodes_needed(alpha: float, standardise: float = 0.0) -> int:
-    r"""The fewest calibration episodes that can promise alpha.
+    r"""Smallest number of calibration episodes that can promise alpha.
 
-    $\lceil 1/\alpha \rceil - 1$ of those that aren't set apart for standardising.
+    $\lceil 1/\alpha \rceil - 1$ besides those set apart for standardising.
 
     Args:
         alpha: Chance of a false alarm in an episode.
@@ -137,17 +134,17 @@ def episodes_needed(alpha: float, standardise: float = 0.0) -> int:
     if not 0 < alpha < 1:
         raise InvalidInput(f"alpha: expected a probability above 0 and below 1, got {alpha}.")
     needed = total = math.ceil(1 / alpha - 1e-9) - 1
-    while total - _apart(total, standardise) < needed:
+    while total - _standardising_episodes(total, standardise) < needed:
         total += 1
     return total
 
 
-def _apart(episodes: int, standardise: float) -> int:
+def _standardising_episodes(episodes: int, standardise: float) -> int:
     return max(2, round(standardise * episodes)) if standardise else 0
 
 
 def conformal_rank(n: int, alpha: float) -> int:
-    r"""$\lceil (1 - \alpha)(n + 1) \rceil$: which of n maxima, from the smallest, is the threshold.
+    r"""Rank of the threshold among n sorted maxima, $\lceil (1 - \alpha)(n + 1) \rceil$.
 
     Raises:
         InvalidInput: Too few for this alpha, or an alpha that isn't in (0, 1).
@@ -155,15 +152,15 @@ def conformal_rank(n: int, alpha: float) -> int:
     needed = episodes_needed(alpha)
     if n < needed:
         raise InvalidInput(
-            f"scores: expected at least {needed} episodes to take the threshold from, since none "
-            f"of fewer can promise alpha = {alpha}; got {n}. Record more, or allow more alarms."
+            f"scores: expected at least {needed} episodes to take the threshold from, since fewer "
+            f"can't promise alpha = {alpha}; got {n}. Record more, or allow more alarms."
         )
-    # 0.95 times 20 may come out a rounding error above 19.
+    # 0.95 times 20 may be a rounding error above 19.
     return max(1, math.ceil((1 - alpha) * (n + 1) - 1e-9))
 
 
 def conformal_quantile(values: Tensor, alpha: float) -> float:
-    r"""The smallest number that a new exchangeable value exceeds with probability at most alpha.
+    r"""Smallest number that a new exchangeable value exceeds with probability at most alpha.
 
     The $\lceil (1 - \alpha)(n + 1) \rceil$-th smallest of n (Lei et al. 2018, §2.2).
 
@@ -194,26 +191,24 @@ def calibrate(
     *,
     standardise: float = 0.25,
     window: int = 25,
-    fingerprint: str = "",
 ) -> Threshold:
-    """The threshold that a new episode's statistic exceeds with probability at most alpha.
+    """Find the value that a new episode's statistic exceeds with probability at most alpha.
 
-    Episodes may have different lengths; one that outlasts those of calibration is measured by the
-    last step they knew. The module says why the promise holds.
+    Assumes that the new episode and those given are exchangeable (see the module). They may differ
+    in length; steps beyond the longest use its last mean and standard deviation.
 
     Args:
-        scores: N whole held-out episodes, each `(T_i,)` scores of its steps, or `(T_i, D)` for a
-            signed statistic; in any order that wasn't made by looking at them.
-        statistic: What will run over new episodes.
-        alpha: Chance of a false alarm in an episode, at most.
-        standardise: Share of episodes, the first, from which each step's usual score is learned;
-            the threshold comes from the others. At 0 scores are taken as they are.
+        scores: N whole held-out episodes, each `(T_i,)` scores of its steps, or `(T_i, D)`
+            residuals for a multivariate statistic, in an order that doesn't depend on them.
+        statistic: To run over new episodes.
+        alpha: Largest chance of a false alarm in an episode.
+        standardise: Share of episodes, the first, that give each step's usual score; the threshold
+            comes from the others. At 0 scores are taken as they are.
         window: Steps, centred, that are pooled for a step's mean and standard deviation.
-        fingerprint: That of the detector that made the scores; a guard refuses any other.
 
     Raises:
-        InvalidInput: Too few episodes for this alpha (the message says how many it takes), NaN,
-            infinity, an empty episode, or a number out of range.
+        InvalidInput: Too few episodes for this alpha (the message says how many are needed), NaN,
+            infinity, an empty episode, a number out of range, or a statistic of an unending stream.
 
     Example:
         >>> from ood.sequential import CUSUM
@@ -226,26 +221,17 @@ def calibrate(
             ...
         rewardmodels.errors.InvalidInput: scores: expected at least 99 episodes to take ...
     """
-    if not 0 <= standardise < 1:
-        raise InvalidInput(f"standardise: expected a share in [0, 1), got {standardise}.")
-    if window < 1:
-        raise InvalidInput(f"window: expected at least one step, got {window}.")
-    episodes = [_checked(i, episode, statistic) for i, episode in enumerate(scores)]
-    apart = _apart(len(episodes), standardise)
-    others = episodes[apart:]
-    rank_exists = len(others) >= episodes_needed(alpha)
-    if not rank_exists and len(episodes) >= episodes_needed(alpha):
+    episodes, plain = _standardised(scores, statistic, alpha, standardise, window)
+    needed, given = episodes_needed(alpha), len(scores)
+    if plain.episodes < needed <= given:
         raise InvalidInput(
-            f"scores: expected at least {episodes_needed(alpha)} episodes for alpha = {alpha} "
-            f"beside the {apart} that only standardise, got {len(others)} of {len(episodes)}. "
+            f"scores: expected at least {needed} episodes for alpha = {alpha} beside the "
+            f"{given - plain.episodes} that only standardise, got {plain.episodes} of {given}. "
             "Record more, or set fewer apart."
         )
-    conformal_rank(len(others), alpha)
-    mean, scale = _usual(episodes[:apart], window) if apart else (np.zeros(1), np.ones(1))
-    plain = Threshold(math.inf, alpha, mean, scale, len(others), fingerprint)
-    maxima = torch.from_numpy(episode_maxima(others, statistic, plain))
-    value = conformal_quantile(maxima, alpha)
-    return Threshold(value, alpha, mean, scale, len(others), fingerprint)
+    conformal_rank(plain.episodes, alpha)
+    maxima = torch.from_numpy(episode_maxima(episodes, statistic, plain))
+    return replace(plain, value=conformal_quantile(maxima, alpha))
 
 
 def calibrate_stream(
@@ -255,57 +241,72 @@ def calibrate_stream(
     *,
     block: int,
     standardise: float = 0.25,
-    fingerprint: str = "",
 ) -> Threshold:
-    """The same for a stream without end, cut into blocks at whose start the statistic begins anew.
+    """Find a threshold for a stream without end, with promises per block of steps.
 
-    Blocks take the place of episodes: each has a false alarm with probability at most alpha, and
-    on average at least `Threshold.run_length` steps pass before the first. Blocks of one stream
-    are exchangeable only as far as it is stationary and forgets within a block, so let a block be
-    many times as long as scores stay correlated.
+    A statistic of episodes begins anew at each block, has a false alarm in it with probability at
+    most alpha, and on average runs for at least `Threshold.run_length` steps before the first. A
+    `ConformalMartingale` or `ShiryaevRoberts` goes on from block to block: it gets the blocks given
+    here as its history, and the threshold 1 / alpha.
+
+    Assumes that blocks are exchangeable, which those of one stream are as far as it is stationary
+    and forgets within a block: let a block be many times as long as scores stay correlated.
 
     Args:
-        scores: `(L,)`, or `(L, D)` for a signed statistic, held out; what is left after the last
-            whole block goes unused.
-        statistic: What will run over new blocks.
-        alpha: Chance of a false alarm in a block, at most.
+        scores: `(L,)`, or `(L, D)` residuals for a multivariate statistic, held out; the rest after
+            the last whole block is unused.
+        statistic: To run over new blocks.
+        alpha: Largest chance of a false alarm in a block; see the two martingales for theirs.
         block: Steps.
-        standardise: Share of blocks, the first, from which the usual score is learned.
-        fingerprint: That of the detector that made the scores.
+        standardise: Share of blocks, the first, that give the usual score.
 
     Raises:
         InvalidInput: As `calibrate`, of blocks.
 
     Example:
-        >>> from ood.sequential import Spike
+        >>> from ood.sequential import ConformalMartingale, Spike
         >>> scores = torch.randn(4000, generator=torch.Generator().manual_seed(0))
         >>> calibrate_stream(scores, Spike(), alpha=0.1, block=100).run_length
         900.0
+        >>> calibrate_stream(scores, ConformalMartingale(), alpha=0.001, block=100).value
+        1000.0
     """
     if block < 1:
         raise InvalidInput(f"block: expected at least one step, got {block}.")
     flat = _checked(0, scores, statistic)
-    blocks = torch.from_numpy(flat[: len(flat) // block * block]).reshape(
-        -1, block, *flat.shape[1:]
-    )
-    # Every step of a block is like every other: all are pooled.
-    found = calibrate(
-        list(blocks),
-        statistic,
-        alpha,
-        standardise=standardise,
-        window=2 * block,
-        fingerprint=fingerprint,
-    )
-    return Threshold(
-        found.value, alpha, found.mean, found.scale, found.episodes, fingerprint, period=block
-    )
+    shape = (-1, block, *flat.shape[1:])
+    blocks = list(torch.from_numpy(flat[: len(flat) // block * block]).reshape(shape))
+    window = 2 * block  # every step of a block is like every other: all are pooled
+    if isinstance(statistic, RankBet):
+        episodes_needed(alpha)  # refuses an alpha that is none
+        held_out, plain = _standardised(blocks, statistic, alpha, standardise, window)
+        if not held_out:
+            raise InvalidInput(f"scores: expected more blocks of {block} steps, got {len(blocks)}.")
+        statistic.history = episode_maxima(held_out, Spike(), plain).tolist()
+        return replace(plain, value=1 / alpha, period=block)
+    found = calibrate(blocks, statistic, alpha, standardise=standardise, window=window)
+    return replace(found, period=block)
+
+
+def _standardised(
+    scores: Sequence[Tensor], statistic: Statistic, alpha: float, standardise: float, window: int
+) -> tuple[list[Array], Threshold]:
+    """Set episodes apart to standardise by; return the others, and a threshold without a value."""
+    if not 0 <= standardise < 1:
+        raise InvalidInput(f"standardise: expected a share in [0, 1), got {standardise}.")
+    if window < 1:
+        raise InvalidInput(f"window: expected at least one step, got {window}.")
+    episodes = [_checked(i, episode, statistic) for i, episode in enumerate(scores)]
+    apart = _standardising_episodes(len(episodes), standardise)
+    usual = _usual(episodes[:apart], window) if episodes[:apart] else (np.zeros(1), np.ones(1))
+    others = episodes[apart:]
+    return others, Threshold(math.inf, alpha, *usual, len(others))
 
 
 def episode_maxima(
     scores: Sequence[Array], statistic: Statistic, threshold: Threshold
 ) -> NDArray[np.float64]:
-    """`(N,)`: the largest value of the statistic in each of N episodes `(T_i,)` or `(T_i, D)`."""
+    """Largest value `(N,)` of the statistic in each of N episodes `(T_i,)` or `(T_i, D)`."""
     lengths = np.array([len(episode) for episode in scores])
     steps = np.arange(lengths.max())
     padded = np.zeros((len(scores), len(steps), *scores[0].shape[1:]))
@@ -317,16 +318,16 @@ def episode_maxima(
 
 
 def _usual(episodes: list[Array], window: int) -> tuple[Array, Array]:
-    """Mean and standard deviation `(T,)` or `(T, D)` of what the episodes have about each step."""
+    """Mean and standard deviation `(T,)` or `(T, D)` of the scores in a window about each step."""
     longest = max(len(episode) for episode in episodes)
     centre = np.concatenate(episodes).mean(0)
     count, total, squares = np.zeros((3, longest, *centre.shape))
     for episode in episodes:
-        # About their mean, so that squares keep the digits in which scores differ.
-        apart = episode - centre
+        # Centred, so that squares keep the digits in which scores differ.
+        centred = episode - centre
         count[: len(episode)] += 1
-        total[: len(episode)] += apart
-        squares[: len(episode)] += apart**2
+        total[: len(episode)] += centred
+        squares[: len(episode)] += centred**2
     reach = window // 2
     first = np.maximum(np.arange(longest) - reach, 0)
     last = np.minimum(np.arange(longest) + reach + 1, longest)
@@ -343,7 +344,7 @@ def _usual(episodes: list[Array], window: int) -> tuple[Array, Array]:
 
 def _checked(i: int, episode: Tensor, statistic: Statistic) -> Array:
     values = as_array(episode).astype(np.float64)
-    dimensions, shape = (2, "(T, D)") if statistic.signed else (1, "(T,)")
+    dimensions, shape = (2, "(T, D)") if statistic.multivariate else (1, "(T,)")
     if values.ndim != dimensions or not values.size or not np.isfinite(values).all():
         raise InvalidInput(
             f"scores: expected finite numbers of shape {shape} with T of at least 1 for each "

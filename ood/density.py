@@ -1,4 +1,4 @@
-"""Detectors by how many training frames are near: neighbours, and a mixture of normals."""
+"""Detectors by density of the training frames: nearest neighbours and a mixture of normals."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from rewardmodels import InvalidInput
 class KNN(OODDetector):
     r"""Distance to the k-th nearest training frame (Sun et al. 2022, arXiv:2204.06507).
 
-    Euclidean, of features in standard deviations. Makes no assumption about the distribution, so it
-    also sees what is strange between familiar frames.
+    Euclidean, of features in standard deviations. It assumes no distribution, so it also finds
+    anomalies in gaps between training frames.
 
-    Of n training frames it keeps no more than `frames`, drawn at random: 4 F + 4 bytes each, 1 MB
-    of a million frames of 23 numbers. Distances grow by a factor of $(n / \text{frames})^{1/D}$,
-    where the data has D dimensions. All kept frames are compared with: among 8,192 it takes
-    0.06 ms, among 100,000 0.6 ms, and of 32,768 transitions of a HalfCheetah SciPy's tree takes 2.5
-    times as long for a familiar frame, and 7 times for a strange one.
+    Of n training frames it keeps at most `frames`, drawn at random, in 4 F + 4 bytes each;
+    distances grow by a factor of $(n / \text{frames})^{1/D}$ for data of D dimensions. All kept
+    frames are compared with: 0.06 ms among 8,192, 0.6 ms among 100,000. SciPy's tree took 2.5 times
+    as long for normal and 7 times for anomalous transitions of a HalfCheetah, among 32,768.
 
     Args:
-        k: Which neighbour.
-        frames: How many training frames are kept.
+        k: Rank of the neighbour.
+        frames: Number of training frames that are kept.
         seed: Of the draw.
 
     Raises:
@@ -40,9 +39,9 @@ class KNN(OODDetector):
         1.0
     """
 
-    _ARRAYS = ("kept", "half_norms")
-    _BLOCK = 64  # distances of which the smallest is looked at first
-    _AT_ONCE = 1 << 22  # distances held at once (16 MiB)
+    learned = ("kept", "half_norms")
+    _BLOCKS = 64  # of distances, each represented by its smallest
+    _CHUNK = 1 << 22  # distances in memory at once (16 MiB)
 
     def __init__(self, k: int = 5, frames: int = 8192, seed: int = 0) -> None:
         for name, value in (("k", k), ("frames", frames)):
@@ -52,65 +51,65 @@ class KNN(OODDetector):
             raise InvalidInput(f"k: expected at most the {frames} frames that are kept, got {k}.")
         self.k, self.frames, self.seed = k, frames, seed
 
-    def _fit(self, features: Array) -> None:
-        if len(features) < self.k:
+    def fit_frames(self, frames: Array) -> None:
+        if len(frames) < self.k:
             raise InvalidInput(
-                f"features: expected at least k = {self.k} frames, got {len(features)}."
+                f"features: expected at least k = {self.k} frames, got {len(frames)}."
             )
-        if len(features) > self.frames:
-            draw = np.random.default_rng(self.seed).choice(len(features), self.frames, False)
-            features = features[np.sort(draw)]
-        standard = self._standard(features).astype(np.float32)
-        # One frame a column: the product with a single frame is then twice as quick.
+        if len(frames) > self.frames:
+            draw = np.random.default_rng(self.seed).choice(len(frames), self.frames, False)
+            frames = frames[np.sort(draw)]
+        standard = self.standardise(frames).astype(np.float32)
+        # One frame a column makes the product with a single frame twice as fast.
         self.kept = np.ascontiguousarray(standard.T)
         self.half_norms = np.vecdot(standard, standard) / 2
 
-    def _score(self, features: Array) -> Array:
-        frames = self._standard(features)
-        size = max(1, self._AT_ONCE // len(self.half_norms))
+    def score_frames(self, frames: Array) -> Array:
+        frames = self.standardise(frames)
+        size = max(1, self._CHUNK // len(self.half_norms))
         parts = [frames[i : i + size] for i in range(0, len(frames), size)]
         each = [np.sqrt(self._nearest(row, order)[0][-1]) for row, order in self._rows(parts)]
         return np.array(each)
 
-    def _explain(self, frames: Array) -> Array:
-        """Distance to the nearest training frame, feature by feature."""
-        standard = self._standard(frames)
+    def explain_frames(self, frames: Array) -> Array:
+        """Absolute difference from the nearest training frame, feature by feature."""
+        standard = self.standardise(frames)
         nearest = [self._nearest(row, order)[1][0] for row, order in self._rows([standard])]
         return np.abs(standard - self.kept.T[nearest])
 
     def _rows(self, parts: list[Array]) -> Iterator[tuple[Array, Array]]:
         for part in parts:
-            # Half the squared distance, less the frame's own norm: enough for an order.
+            # Half the squared distance, less the frame's own norm: it has the same order.
             orders = self.half_norms - part.astype(np.float32).dot(self.kept)
             yield from zip(part, orders, strict=True)
 
     def _nearest(self, frame: Array, order: Array) -> tuple[Array, Array]:
-        """Squared distances `(k,)` to the nearest kept frames, in order, and which these are."""
-        whole = len(order) // self._BLOCK * self._BLOCK
-        blocks = order[:whole].reshape(self._BLOCK, -1).min(0)
+        """Sorted squared distances `(k,)` to the nearest kept frames, and their indices."""
+        whole = len(order) // self._BLOCKS * self._BLOCKS
+        blocks = order[:whole].reshape(self._BLOCKS, -1).min(0)
         if self.k <= len(blocks):
-            # The k-th smallest minimum of blocks bounds the k-th smallest of all: few are below,
-            # and to look for them takes a sixth of the time that a partition of all takes.
+            # The k-th smallest minimum of blocks bounds the k-th smallest distance. Few are below,
+            # and finding them takes a sixth of the time of a partition of all.
             near = np.flatnonzero(order <= np.partition(blocks, self.k - 1)[self.k - 1])
         else:
             near = np.arange(len(order))
-        # Infinity less infinity, for a frame past the range of single precision.
+        # Too few where distances are NaN: a frame beyond the range of single precision.
         near = near if len(near) >= self.k else np.arange(len(order))
-        # Anew, and in double precision: the difference of two norms has lost its digits.
-        apart = self.kept[:, near].T - frame
-        squared = np.vecdot(apart, apart)
+        # Computed anew, in double precision: the difference of two norms has lost digits.
+        offsets = self.kept[:, near].T - frame
+        squared = np.vecdot(offsets, offsets)
         nearest = np.argsort(squared)[: self.k]
         return squared[nearest], near[nearest]
 
 
 class MixtureDensity(OODDetector):
-    r"""$-\log p(x)$ in nats, under a mixture of normal distributions.
+    r"""Negative log density $-\log p(x)$ in nats, under a mixture of normal distributions.
 
     Fitted by scikit-learn's `GaussianMixture` to features in standard deviations.
 
     Args:
-        components: How many normal distributions.
-        frames: How many training frames it is fitted to, at most, drawn at random.
+        components: Number of normal distributions.
+        frames: Largest number of training frames it is fitted to, drawn at random.
         seed: Of the draw and the start.
 
     Raises:
@@ -124,7 +123,7 @@ class MixtureDensity(OODDetector):
         True
     """
 
-    _ARRAYS = ("factors", "centres", "constants")
+    learned = ("factors", "centres", "constants")
 
     def __init__(self, components: int = 8, frames: int = 50_000, seed: int = 0) -> None:
         for name, value in (("components", components), ("frames", frames)):
@@ -132,31 +131,31 @@ class MixtureDensity(OODDetector):
                 raise InvalidInput(f"{name}: expected at least 1, got {value}.")
         self.components, self.frames, self.seed = components, frames, seed
 
-    def _fit(self, features: Array) -> None:
-        if len(features) < self.components:
+    def fit_frames(self, frames: Array) -> None:
+        if len(frames) < self.components:
             raise InvalidInput(
                 f"features: expected at least components = {self.components} frames, got "
-                f"{len(features)}."
+                f"{len(frames)}."
             )
-        if len(features) > self.frames:
-            rows = np.random.default_rng(self.seed).choice(len(features), self.frames, False)
-            features = features[rows]
-        # Where EM hasn't converged, it still has a density; scikit-learn would warn.
+        if len(frames) > self.frames:
+            rows = np.random.default_rng(self.seed).choice(len(frames), self.frames, False)
+            frames = frames[rows]
+        # EM that hasn't converged still gives a density; scikit-learn would warn.
         mixture = GaussianMixture(
             self.components, reg_covar=1e-4, max_iter=200, tol=1e-2, random_state=self.seed
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            mixture.fit(self._standard(features))
+            mixture.fit(self.standardise(frames))
         self.factors = mixture.precisions_cholesky_  # (K, F, F)
         self.centres = np.einsum("kf,kfg->kg", mixture.means_, self.factors)[:, None]
         log_det = np.log(np.diagonal(self.factors, axis1=1, axis2=2)).sum(1)
-        normal = features.shape[1] / 2 * math.log(2 * math.pi)
+        normal = frames.shape[1] / 2 * math.log(2 * math.pi)
         self.constants = np.log(mixture.weights_) + log_det - normal
 
-    def _score(self, features: Array) -> Array:
-        apart = self._standard(features) @ self.factors - self.centres
-        log_p = self.constants[:, None] - np.vecdot(apart, apart) / 2
+    def score_frames(self, frames: Array) -> Array:
+        white = self.standardise(frames) @ self.factors - self.centres
+        log_p = self.constants[:, None] - np.vecdot(white, white) / 2
         most = log_p.max(0)
         score: Array = -most - np.log(np.exp(log_p - most).sum(0))
         return score

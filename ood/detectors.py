@@ -1,4 +1,4 @@
-"""OODDetector: how unlike the training data is this frame? And those that need no network."""
+"""OODDetector, the interface of all detectors, and the ones that need no network."""
 
 from __future__ import annotations
 
@@ -7,62 +7,98 @@ import inspect
 import json
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, clone, is_outlier_detector
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from rewardmodels import InvalidInput, NotFitted
+from rewardmodels.scoring import FrameScorer
 
 Array = NDArray[Any]
 
-# A number that never changed in training has no scale of its own; it gets this share of its size,
-# so that any real change of it is strange.
-CONSTANT = 1e-6
+# Scale of a feature that is constant in training, relative to its size: any real change of it is
+# then anomalous.
+CONSTANT_SCALE = 1e-6
 _RIDGE = 1e-6  # of a correlation matrix, whose eigenvalues sum to F
+_SMALLEST_SCALE = 1e-12
+# The state of another library's model can't be hashed; its scores of this many frames stand for it.
+_PROBES = 64
 
 
 class OODDetector(ABC):
-    """How unlike its training data a frame is: higher is always stranger.
+    """Anomaly score of frames, relative to training frames; higher is more anomalous.
 
-    What it is given are features, vectors of F numbers, one a frame (see `ood.features`); those of
-    a clip make a detector of clips. A score has no unit that another detector shares: thresholds
-    come from `ood.conformal`.
+    A frame is a vector of F features (see `ood.features`). Scores of two detectors share no unit;
+    thresholds come from `ood.conformal`.
 
-    A subclass gives `_fit` and `_score`, both of arrays: for one frame at a time NumPy takes less
-    than half as long as torch. `_ARRAYS` names the attributes that `_fit` leaves behind, from which
-    a fingerprint is taken and a file written.
+    A subclass writes the first two of these hooks and may override the others. Each receives
+    `(B, F)` finite numbers of double precision, already checked:
+
+    - `fit_frames(frames)`: called by `fit`, after `mean` and `scale` are set. It stores what it
+      learns in attributes that are NumPy arrays and whose names `learned` lists; fingerprint and
+      saved file are made from these.
+    - `score_frames(frames)`: `(B,)`, called by `score` and at every step of a guard.
+    - `residual_frames(frames)`: `(B, D)` signed numbers for statistics such as `ood.MEWMA`; by
+      default the score as one column.
+    - `explain_frames(frames)`: `(B, F)` shares of the features in the score; by default the
+      absolute deviations from the training mean, in standard deviations.
+
+    Constructor arguments are kept as attributes of the same names. `ood.checks.check_detector`
+    tests a subclass; `ood.DETECTORS` makes it known by name to `load_monitor` and the command line.
+
+    Example:
+        >>> from ood.checks import check_detector
+        >>> class LargestDeviation(OODDetector):
+        ...     def fit_frames(self, frames):
+        ...         pass  # mean and scale are enough
+        ...
+        ...     def score_frames(self, frames):
+        ...         return np.abs(self.standardise(frames)).max(1)
+        >>> check_detector(LargestDeviation)
     """
 
-    _ARRAYS: tuple[str, ...] = ()
-    saveable: ClassVar[bool] = True
-    """Whether settings and arrays are all there is to it."""
+    learned: tuple[str, ...] = ()
+    """Names of the arrays that `fit_frames` stores."""
 
-    width: int = 0
+    saveable: ClassVar[bool] = True
+    """True if settings and learned arrays are all that scoring needs."""
+
+    num_features: int = 0
     """F; 0 before the first fit, and while one is under way."""
 
     revision: int = 0
-    """How many times it has been fitted or restored."""
+    """Number of fits and restores so far."""
 
     @abstractmethod
-    def _fit(self, features: Array) -> None:
-        """Learns from `(B, F)` finite numbers of double precision."""
+    def fit_frames(self, frames: Array) -> None:
+        """Learn from `(B, F)` checked frames."""
 
     @abstractmethod
-    def _score(self, features: Array) -> Array:
-        """`(B,)` scores of `(B, F)` finite numbers of double precision."""
+    def score_frames(self, frames: Array) -> Array:
+        """Scores `(B,)` of `(B, F)` checked frames."""
+
+    def residual_frames(self, frames: Array) -> Array:
+        """Residuals `(B, D)` of `(B, F)` checked frames."""
+        return self.score_frames(frames)[:, None]
+
+    def explain_frames(self, frames: Array) -> Array:
+        """Shares `(B, F)` of the features in the scores of `(B, F)` checked frames."""
+        return np.abs(self.standardise(frames))
 
     def fit(self, features: Tensor) -> Self:
-        """Learns what is familiar, in place of whatever was learned before.
+        """Learn from training frames, in place of anything learned before.
 
         Args:
-            features: `(B, F)`, of B training frames.
+            features: `(B, F)`.
 
         Raises:
-            InvalidInput: Another shape, fewer than two frames, or NaN or infinity.
+            InvalidInput: Another shape, fewer than two frames, NaN or infinity.
         """
         frames = as_array(features).astype(np.float64, copy=False)
         if frames.ndim != 2 or len(frames) < 2 or not frames.shape[1]:
@@ -71,129 +107,129 @@ class OODDetector(ABC):
                 f"{frames.shape}."
             )
         _check_finite(frames)
-        self.width, self.revision = 0, self.revision + 1
+        self.num_features, self.revision = 0, self.revision + 1
         self.mean = frames.mean(0)
-        self.scale = np.maximum(frames.std(0), CONSTANT * np.maximum(1, np.abs(self.mean)))
-        self._fit(frames)
-        self.width = frames.shape[1]
+        self.scale = np.maximum(frames.std(0), CONSTANT_SCALE * np.maximum(1, np.abs(self.mean)))
+        self.fit_frames(frames)
+        self.num_features = frames.shape[1]
         return self
 
     def score(self, features: Tensor) -> Tensor:
-        """How strange each of B frames is.
-
-        Args:
-            features: `(B, F)`.
-
-        Returns:
-            `(B,)`, double precision; higher is stranger.
+        """Anomaly scores `(B,)` of frames `(B, F)`, in double precision.
 
         Raises:
-            NotFitted: There is nothing to compare with yet.
-            InvalidInput: Another shape than that learned from, or NaN or infinity.
+            NotFitted: The detector isn't fitted.
+            InvalidInput: Another shape than that of the training frames, NaN or infinity.
         """
-        return torch.from_numpy(self.score_array(as_array(features)))
+        return torch.from_numpy(self.evaluate(self.check_frames(features)))
 
-    def score_array(self, features: Array) -> NDArray[np.float64]:
-        """As `score`, from array to array, for those who ask one frame at a time."""
-        return self.score_checked(self._checked(features))
+    def residuals(self, features: Tensor) -> Tensor:
+        """Signed deviations `(B, D)` of frames `(B, F)` from what is normal.
 
-    def score_checked(self, frames: Array) -> NDArray[np.float64]:
-        """As `score_array`, of what is known to have `width` columns of finite numbers.
-
-        To look at a frame twice takes as long as to score it.
-        """
-        # What overflows is infinitely strange: no warning has to come first.
-        with np.errstate(over="ignore", invalid="ignore"):
-            scores = np.asarray(self._score(frames), dtype=np.float64)
-        return _no_nan(scores)
-
-    def signed(self, features: Tensor) -> Tensor:
-        """What is strange about each of B frames, with its direction.
-
-        Args:
-            features: `(B, F)`.
-
-        Returns:
-            `(B, D)`, double precision: D numbers about 0 for familiar frames, in standard
-            deviations and as far as may be uncorrelated. Where a detector has but its score, that
-            alone.
+        For training frames they are about 0, in standard deviations and as uncorrelated as the
+        detector can make them. A detector without directions returns its score, as one column.
 
         Raises:
-            NotFitted: There is nothing to compare with yet.
-            InvalidInput: Another shape than that learned from, or NaN or infinity.
+            NotFitted: As `score`.
+            InvalidInput: As `score`.
         """
-        return torch.from_numpy(self.signed_array(as_array(features)))
-
-    def signed_array(self, features: Array) -> NDArray[np.float64]:
-        """As `signed`, from array to array."""
-        return self.signed_checked(self._checked(features))
-
-    def signed_checked(self, frames: Array) -> NDArray[np.float64]:
-        """As `signed_array`, of what is known to have `width` columns of finite numbers."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            signed = np.asarray(self._signed(frames), dtype=np.float64)
-        return _no_nan(signed)
+        return torch.from_numpy(self.evaluate(self.check_frames(features), residuals=True))
 
     def explain(self, features: Tensor) -> Tensor:
-        """How much each feature had to do with it.
-
-        Args:
-            features: `(B, F)`.
-
-        Returns:
-            `(B, F)`, at least 0: as a rule the distance from the training mean, in standard
-            deviations.
+        """Non-negative shares `(B, F)` of the features in the scores of frames `(B, F)`.
 
         Raises:
-            NotFitted: There is nothing to compare with yet.
-            InvalidInput: Another shape than that learned from, or NaN or infinity.
+            NotFitted: As `score`.
+            InvalidInput: As `score`.
         """
-        return torch.from_numpy(self._explain(self._checked(as_array(features))))
+        return torch.from_numpy(self.explain_frames(self.check_frames(features)))
 
-    def blame(self, features: Tensor) -> list[str]:
-        """Names of the B detectors that found each frame strangest: this one's, unless joint."""
+    def detector_names(self, features: Tensor) -> list[str]:
+        """Names of the B detectors that the frames' scores come from: this one's, unless joint."""
         return [type(self).__name__] * len(features)
+
+    def check_frames(self, features: Tensor | Array) -> Array:
+        """Convert features to an array that `evaluate` takes.
+
+        Raises:
+            NotFitted: As `score`.
+            InvalidInput: As `score`.
+        """
+        self._check_fitted()
+        frames = as_array(features)
+        if frames.ndim != 2 or frames.shape[1] != self.num_features:
+            raise InvalidInput(
+                f"features: expected shape (B, {self.num_features}), as learned from, got "
+                f"{frames.shape}."
+            )
+        frames = frames.astype(np.float64, copy=False)
+        _check_finite(frames)
+        return frames
+
+    def evaluate(self, frames: Array, *, residuals: bool = False) -> NDArray[np.float64]:
+        """Compute `score` or `residuals` from array to array, without checks.
+
+        For callers that score one frame at a time: a check takes as long as a score.
+
+        Args:
+            frames: From `check_frames`, or known to be such.
+            residuals: Compute residuals `(B, D)` in place of scores `(B,)`.
+        """
+        # A frame that overflows is infinitely anomalous, and no reason for a warning.
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = self.residual_frames(frames) if residuals else self.score_frames(frames)
+        values = np.asarray(values, dtype=np.float64)
+        # To find no NaN in a sum of squares takes a fifth of the time of a look at each number.
+        if math.isfinite(np.vdot(values, values)):
+            return values
+        return np.where(np.isnan(values), np.inf, values)
+
+    def standardise(self, frames: Array) -> Array:
+        """Deviations of `(B, F)` frames from the training mean, in standard deviations."""
+        standard: Array = frames - self.mean
+        standard /= self.scale
+        return standard
 
     @property
     def fitted(self) -> bool:
-        """Whether it may be asked."""
-        return self.width > 0
+        """True once a fit has succeeded."""
+        return self.num_features > 0
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was constructed with."""
+        """Constructor arguments."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     @property
     def state(self) -> dict[str, Array]:
-        """What it has learned.
+        """Learned arrays.
 
         Raises:
-            NotFitted: Nothing yet.
+            NotFitted: The detector isn't fitted.
         """
         self._check_fitted()
-        return {name: getattr(self, name) for name in ("mean", "scale", *self._ARRAYS)}
+        return {name: getattr(self, name) for name in ("mean", "scale", *self.learned)}
 
     def restore(self, state: dict[str, Array]) -> Self:
-        """Takes back what `state` gave.
+        """Set the learned arrays to an earlier `state`.
 
         Raises:
-            InvalidInput: Arrays that a detector of this class doesn't have, or lacks some it has.
+            InvalidInput: Too many arrays, or too few, for this class.
         """
-        expected = {"mean", "scale", *self._ARRAYS}
+        expected = {"mean", "scale", *self.learned}
         if set(state) != expected:
             raise InvalidInput(f"state: expected {sorted(expected)}, got {sorted(state)}.")
         for name, value in state.items():
             setattr(self, name, value)
-        self.width, self.revision = len(self.mean), self.revision + 1
+        self.num_features, self.revision = len(self.mean), self.revision + 1
         return self
 
     @property
     def fingerprint(self) -> str:
-        """A hash of settings and state, by which a threshold knows what it was calibrated for.
+        """Hash of settings and state, by which a threshold recognises its detector.
 
         Raises:
-            NotFitted: Nothing has been learned yet.
+            NotFitted: The detector isn't fitted.
         """
         digest = hashlib.blake2b(digest_size=16)
         digest.update(type(self).__name__.encode())
@@ -203,40 +239,17 @@ class OODDetector(ABC):
             digest.update(np.ascontiguousarray(value).data)
         return digest.hexdigest()
 
-    def _signed(self, features: Array) -> Array:
-        """`(B, D)` of `(B, F)` finite numbers of double precision."""
-        return self._score(features)[:, None]
-
-    def _explain(self, frames: Array) -> Array:
-        return np.abs(self._standard(frames))
-
-    def _standard(self, frames: Array) -> Array:
-        standard: Array = frames - self.mean
-        standard /= self.scale
-        return standard
-
     def _check_fitted(self) -> None:
         if not self.fitted:
             raise NotFitted(f"{type(self).__name__}: expected a fitted detector; call fit first.")
 
-    def _checked(self, features: Array) -> Array:
-        self._check_fitted()
-        if features.ndim != 2 or features.shape[1] != self.width:
-            raise InvalidInput(
-                f"features: expected shape (B, {self.width}), as learned from, got "
-                f"{features.shape}."
-            )
-        frames = features.astype(np.float64, copy=False)
-        _check_finite(frames)
-        return frames
-
 
 class Mahalanobis(OODDetector):
-    r"""Distance from the training mean, in standard deviations of the direction.
+    r"""Mahalanobis distance from the training mean; its square is $\chi^2_F$ for normal features.
 
     $\sqrt{(x - \mu)^\top \Sigma^{-1} (x - \mu)}$ (Lee et al. 2018, arXiv:1807.03888, eq. 2, with
-    one class), whose square has a $\chi^2_F$ distribution where features are normal. A millionth is
-    added to the diagonal of the correlation matrix, so that features may depend on each other.
+    one class). A millionth is added to the diagonal of the correlation matrix, so that features may
+    depend on each other. Residuals are the whitened features.
 
     Example:
         >>> x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
@@ -247,37 +260,37 @@ class Mahalanobis(OODDetector):
         1
     """
 
-    _ARRAYS = ("whitening",)
+    learned = ("whitening",)
 
-    def _fit(self, features: Array) -> None:
-        self.whitening = whitening(self._standard(features))
+    def fit_frames(self, frames: Array) -> None:
+        self.whitening = whitening(self.standardise(frames))
 
-    def _signed(self, features: Array) -> Array:
-        # Of two matrices `dot` takes half the time of `@`, for one frame.
-        white: Array = self._standard(features).dot(self.whitening)
+    def residual_frames(self, frames: Array) -> Array:
+        # `dot` takes half the time of `@`, for one frame.
+        white: Array = self.standardise(frames).dot(self.whitening)
         return white
 
-    def _score(self, features: Array) -> Array:
-        white = self._signed(features)
+    def score_frames(self, frames: Array) -> Array:
+        white = self.residual_frames(frames)
         distance: Array = np.sqrt(np.vecdot(white, white))
         return distance
 
 
 class RelativeMahalanobis(OODDetector):
-    r"""How much farther from the nearest group of the training data than from all of it.
+    r"""Squared Mahalanobis distance from the nearest cluster, less that from all training frames.
 
-    $\min_k d_k^2(x) - d_0^2(x)$, with squared Mahalanobis distances $d_k$ from the groups' means
-    under their common covariance, and $d_0$ from the mean of all (Ren et al. 2021,
-    arXiv:2106.09022, §2): directions that vary as much within groups as between them say
-    nothing about strangeness, and cancel. It is blind to what is far out in such a direction alone,
-    so join it with another (`ood.Joint`). Frames have no labels, so k-means makes the groups.
+    $\min_k d_k^2(x) - d_0^2(x)$, with squared distances $d_k$ from the clusters' means under their
+    common covariance, and $d_0$ from the overall mean (Ren et al. 2021, arXiv:2106.09022, §2).
+    Directions that vary as much within clusters as between them cancel, so it misses frames that
+    are far away in such a direction alone: join it with another detector (`ood.Joint`). Frames have
+    no labels, so k-means makes the clusters.
 
     Args:
-        groups: How many groups.
-        seed: Of the groups.
+        groups: Number of clusters.
+        seed: Of k-means.
 
     Raises:
-        InvalidInput: Fewer than two groups, or fewer frames than groups.
+        InvalidInput: Fewer than two clusters, or fewer frames than clusters.
 
     Example:
         >>> x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
@@ -285,20 +298,19 @@ class RelativeMahalanobis(OODDetector):
         torch.Size([1000])
     """
 
-    _ARRAYS = ("whitening", "within", "centres")
+    learned = ("whitening", "within", "centres")
 
     def __init__(self, groups: int = 8, seed: int = 0) -> None:
         if groups < 2:
             raise InvalidInput(f"groups: expected at least 2, got {groups}.")
         self.groups, self.seed = groups, seed
 
-    def _fit(self, features: Array) -> None:
-        if len(features) < self.groups:
+    def fit_frames(self, frames: Array) -> None:
+        if len(frames) < self.groups:
             raise InvalidInput(
-                f"features: expected at least {self.groups} frames, one a group, got "
-                f"{len(features)}."
+                f"features: expected at least {self.groups} frames, one a group, got {len(frames)}."
             )
-        standard = self._standard(features)
+        standard = self.standardise(frames)
         means = MiniBatchKMeans(self.groups, random_state=self.seed, n_init=3, batch_size=4096)
         group = means.fit_predict(standard)
         count = np.bincount(group, minlength=self.groups)
@@ -310,28 +322,221 @@ class RelativeMahalanobis(OODDetector):
         self.within = whitening(standard - centres[nearest])
         self.centres = centres @ self.within
 
-    def _score(self, features: Array) -> Array:
-        standard = self._standard(features)
-        white, near = standard @ self.whitening, standard @ self.within
-        apart = near[:, None] - self.centres
-        score: Array = np.vecdot(apart, apart).min(1) - np.vecdot(white, white)
+    def score_frames(self, frames: Array) -> Array:
+        standard = self.standardise(frames)
+        white = standard @ self.whitening
+        offsets = (standard @ self.within)[:, None] - self.centres
+        score: Array = np.vecdot(offsets, offsets).min(1) - np.vecdot(white, white)
         return score
 
 
-def _no_nan(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    # To see from the sum of squares that there is none takes a fifth as long as to look at each.
-    if math.isfinite(np.vdot(values, values)):
-        return values
-    return np.where(np.isnan(values), np.inf, values)
+class SklearnDetector(OODDetector):
+    """Outlier detector or density of scikit-learn, on features in standard deviations.
+
+    Theirs are high for normal frames, so the score is minus `score_samples`, or minus
+    `decision_function` where there is no such method. It can't be saved: unpickling runs code.
+
+    Args:
+        estimator: One with `score_samples`, such as IsolationForest, OneClassSVM, KernelDensity or
+            LocalOutlierFactor(novelty=True), or an outlier detector with `decision_function`, such
+            as EllipticEnvelope. It is cloned, never changed.
+
+    Raises:
+        InvalidInput: It has neither.
+
+    Example:
+        >>> from sklearn.ensemble import IsolationForest
+        >>> x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+        >>> detector = SklearnDetector(IsolationForest(random_state=0)).fit(x)
+        >>> bool(detector.score(torch.full((1, 3), 9.0)) > detector.score(x).quantile(0.99))
+        True
+    """
+
+    learned = ("probe_scores",)
+    saveable = False
+
+    def __init__(self, estimator: BaseEstimator) -> None:
+        if hasattr(estimator, "score_samples"):
+            self.method = "score_samples"
+        elif hasattr(estimator, "decision_function") and is_outlier_detector(estimator):
+            self.method = "decision_function"
+        else:
+            raise InvalidInput(
+                "estimator: expected one of scikit-learn's outlier detectors or densities, with "
+                f"score_samples or decision_function, got {estimator!r}; a LocalOutlierFactor "
+                "needs novelty=True."
+            )
+        self.estimator = estimator
+
+    def fit_frames(self, frames: Array) -> None:
+        self.fitted_estimator: Any = clone(self.estimator).fit(self.standardise(frames))
+        self.probe_scores = self.score_frames(frames[:_PROBES])
+
+    def score_frames(self, frames: Array) -> Array:
+        score: Array = -getattr(self.fitted_estimator, self.method)(self.standardise(frames))
+        return score
+
+
+class Epistemic(OODDetector):
+    """Epistemic uncertainty of a reward model: the standard deviation of a frame's reward.
+
+    Its features are `ood.features.observation_action`. The scores are the model's; `fit` only
+    learns mean and scale, for explanations. The scorer is a snapshot, so a refit of the model needs
+    another detector and another threshold. It can't be saved; save the model.
+
+    Args:
+        scorer: `model.frame_scorer()`.
+
+    Example:
+        >>> from rewardmodels import Clips, Comparisons, DeepEnsemble, fit
+        >>> clips = Clips(torch.randn(4, 5, 2), torch.randn(4, 5, 1))
+        >>> comparisons = Comparisons(clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))
+        >>> scorer = fit(DeepEnsemble(members=3), comparisons, epochs=1).frame_scorer()
+        >>> Epistemic(scorer).fit(torch.randn(20, 3)).score(torch.randn(7, 3)).shape
+        torch.Size([7])
+    """
+
+    learned = ("probe_scores",)
+    saveable = False
+
+    def __init__(self, scorer: FrameScorer) -> None:
+        self.scorer = scorer
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Nothing: two scorers differ by their scores, which are in the state."""
+        return {}
+
+    def fit_frames(self, frames: Array) -> None:
+        self.probe_scores = self.score_frames(frames[:_PROBES])
+
+    def score_frames(self, frames: Array) -> Array:
+        spec = self.scorer.spec
+        size = int(np.prod(spec.observation))
+        actions = frames[:, size:].reshape(len(frames), *spec.action)
+        if spec.discrete_actions:
+            actions = actions.astype(np.int64)
+        observations = frames[:, :size].reshape(len(frames), *spec.observation)
+        _, std = self.scorer.batch(observations, actions)
+        return std.astype(np.float64)
+
+
+class Joint(OODDetector):
+    r"""Several detectors as one: the largest or the mean of their standardised scores.
+
+    Each is fitted to the first part of the training frames. The rest, held out, give mean and
+    standard deviation of its scores: those of its own training frames are too low.
+
+    Args:
+        detectors: At least one.
+        columns: First and last (excluded) feature that each sees; None for all. So one may see
+            transitions `(obs, act, obs)`, and another the observations in them.
+        combine: "max" or "mean".
+        held_out: Share of the training frames, the last.
+
+    Raises:
+        InvalidInput: No detectors, columns for another number of them, an unknown way to combine,
+            or a share that isn't in (0, 1).
+
+    Example:
+        >>> x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+        >>> joint = Joint([Mahalanobis(), Mahalanobis()], [None, (0, 1)]).fit(x)
+        >>> joint.detector_names(torch.tensor([[0.0, 9.0, 0.0], [9.0, 0.0, 0.0]]))
+        ['Mahalanobis', 'Mahalanobis of features 0 to 1']
+    """
+
+    learned = ("usual", "spread")
+
+    def __init__(
+        self,
+        detectors: Sequence[OODDetector],
+        columns: Sequence[tuple[int, int] | None] | None = None,
+        combine: Literal["max", "mean"] = "max",
+        held_out: float = 0.2,
+    ) -> None:
+        self.detectors = list(detectors)
+        self.columns = list(columns) if columns is not None else [None] * len(self.detectors)
+        if not self.detectors or len(self.columns) != len(self.detectors):
+            raise InvalidInput(
+                "detectors, columns: expected at least one of each, and as many, got "
+                f"{len(self.detectors)} and {len(self.columns)}."
+            )
+        if combine not in ("max", "mean"):
+            raise InvalidInput(f"combine: expected 'max' or 'mean', got {combine!r}.")
+        if not 0 < held_out < 1:
+            raise InvalidInput(f"held_out: expected a share in (0, 1), got {held_out}.")
+        self.combine: Literal["max", "mean"] = combine
+        self.held_out = held_out
+
+    @property
+    def saveable(self) -> bool:  # type: ignore[override]  # depends on the detectors
+        """True if each of the detectors is."""
+        return all(detector.saveable for detector in self.detectors)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments, with the fingerprints of the detectors in their place."""
+        prints = [detector.fingerprint for detector in self.detectors if detector.fitted]
+        return {**super().settings, "detectors": prints}
+
+    def detector_names(self, features: Tensor) -> list[str]:
+        frames = self.check_frames(features)
+        names = []
+        for which, frame in zip(self._scores(frames).argmax(0), frames, strict=True):
+            seen = torch.from_numpy(self._select(frame[None], which))
+            name, columns = self.detectors[which].detector_names(seen)[0], self.columns[which]
+            names.append(f"{name} of features {columns[0]} to {columns[1]}" if columns else name)
+        return names
+
+    def fit_frames(self, frames: Array) -> None:
+        split = round(len(frames) * (1 - self.held_out))
+        if min(split, len(frames) - split) < 2:
+            raise InvalidInput(
+                "features: expected at least two frames to fit to and two held out, got "
+                f"{split} and {len(frames) - split}."
+            )
+        for i, detector in enumerate(self.detectors):
+            detector.fit(torch.from_numpy(self._select(frames[:split], i)))
+        self.usual, self.spread = np.zeros((2, len(self.detectors), 1))
+        self.spread += 1
+        scores = self._scores(frames[split:])
+        self.usual = scores.mean(1, keepdims=True)
+        self.spread = np.maximum(scores.std(1, keepdims=True), _SMALLEST_SCALE)
+
+    def score_frames(self, frames: Array) -> Array:
+        scores = self._scores(frames)
+        joined: Array = scores.max(0) if self.combine == "max" else scores.mean(0)
+        return joined
+
+    def explain_frames(self, frames: Array) -> Array:
+        """Explanation of the detector with the highest score, frame by frame."""
+        highest, explained = self._scores(frames).argmax(0), np.zeros_like(frames)
+        for i, detector in enumerate(self.detectors):
+            rows = np.flatnonzero(highest == i)
+            if len(rows):
+                first, last = self.columns[i] or (0, frames.shape[1])
+                explained[rows, first:last] = detector.explain_frames(self._select(frames[rows], i))
+        return explained
+
+    def _scores(self, frames: Array) -> Array:
+        """Standardised scores `(D, B)` of each detector."""
+        scores = [d.evaluate(self._select(frames, i)) for i, d in enumerate(self.detectors)]
+        standard: Array = (np.stack(scores) - self.usual) / self.spread
+        return standard
+
+    def _select(self, frames: Array, i: int) -> Array:
+        """Features that detector i sees."""
+        columns = self.columns[i]
+        return frames if columns is None else frames[:, columns[0] : columns[1]]
 
 
 def as_array(value: Tensor | Array) -> Array:
-    """Returns a tensor's numbers, or the array itself."""
+    """Return a tensor's numbers, or the array itself."""
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
 def whitening(centred: Array) -> Array:
-    """Returns `(F, F)`, after which the covariance of these `(B, F)` is the identity."""
+    """Return `(F, F)`, which turns the covariance of `centred` `(B, F)` into the identity."""
     values, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
     whitening: Array = vectors / np.sqrt(np.maximum(values, 0) + _RIDGE)
     return whitening

@@ -1,46 +1,191 @@
-"""Guards: wrappers that stop an agent which has left what its reward model or policy knows."""
+"""Guards: environment wrappers that stop an agent once its episode is out of distribution.
+
+Each step of `Guard` goes one way: features of the step, the detector's score, the statistic, the
+threshold (all three in `Monitor`), and, above it, the response to the alarm.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
+import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
-from ood.features import Features
-from ood.keeper import Keeper
-from ood.monitor import Monitor
-from ood.rules import AlarmResponse
-from rewardmodels import InvalidInput
+from ood.features import Features, feature_names, find_features
+from ood.monitor import Monitor, Policy, Reading, Stream
+from rewardmodels import Clips, InvalidInput
+from rewardmodels.errors import RewardModelsError
 
 Array = NDArray[Any]
+Acting = Literal["agent", "halted", "waiting", "fallback"]
+Response = Literal["halt", "ask", "fallback"]
+EventKind = Literal["alarm", "halt", "ask", "fallback", "resume", "failure"]
 
-_ALIVE = np.ones(1, bool)
+_AGENT, _HALTED, _WAITING, _FALLBACK = range(4)
+_ACTING: tuple[Acting, ...] = get_args(Acting)
+_ONE = np.ones(1, bool)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Event of a guard, as it is logged.
+
+    Args:
+        kind: "failure" is a halt because something raised an error.
+        environment: Number of the environment, from 0.
+        episode: Number of that environment's episode, from 0.
+        step: Steps since the episode's start.
+        score: Of the detector; NaN where there is none.
+        statistic: Of the scores so far.
+        threshold: Above which there is an alarm.
+        reason: Description of the cause.
+
+    Attributes:
+        time: Of creation, UTC, ISO 8601.
+    """
+
+    kind: EventKind
+    environment: int
+    episode: int
+    step: int
+    score: float
+    statistic: float
+    threshold: float
+    reason: str
+    time: str = field(
+        init=False, default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds")
+    )
+
+
+class EventLog:
+    """File to which events are appended, one line of JSON each, so that a crash loses none.
+
+    JSON has no infinity and no NaN: both are null.
+
+    Args:
+        path: The file; it and its folder are made at the first event.
+
+    Example:
+        >>> import tempfile
+        >>> log = EventLog(Path(tempfile.mkdtemp()) / "guard.jsonl")
+        >>> log(Event("halt", 0, 0, 7, 3.0, float("inf"), 5.0, "NaN in observation[0]"))
+        >>> [(event["kind"], event["statistic"]) for event in log.read()]
+        [('halt', None)]
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __call__(self, event: Event) -> None:
+        """Append an event.
+
+        Raises:
+            OSError: The file can't be written.
+        """
+        fields = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(event).items()
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(fields, allow_nan=False) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all events so far, none where there is no file."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlarmResponse:
+    """Response of a guard to an alarm.
+
+    Args:
+        on_alarm: "halt" plays `safe_action` until the episode ends. "ask" gives `ask` the clip that
+            led to the alarm. "fallback" lets another policy act until the statistic is low again. A
+            function gets the `Event`, and returns "halt", or None to let the agent go on.
+        safe_action: `(*act,)`; None for zeros, if the action space is a box that contains them.
+        ask: Function of a clip `(1, T)`. True lets the agent go on, and the statistic begins anew;
+            False halts it; None if `Guard.decide` will be called later.
+        while_asking: Until that decision the agent may "wait" (the safe action is played), or
+            "continue".
+        fallback: Policy that takes over, from one observation to an action.
+        resume_below: Share of the threshold below which the statistic counts as low.
+        resume_after: Number of such steps in a row after which the agent resumes.
+        clip_frames: Largest number of frames of the clip.
+
+    Raises:
+        InvalidInput: An unknown response, one without its function, or a number out of range.
+    """
+
+    on_alarm: Response | Callable[[Event], Literal["halt"] | None] = "halt"
+    safe_action: Any = None
+    ask: Callable[[Clips], bool | None] | None = None
+    while_asking: Literal["wait", "continue"] = "wait"
+    fallback: Policy | None = None
+    resume_below: float = 0.5
+    resume_after: int = 25
+    clip_frames: int = 50
+
+    def __post_init__(self) -> None:
+        known = get_args(Response)
+        if not callable(self.on_alarm) and self.on_alarm not in known:
+            raise InvalidInput(
+                f"on_alarm: expected one of {', '.join(known)} or a function, got "
+                f"{self.on_alarm!r}."
+            )
+        for name in ("ask", "fallback"):
+            if self.on_alarm == name and not callable(getattr(self, name)):
+                raise InvalidInput(
+                    f"{name}: expected a function, since on_alarm is {name!r}, got "
+                    f"{getattr(self, name)!r}."
+                )
+        if self.while_asking not in ("wait", "continue"):
+            raise InvalidInput(
+                f"while_asking: expected 'wait' or 'continue', got {self.while_asking!r}."
+            )
+        if not 0 < self.resume_below <= 1 or self.resume_after < 1 or self.clip_frames < 1:
+            raise InvalidInput(
+                "resume_below, resume_after, clip_frames: expected a share in (0, 1] and at least "
+                f"one of each, got {self.resume_below}, {self.resume_after} and {self.clip_frames}."
+            )
 
 
 class Guard(gym.Wrapper[Any, Any, Any, Any]):
-    """Halts, asks, or lets another policy take over, once what happens is too strange.
+    """Wrapper that halts, asks or hands over, falsely in at most a promised share of episodes.
+
+    Assumes that the monitor was calibrated on whole episodes of this policy in this environment,
+    recorded with `ood.record_episodes` and the same features.
 
     Each step's `info["guard"]` holds `score`, `statistic`, `threshold`, `alarm` (of this step),
-    `acting` (who acts next: "agent", "halted", "waiting" or "fallback") and `reason`: in words,
-    which detector and which numbers of the observation were strangest, or what failed; empty from
-    the step after which the agent acts again. Where no alarm is raised, observations, rewards and
-    ends are the environment's own, step for step.
+    `acting` (who acts next: "agent", "halted", "waiting" or "fallback") and `reason`, which names
+    the detector and the most anomalous numbers, or the error; it is empty from the step after which
+    the agent acts again. Without an alarm, observations, rewards and ends are the environment's.
 
-    It fails safe. NaN or infinity in an observation, observations of another shape, a detector
-    that isn't fitted, a threshold that isn't calibrated or belongs to another fit, a function of
-    the caller's that raises, a log that can't be written: each halts the agent until the episode
-    ends, and `reason` says why.
+    It fails safe. NaN, infinity or another shape in an observation, a detector that isn't fitted, a
+    threshold that isn't calibrated or belongs to another fit, a function of the caller's that
+    raises, a log that can't be written: each halts the agent until the episode ends.
 
     Args:
-        env: The environment; observations and actions are arrays.
-        monitor: What raises alarms; calibrated on whole episodes of this environment, recorded
-            with `ood.record_episodes` and the same features.
-        features: What the detector sees of a step: "observation", "observation_action",
-            "transition", or a function such as `ood.features.hidden(model)`.
-        rules: What follows an alarm; None halts.
+        env: Environment whose observations and actions are arrays.
+        monitor: Raises the alarms.
+        features: Input of the detector: "observation", "observation_action", "transition", or a
+            function such as `ood.features.hidden_layer(model)`.
+        response: To an alarm; None halts.
+        log: Function of each `Event`, such as an `EventLog`; None for no log.
 
     Raises:
         InvalidInput: Observations or actions that aren't arrays, or no safe action.
@@ -49,13 +194,13 @@ class Guard(gym.Wrapper[Any, Any, Any, Any]):
         >>> import torch
         >>> from ood import Mahalanobis, record_episodes
         >>> env = gym.make("Pendulum-v1", max_episode_steps=20)
-        >>> act = lambda observation: np.zeros(1, np.float32)
-        >>> episodes = record_episodes(env, act, 30, seed=0)
+        >>> policy = lambda observation: np.zeros(1, np.float32)
+        >>> episodes = record_episodes(env, policy, 30, seed=0)
         >>> monitor = Monitor(Mahalanobis().fit(torch.cat(episodes[:10])))
         >>> threshold = monitor.calibrate(episodes[10:], alpha=0.1)
         >>> guard = Guard(env, monitor)
         >>> observation, info = guard.reset(seed=1)
-        >>> *_, info = guard.step(np.zeros(1, np.float32))
+        >>> *_, info = guard.step(policy(observation))
         >>> info["guard"]["alarm"], info["guard"]["acting"]
         (False, 'agent')
     """
@@ -65,67 +210,68 @@ class Guard(gym.Wrapper[Any, Any, Any, Any]):
         env: gym.Env[Any, Any],
         monitor: Monitor,
         features: str | Features = "observation_action",
-        rules: AlarmResponse | None = None,
+        response: AlarmResponse | None = None,
+        log: Callable[[Event], None] | None = None,
     ) -> None:
         super().__init__(env)
-        self.keeper = Keeper(
-            1, monitor, features, env.observation_space, env.action_space, rules or AlarmResponse()
-        )
+        env_spaces = env.observation_space, env.action_space
+        self.controller = GuardController(1, env_spaces, monitor, features, response, log)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """As `gymnasium.Env.reset`; a guard that can't work is halted from here on."""
         observation, info = self.env.reset(seed=seed, options=options)
-        self.keeper.begin(np.asarray(observation)[None], np.ones(1, bool))
+        self.controller.start_episodes(np.asarray(observation)[None], _ONE)
         return observation, {**info, "guard": self._info()}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """As `gymnasium.Env.step`, with the guard's action where the agent may not act."""
         proposed = np.asarray(action)[None]
-        taken = self.keeper.actions(proposed)
+        chosen = self.controller.choose_actions(proposed)
         observation, reward, terminated, truncated, info = self.env.step(
-            action if taken is proposed else taken[0]
+            action if chosen is proposed else chosen[0]
         )
-        self.keeper.observe(taken, np.asarray(observation)[None], _ALIVE)
+        self.controller.process_step(chosen, np.asarray(observation)[None], _ONE)
         return observation, reward, terminated, truncated, {**info, "guard": self._info()}
 
-    def answer(self, go_on: bool) -> None:
-        """Answers what `ask` left open.
+    def decide(self, go_on: bool) -> None:
+        """Decide whether the agent goes on after an alarm that `ask` left open.
 
         Raises:
-            InvalidInput: Nothing was asked.
+            InvalidInput: No alarm is open.
         """
-        self.keeper.answer(go_on)
+        self.controller.decide(go_on)
 
     def _info(self) -> dict[str, Any]:
-        keeper = self.keeper
-        reading, threshold = keeper.reading, keeper.monitor.threshold
+        controller = self.controller
+        reading, threshold = controller.reading, controller.monitor.threshold
         return {
             "score": reading.score.item(),
             "statistic": reading.statistic.item(),
-            "threshold": threshold.value if threshold else float("nan"),
+            "threshold": threshold.value if threshold else math.nan,
             "alarm": reading.alarm.item(),
-            "acting": keeper.acts(0),
-            "reason": keeper.reasons[0],
+            "acting": _ACTING[controller.acting.item()],
+            "reason": controller.reasons[0],
         }
 
 
 class VectorGuard(VectorWrapper[Any, Any, Any, Any, Any]):
     """`Guard` of n environments that step together; `info["guard"]` holds n of everything.
 
-    Each environment is watched, halted and asked about alone. With Gymnasium's next-step autoreset
-    the step that only resets is nobody's, and raises no alarm; with same-step autoreset an
-    episode's last observation is taken from `info["final_obs"]`.
+    Each environment is watched, halted and asked about alone, with the promise of `Guard`. The step
+    of next-step autoreset that only resets belongs to no episode, and raises no alarm; with
+    same-step autoreset an episode's last observation is taken from `info["final_obs"]`.
 
     Args:
         env: The environments.
-        monitor: As for `Guard`.
-        features: As for `Guard`.
-        rules: As for `Guard`; functions are called for one environment at a time.
+        monitor: As of `Guard`.
+        features: As of `Guard`.
+        response: As of `Guard`; its functions are called for one environment at a time.
+        log: As of `Guard`.
 
     Raises:
-        InvalidInput: As for `Guard`, or environments that don't say how they reset themselves.
+        InvalidInput: As of `Guard`, or environments without an autoreset mode.
 
     Example:
         >>> from ood import Mahalanobis
@@ -141,7 +287,8 @@ class VectorGuard(VectorWrapper[Any, Any, Any, Any, Any]):
         env: VectorEnv[Any, Any, Any],
         monitor: Monitor,
         features: str | Features = "observation_action",
-        rules: AlarmResponse | None = None,
+        response: AlarmResponse | None = None,
+        log: Callable[[Event], None] | None = None,
     ) -> None:
         super().__init__(env)
         self.autoreset = env.metadata.get("autoreset_mode")
@@ -150,13 +297,9 @@ class VectorGuard(VectorWrapper[Any, Any, Any, Any, Any]):
                 "env: expected metadata['autoreset_mode'] to be a gymnasium.vector.AutoresetMode, "
                 f"got {self.autoreset!r}."
             )
-        self.keeper = Keeper(
-            env.num_envs,
-            monitor,
-            features,
-            env.single_observation_space,
-            env.single_action_space,
-            rules or AlarmResponse(),
+        env_spaces = env.single_observation_space, env.single_action_space
+        self.controller = GuardController(
+            env.num_envs, env_spaces, monitor, features, response, log
         )
         self.ended = np.zeros(env.num_envs, bool)
 
@@ -167,52 +310,319 @@ class VectorGuard(VectorWrapper[Any, Any, Any, Any, Any]):
         observations, info = self.env.reset(seed=seed, options=options)
         mask = (options or {}).get("reset_mask")
         mask = np.ones(self.num_envs, bool) if mask is None else np.asarray(mask, bool)
-        self.keeper.begin(np.asarray(observations), mask)
+        self.controller.start_episodes(np.asarray(observations), mask)
         self.ended = self.ended & ~mask
         return observations, {**info, "guard": self._info()}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """As `gymnasium.vector.VectorEnv.step`, with the guard's actions where it acts."""
-        proposed = np.asarray(actions)
-        taken = self.keeper.actions(proposed)
+        controller, proposed = self.controller, np.asarray(actions)
+        chosen = controller.choose_actions(proposed)
         observations, rewards, terminated, truncated, info = self.env.step(
-            actions if taken is proposed else taken
+            actions if chosen is proposed else chosen
         )
-        after, done = np.asarray(observations), np.asarray(terminated) | np.asarray(truncated)
-        if self.autoreset == AutoresetMode.SAME_STEP and done.any():
-            seen = after.copy()
-            for i in np.flatnonzero(done):
-                seen[i] = info["final_obs"][i]
-            self.keeper.observe(taken, seen, np.ones(self.num_envs, bool))
+        after, ended = np.asarray(observations), np.asarray(terminated) | np.asarray(truncated)
+        if self.autoreset == AutoresetMode.SAME_STEP and ended.any():
+            last = after.copy()
+            for i in np.flatnonzero(ended):
+                last[i] = info["final_obs"][i]
+            controller.process_step(chosen, last, np.ones(self.num_envs, bool))
             guard = self._info()
-            self.keeper.begin(after, done)
-            # The scores are those of the episode that ended; who acts next is the new one's.
-            guard["acting"] = self.keeper.who
-            for i in np.flatnonzero(done & (self.keeper.acting != 0)):
-                guard["alarm"][i], guard["reason"][i] = True, self.keeper.reasons[i]
+            controller.start_episodes(after, ended)
+            # Scores are those of the episode that ended; `acting` is of the one that begins.
+            guard["acting"] = self._info()["acting"]
+            for i in np.flatnonzero(ended & (controller.acting != _AGENT)):
+                guard["alarm"][i], guard["reason"][i] = True, controller.reasons[i]
             return observations, rewards, terminated, truncated, {**info, "guard": guard}
-        self.keeper.observe(taken, after, ~self.ended)
+        controller.process_step(chosen, after, ~self.ended)
         if self.autoreset == AutoresetMode.NEXT_STEP and self.ended.any():
-            self.keeper.begin(after, self.ended)
-        self.ended = done
+            controller.start_episodes(after, self.ended)
+        self.ended = ended
         return observations, rewards, terminated, truncated, {**info, "guard": self._info()}
 
-    def answer(self, go_on: bool, environment: int) -> None:
-        """Answers what `ask` left open about one environment.
+    def decide(self, go_on: bool, environment: int) -> None:
+        """Decide whether an agent goes on after an alarm that `ask` left open.
 
         Raises:
-            InvalidInput: Nothing was asked about it.
+            InvalidInput: No alarm of that environment is open.
         """
-        self.keeper.answer(go_on, environment)
+        self.controller.decide(go_on, environment)
 
     def _info(self) -> dict[str, Any]:
-        keeper = self.keeper
-        reading, threshold = keeper.reading, keeper.monitor.threshold
+        controller = self.controller
+        reading, threshold = controller.reading, controller.monitor.threshold
         return {
             "score": reading.score.copy(),
             "statistic": reading.statistic.copy(),
-            "threshold": threshold.value if threshold else float("nan"),
+            "threshold": threshold.value if threshold else math.nan,
             "alarm": reading.alarm.copy(),
-            "acting": keeper.who,
-            "reason": list(keeper.reasons),
+            "acting": [_ACTING[i] for i in controller.acting],
+            "reason": list(controller.reasons),
         }
+
+
+class GuardController:
+    """Control of who acts in each of n environments; both guards call it at every step.
+
+    Any error of the monitor, of a function of the caller's or of the log halts the environments
+    that it concerns, with the error as the reason.
+
+    Args:
+        n: Number of environments.
+        env_spaces: Observation and action space of one environment.
+        monitor: As of `Guard`.
+        features: As of `Guard`.
+        response: As of `Guard`.
+        log: As of `Guard`.
+
+    Attributes:
+        acting: `(n,)`, index of who acts next among the names of `Acting`.
+        reading: Of the latest step.
+        reasons: Of the latest alarms.
+
+    Raises:
+        InvalidInput: Observations or actions that aren't arrays, or no safe action.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        env_spaces: tuple[spaces.Space[Any], spaces.Space[Any]],
+        monitor: Monitor,
+        features: str | Features,
+        response: AlarmResponse | None,
+        log: Callable[[Event], None] | None,
+    ) -> None:
+        for name, space in zip(("observation", "action"), env_spaces, strict=True):
+            if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete)):
+                raise InvalidInput(f"env: expected {name}s that are arrays, got {space}.")
+        observation_space, self.action_space = env_spaces
+        self.n, self.monitor, self.log = n, monitor, log
+        self.response = response or AlarmResponse()
+        self.features = find_features(features)
+        sizes = [math.prod(space.shape or ()) for space in env_spaces]
+        self.names = feature_names(features, *sizes)
+        self.safe_action = _safe_action(self.response.safe_action, self.action_space)
+        self.acting = np.full(n, _AGENT)
+        self.undecided = np.zeros(n, bool)
+        self.episode = np.full(n, -1)
+        self.low_steps = np.zeros(n, int)
+        self.reasons = [""] * n
+        self.before = np.zeros((n, *(observation_space.shape or ())), observation_space.dtype)
+        self.stream: Stream | None = None
+        self.reading = _no_reading(n)
+        self.recent: list[deque[tuple[Array, Array]]] = [deque()] * n
+
+    def start_episodes(self, observations: Array, mask: NDArray[np.bool_]) -> None:
+        """Start an episode where `mask` `(n,)` is True, at `observations` `(n, *obs)`."""
+        everywhere = bool(mask.all())
+        if everywhere:
+            self.before = np.array(observations)
+        self.before[mask] = observations[mask]
+        for column in self.reading[:2]:
+            column[mask] = np.nan
+        self.reading.alarm[mask] = False
+        self.acting[mask], self.undecided[mask], self.low_steps[mask] = _AGENT, False, 0
+        self.episode[mask] += 1
+        started = [int(i) for i in np.flatnonzero(mask)]
+        for i in started:
+            self.reasons[i] = ""
+            self.recent[i] = deque(maxlen=self.response.clip_frames)
+        try:
+            self.monitor.check()
+            if everywhere or self.stream is None:
+                self.stream = self.monitor.stream(self.n)
+            else:
+                self.stream.reset(mask)
+        except Exception as error:
+            for i in started:
+                self._fail(i, "the monitor can't start", error)
+            return
+        for i in started:
+            if not np.isfinite(self.before[i]).all():
+                self._halt(i, "NaN or infinity in the first observation", "alarm")
+
+    def choose_actions(self, proposed: Array) -> Array:
+        """Actions `(n, *act)` to take: those that the agent proposes, where it acts."""
+        if not np.count_nonzero(self.acting):  # the agent's index is 0
+            return proposed
+        chosen = np.array(proposed)
+        for i in np.flatnonzero(self.acting == _FALLBACK):
+            try:
+                assert self.response.fallback is not None
+                action = np.asarray(self.response.fallback(self.before[i].copy()), chosen.dtype)
+                if not self.action_space.contains(action if action.ndim else action[()]):
+                    raise InvalidInput(
+                        f"fallback: expected an action in {self.action_space}, got {action}."
+                    )
+                chosen[i] = action
+            except Exception as error:
+                self._fail(int(i), "the fallback policy failed", error)
+        chosen[(self.acting == _HALTED) | (self.acting == _WAITING)] = self.safe_action
+        return chosen
+
+    def process_step(self, actions: Array, after: Array, active: NDArray[np.bool_]) -> None:
+        """Watch one step, and respond to its alarms.
+
+        Args:
+            actions: `(n, *act)`, as taken.
+            after: `(n, *obs)`, the observations after them.
+            active: `(n,)` bool, False where the step belongs to no episode.
+        """
+        if any(self.reasons):
+            for i in np.flatnonzero((self.acting == _AGENT) & ~self.undecided):
+                self.reasons[i] = ""
+        try:
+            assert self.stream is not None, "it never started"
+            features = self.features(self.before, actions, after)
+            self.reading = self.stream.update(features)
+        except Exception as error:
+            # An unwatched step mustn't be followed by another.
+            self.reading = _no_reading(self.n)._replace(alarm=active.copy())
+            for i in np.flatnonzero(active & (self.acting != _HALTED)):
+                self._fail(int(i), "the monitor failed", error)
+            self.before = np.array(after)
+            return
+        alarm = self.reading.alarm
+        # Features of our own hold all of the observation, and the stream has checked them.
+        if self.names is None and not np.isfinite(after).all():
+            alarm = alarm | ~np.isfinite(after).reshape(self.n, -1).all(1)
+        if self.response.on_alarm == "ask":
+            for i in np.flatnonzero(active):
+                self.recent[i].append((after[i].copy(), np.array(actions[i])))
+        if np.count_nonzero(alarm):  # a tenth of the time that `any` takes
+            self.reading = self.reading._replace(alarm=alarm & active)
+            for i in np.flatnonzero(alarm & active & (self.acting == _AGENT) & ~self.undecided):
+                self._respond(int(i), actions[i], after[i])
+        if self.response.on_alarm == "fallback":
+            self._end_fallback(active)
+        self.before = np.array(after)
+
+    def decide(self, go_on: bool, environment: int = 0) -> None:
+        """Decide whether an agent goes on after an alarm that `ask` left open.
+
+        Raises:
+            InvalidInput: No alarm of that environment is open.
+        """
+        if not self.undecided[environment]:
+            raise InvalidInput(
+                f"environment: expected one that waits for a decision, got {environment}."
+            )
+        self.undecided[environment] = False
+        if not go_on:
+            reason = f"{self.reasons[environment]}; the decision was to halt"
+            self._halt(environment, reason, "halt")
+            return
+        self.acting[environment] = _AGENT
+        if self.stream is not None:
+            self.stream.statistic.restart(np.arange(self.n) == environment)
+        self._log(environment, "resume", "the decision was to go on")
+
+    def _respond(self, i: int, action: Array, after: Array) -> None:
+        """Respond to an alarm in environment i."""
+        try:
+            step = self.features(self.before[i][None], np.asarray(action)[None], after[None])
+            reason = self.monitor.explain(step[0], self.names)
+        except Exception as error:
+            reason = f"anomalous, but the detector can't explain it: {error}"
+        self.reasons[i] = reason
+        on_alarm = self.response.on_alarm
+        if on_alarm == "halt":
+            self._halt(i, reason, "halt")
+        elif on_alarm == "fallback":
+            self.acting[i], self.low_steps[i] = _FALLBACK, 0
+            self._log(i, "fallback", reason)
+        elif on_alarm == "ask":
+            self._ask(i, reason)
+        else:
+            assert callable(on_alarm)
+            try:
+                result = on_alarm(self._event(i, "alarm", reason))
+                if result not in (None, "halt"):
+                    raise InvalidInput(f"on_alarm: expected None or 'halt', got {result!r}.")
+            except Exception as error:
+                self._fail(i, f"{reason}; on_alarm failed", error)
+                return
+            if result == "halt":
+                self._halt(i, reason, "halt")
+            else:
+                self._log(i, "alarm", reason)
+
+    def _ask(self, i: int, reason: str) -> None:
+        """Give `ask` the clip that led to an alarm, and follow its decision."""
+        assert self.response.ask is not None
+        self._log(i, "ask", reason)
+        try:
+            observations, actions = zip(*self.recent[i], strict=True)
+            clip = Clips(*(torch.from_numpy(np.stack(x))[None] for x in (observations, actions)))
+            go_on = self.response.ask(clip)
+        except Exception as error:
+            self._fail(i, f"{reason}; asking failed", error)
+            return
+        if self.acting[i] == _HALTED:
+            return  # the log failed
+        self.undecided[i] = True
+        if go_on is not None:
+            self.decide(bool(go_on), i)
+        elif self.response.while_asking == "wait":
+            self.acting[i] = _WAITING
+
+    def _end_fallback(self, active: NDArray[np.bool_]) -> None:
+        """Let agents resume whose statistic has been low for long enough."""
+        assert self.monitor.threshold is not None
+        limit = self.response.resume_below * self.monitor.threshold.value
+        low = (self.reading.statistic < limit) & active
+        self.low_steps = np.where(low, self.low_steps + 1, 0)
+        ready = (self.acting == _FALLBACK) & (self.low_steps >= self.response.resume_after)
+        for i in map(int, np.flatnonzero(ready)):
+            self.acting[i] = _AGENT
+            self._log(i, "resume", f"low statistic for {self.low_steps[i]} steps")
+
+    def _halt(self, i: int, reason: str, kind: EventKind) -> None:
+        self.acting[i], self.undecided[i], self.reasons[i] = _HALTED, False, reason
+        if kind != "halt":
+            self.reading.alarm[i] = True
+        self._log(i, kind, reason)
+
+    def _fail(self, i: int, what: str, error: Exception) -> None:
+        name = "" if isinstance(error, RewardModelsError) else f"{type(error).__name__}: "
+        self._halt(i, f"{what}: {name}{error}", "failure")
+
+    def _event(self, i: int, kind: EventKind, reason: str) -> Event:
+        threshold = self.monitor.threshold
+        return Event(
+            kind,
+            i,
+            int(self.episode[i]),
+            int(self.stream.steps[i]) if self.stream is not None else 0,
+            float(self.reading.score[i]),
+            float(self.reading.statistic[i]),
+            threshold.value if threshold else math.nan,
+            reason,
+        )
+
+    def _log(self, i: int, kind: EventKind, reason: str) -> None:
+        if self.log is None:
+            return
+        try:
+            self.log(self._event(i, kind, reason))
+        except Exception as error:
+            self.acting[i] = _HALTED
+            self.reasons[i] = f"{reason}; the event can't be logged: {error}"
+
+
+def _safe_action(safe_action: Any, space: spaces.Space[Any]) -> Array:
+    given = safe_action is not None
+    if not given and isinstance(space, spaces.Box):
+        safe_action = np.zeros(space.shape, space.dtype)
+    if safe_action is None:
+        raise InvalidInput(f"safe_action: expected an action in {space}, got None.")
+    action = np.asarray(safe_action, space.dtype)
+    if not space.contains(action if action.ndim else action[()]):
+        hint = "" if given else "; zeros are the default, so name another"
+        raise InvalidInput(f"safe_action: expected an action in {space}, got {action}{hint}.")
+    return action
+
+
+def _no_reading(n: int) -> Reading:
+    return Reading(np.full(n, np.nan), np.full(n, np.nan), np.zeros(n, bool))

@@ -1,34 +1,64 @@
-"""Monitor: a detector, a statistic and a threshold, run over streams of features."""
+"""Monitor: a detector, a statistic and a threshold; recording episodes for it, and saving it."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from ood.conformal import Threshold, calibrate, calibrate_stream
-from ood.detectors import Array, OODDetector, as_array
-from ood.sequential import CUSUM, Statistic, root_mean_square
+from ood.density import KNN, MixtureDensity
+from ood.detectors import Array, Joint, Mahalanobis, OODDetector, RelativeMahalanobis, as_array
+from ood.dynamics import DynamicsEnsemble, RandomNetworkDistillation
+from ood.features import Features, find_features
+from ood.sequential import CUSUM, STATISTICS, STREAM_STATISTICS, Statistic, root_mean_square
 from rewardmodels import InvalidInput
-from rewardmodels.errors import NotFitted, RewardModelsError
+from rewardmodels.errors import NotFitted, RewardModelsError, UnreadableFile
+from rewardmodels.saving import atomic_path
+
+FORMAT = 1
+DETECTORS: dict[str, type[OODDetector]] = {
+    cls.__name__: cls
+    for cls in (
+        DynamicsEnsemble,
+        Joint,
+        KNN,
+        Mahalanobis,
+        MixtureDensity,
+        RandomNetworkDistillation,
+        RelativeMahalanobis,
+    )
+}
+"""Detectors by name, for files and the command line. `load_monitor` imports no others."""
+
+Policy = Callable[[Array], Any]
+"""From one observation `(*obs,)` to an action."""
 
 
 class StaleThreshold(RewardModelsError, RuntimeError):
-    """A threshold was calibrated for another detector, or for this one before a refit."""
+    """A threshold of another monitor, or of this one before a refit of its detector."""
 
 
 class Reading(NamedTuple):
-    """What a monitor says of one step of n environments.
+    """Output of a monitor for one step of n environments.
 
     Attributes:
-        score: `(n,)`, the detector's, or the root mean square of its signed numbers where the
-            statistic takes these; infinite where features aren't finite.
+        score: `(n,)`, of the detector, or the root mean square of its residuals where the statistic
+            reads these; infinite where features aren't finite.
         statistic: `(n,)`.
         alarm: `(n,)` bool.
     """
@@ -39,11 +69,14 @@ class Reading(NamedTuple):
 
 
 class Monitor:
-    """Says of each step whether what has been seen so far is too strange to be chance.
+    """Alarm in at most a promised share of normal episodes, for any detector and any statistic.
+
+    Assumes that calibration episodes and new ones are exchangeable: the same policy in the same
+    environment, none of them seen when the detector was fitted (see `ood.conformal`).
 
     Args:
-        detector: How strange one frame is; fitted.
-        statistic: What the scores add up to.
+        detector: Scores one frame.
+        statistic: Accumulates the scores; `CUSUM` by default.
         threshold: From `ood.conformal`; None until `calibrate`.
 
     Example:
@@ -76,11 +109,11 @@ class Monitor:
         standardise: float = 0.25,
         window: int = 25,
     ) -> Threshold:
-        """Takes the threshold from whole episodes that the detector wasn't fitted to.
+        """Set the threshold by whole episodes that the detector wasn't fitted to.
 
         Args:
             episodes: N, each `(T_i, F)` features of its steps.
-            alpha: Chance of a false alarm in an episode, at most.
+            alpha: Largest chance of a false alarm in an episode.
             standardise: As `ood.conformal.calibrate`.
             window: As `ood.conformal.calibrate`.
 
@@ -89,72 +122,55 @@ class Monitor:
             InvalidInput: As `ood.conformal.calibrate`, or features of another shape.
         """
         scores = [self.scores(episode) for episode in episodes]
-        self.threshold = calibrate(
-            scores,
-            self.statistic,
-            alpha,
-            standardise=standardise,
-            window=window,
-            fingerprint=self.fingerprint,
-        )
+        found = calibrate(scores, self.statistic, alpha, standardise=standardise, window=window)
+        self.threshold = replace(found, fingerprint=self.fingerprint)
         return self.threshold
 
     def calibrate_stream(
         self, features: Tensor, alpha: float, *, block: int, standardise: float = 0.25
     ) -> Threshold:
-        """Takes the threshold from one long stream that the detector wasn't fitted to.
+        """Set the threshold by one long stream that the detector wasn't fitted to.
 
-        The statistic then begins anew after every `block` steps of an episode without end; see
-        `ood.conformal.calibrate_stream` for what is promised.
+        For environments without episodes; see `ood.conformal.calibrate_stream` for the promises.
 
         Args:
             features: `(L, F)`.
-            alpha: Chance of a false alarm in a block, at most.
-            block: Steps.
+            alpha: Largest chance of a false alarm in a block.
+            block: Steps after which a statistic of episodes begins anew.
             standardise: As `ood.conformal.calibrate_stream`.
 
         Raises:
             NotFitted: The detector isn't fitted.
             InvalidInput: As `ood.conformal.calibrate_stream`, or features of another shape.
         """
-        self.threshold = calibrate_stream(
-            self.scores(features),
-            self.statistic,
-            alpha,
-            block=block,
-            standardise=standardise,
-            fingerprint=self.fingerprint,
+        found = calibrate_stream(
+            self.scores(features), self.statistic, alpha, block=block, standardise=standardise
         )
+        self.threshold = replace(found, fingerprint=self.fingerprint)
         return self.threshold
 
     def scores(self, features: Tensor) -> Tensor:
-        """What the statistic is given of B frames, before it is standardised.
-
-        Args:
-            features: `(B, F)`.
-
-        Returns:
-            `(B,)` scores, or `(B, D)` signed numbers if the statistic is signed.
+        """Scores `(B,)` of frames `(B, F)`, or residuals `(B, D)` for a multivariate statistic.
 
         Raises:
             NotFitted: The detector isn't fitted.
             InvalidInput: Features of another shape, or NaN or infinity.
         """
-        of = self.detector.signed if self.statistic.signed else self.detector.score
-        return of(features)
+        detector = self.detector
+        return (detector.residuals if self.statistic.multivariate else detector.score)(features)
 
     @property
     def fingerprint(self) -> str:
-        """That of the detector, and what the statistic is: a threshold holds for both.
+        """Fingerprint of detector and statistic: a threshold holds for both.
 
         Raises:
             NotFitted: The detector isn't fitted.
         """
-        of_statistic = f"{type(self.statistic).__name__}{self.statistic.settings}"
-        return f"{self.detector.fingerprint} {of_statistic}"
+        statistic = f"{type(self.statistic).__name__}{self.statistic.settings}"
+        return f"{self.detector.fingerprint} {statistic}"
 
     def check(self) -> None:
-        """Raises unless its alarms mean what was promised.
+        """Raise unless the promise holds for the detector and the statistic as they are now.
 
         Raises:
             NotFitted: The detector isn't fitted, or there is no threshold.
@@ -174,7 +190,7 @@ class Monitor:
             )
 
     def stream(self, n: int) -> Stream:
-        """Begins to watch n environments, having checked that it may.
+        """Start to watch n environments.
 
         Raises:
             NotFitted: As `check`.
@@ -185,33 +201,34 @@ class Monitor:
         return Stream(self, n)
 
     def explain(self, features: Array | Tensor, names: Sequence[str] | None = None) -> str:
-        """In words, which detector found one frame strangest, and why.
+        """Describe which detector and which features made one frame's score high.
 
         Args:
             features: `(F,)`.
             names: F names; None for numbers.
         """
         frame = torch.as_tensor(as_array(features))
-        called = names or [f"feature[{i}]" for i in range(len(frame))]
+        names = names or [f"feature[{i}]" for i in range(len(frame))]
         broken = ~frame.isfinite()
         if bool(broken.any()):
-            which = ", ".join(called[int(i)] for i in broken.nonzero()[:3].flatten())
+            which = ", ".join(names[int(i)] for i in broken.nonzero()[:3].flatten())
             return f"NaN or infinity in {which}"
         share = self.detector.explain(frame[None])[0]
         most = share.topk(min(3, len(share)))
         parts = [
-            f"{called[int(i)]} ({float(value):.3g})"
+            f"{names[int(i)]} ({float(value):.3g})"
             for value, i in zip(most.values, most.indices, strict=True)
         ]
-        return f"{self.detector.blame(frame[None])[0]}: strangest {', '.join(parts)}"
+        detector = self.detector.detector_names(frame[None])[0]
+        return f"{detector}: most anomalous {', '.join(parts)}"
 
 
 class Stream:
-    """A monitor's memory of n environments, made by `Monitor.stream`.
+    """State of a monitor that watches n environments; made by `Monitor.stream`.
 
     Args:
-        monitor: That may watch: see `Monitor.check`.
-        n: How many environments.
+        monitor: One that passes `Monitor.check`.
+        n: Number of environments.
 
     Raises:
         InvalidInput: Less than one environment.
@@ -222,34 +239,30 @@ class Stream:
         self.statistic = copy.deepcopy(monitor.statistic)
         self.statistic.start(n)
         self.steps = np.zeros(n, np.int64)
-        self._checked = self._now()
+        self._checked = self._revision()
 
     def reset(self, mask: NDArray[np.bool_]) -> None:
-        """Begins an episode anew where `mask` `(n,)` is True."""
+        """Begin an episode where `mask` `(n,)` is True."""
         self.statistic.reset(mask)
         self.steps[mask] = 0
 
-    def forget(self, mask: NDArray[np.bool_]) -> None:
-        """Begins the statistic anew where `mask` `(n,)` is True, in the middle of an episode."""
-        self.statistic.reset(mask)
-
     def update(self, features: Array | Tensor) -> Reading:
-        """Takes in one step of each environment.
+        """Add one step of each environment.
 
-        Features that aren't finite are infinitely strange, and raise an alarm whatever the
+        Features that aren't finite are infinitely anomalous, and raise an alarm whatever the
         threshold; so does a statistic that isn't a number.
 
         Args:
             features: `(n, F)`.
 
         Raises:
-            NotFitted: As `Monitor.check`, where the monitor has changed meanwhile.
+            NotFitted: As `Monitor.check`, if the monitor has changed.
             StaleThreshold: Likewise.
             InvalidInput: Features of another shape.
         """
-        if self._now() != self._checked:
+        if self._revision() != self._checked:
             self.monitor.check()
-            self._checked = self._now()
+            self._checked = self._revision()
         detector, threshold = self.monitor.detector, self.monitor.threshold
         assert threshold is not None
         frames = as_array(features)
@@ -259,45 +272,229 @@ class Stream:
                 f"environments, got {frames.shape}."
             )
         if threshold.period:
-            self.statistic.reset(self.steps % threshold.period == 0)
-        signed = self.statistic.signed
-        # The sum of squares is finite where all are, unless it overflows; then each is looked at.
-        if frames.shape[1] == detector.width and math.isfinite(np.vdot(frames, frames)):
+            self.statistic.end_block(self.steps % threshold.period == 0)
+        multivariate = self.statistic.multivariate
+        # A finite sum of squares has only finite terms; otherwise each number is looked at.
+        if frames.shape[1] == detector.num_features and math.isfinite(np.vdot(frames, frames)):
             if frames.dtype.char != "d":
                 frames = frames.astype(np.float64)
-            seen = detector.signed_checked(frames) if signed else detector.score_checked(frames)
+            values = detector.evaluate(frames, residuals=multivariate)
         else:
             rows = np.isfinite(frames).all(1)
-            known = (detector.signed_array if signed else detector.score_array)(frames[rows])
-            seen = np.full((len(frames), *known.shape[1:]), np.inf)
-            seen[rows] = known
-        score = root_mean_square(seen) if signed else seen
-        statistic = self.statistic.update(threshold.standardise(seen, self.steps)).copy()
+            finite = detector.evaluate(detector.check_frames(frames[rows]), residuals=multivariate)
+            values = np.full((len(frames), *finite.shape[1:]), np.inf)
+            values[rows] = finite
+        score = root_mean_square(values) if multivariate else values
+        statistic = self.statistic.update(threshold.standardise(values, self.steps)).copy()
         self.steps += 1
         alarm = statistic > threshold.value
-        # NaN must raise an alarm, and compares as False; so must infinity, whatever the threshold.
-        # One product tells whether there is any.
+        # NaN must raise an alarm, and compares as False; so must an infinite score, whatever the
+        # threshold. One product shows whether there is any.
         if not math.isfinite(np.vdot(score, statistic)):
             alarm = ~((statistic <= threshold.value) & np.isfinite(score))
         return Reading(score, statistic, alarm)
 
-    def _now(self) -> tuple[object, ...]:
-        # A hash of the detector at each step would take longer than the step.
+    def _revision(self) -> tuple[object, ...]:
+        # A fingerprint at each step would take longer than the step.
         detector = self.monitor.detector
         return detector, detector.revision, self.monitor.threshold
 
 
-def scores_along(monitor: Monitor, episode: Tensor) -> Reading:
-    """What a monitor says of a whole episode, step by step: `(T,)` each.
+def record_episodes(
+    env: gym.Env[Any, Any],
+    policy: Policy,
+    episodes: int,
+    features: str | Features = "observation_action",
+    *,
+    seed: int | None = None,
+) -> list[Tensor]:
+    """Play whole episodes and record the features of each step, as a guard will see them.
+
+    Fit a detector to some of them and calibrate its threshold by others, never by the same.
 
     Args:
-        monitor: Calibrated.
-        episode: `(T, F)` features.
+        env: Environment without a guard; each of its episodes has to end.
+        policy: From one observation to an action.
+        episodes: Number of episodes.
+        features: As of the guard.
+        seed: Of the first reset.
+
+    Returns:
+        One tensor `(T, F)` an episode.
 
     Raises:
-        NotFitted: As `Monitor.check`.
-        StaleThreshold: As `Monitor.check`.
+        InvalidInput: Less than one episode.
+        UnknownName: No features of that name.
+
+    Example:
+        >>> env = gym.make("Pendulum-v1", max_episode_steps=20)
+        >>> policy = lambda observation: np.zeros(1, np.float32)
+        >>> [x.shape for x in record_episodes(env, policy, 2, "transition")]
+        [torch.Size([20, 7]), torch.Size([20, 7])]
     """
-    stream = monitor.stream(1)
-    readings = [stream.update(frame[None]) for frame in episode]
-    return Reading(*(np.concatenate(column) for column in zip(*readings, strict=True)))
+    if episodes < 1:
+        raise InvalidInput(f"episodes: expected at least one, got {episodes}.")
+    compute, recorded = find_features(features), []
+    for episode in range(episodes):
+        before, _ = env.reset(seed=seed if episode == 0 else None)
+        rows, ended = [], False
+        while not ended:
+            action = policy(before)
+            after, _, terminated, truncated, _ = env.step(action)
+            step = (np.asarray(x)[None] for x in (before, action, after))
+            rows.append(np.array(compute(*step)))
+            before, ended = after, terminated or truncated
+        recorded.append(torch.from_numpy(np.concatenate(rows)))
+    return recorded
+
+
+def save_monitor(monitor: Monitor, path: str | os.PathLike[str], *, agent: str = "") -> None:
+    """Write detector, statistic and threshold to one file of tensors and JSON, atomically.
+
+    Args:
+        monitor: One whose detector is fitted, and whose threshold, if any, is its own.
+        path: The file, which is replaced.
+        agent: `agent_fingerprint` of the agent whose episodes calibrated it: the promise holds for
+            no other.
+
+    Raises:
+        InvalidInput: A detector or a statistic that isn't registered or can't be saved.
+        NotFitted: The detector isn't fitted.
+        StaleThreshold: The threshold belongs to another state of the detector.
+    """
+    known, statistic = STATISTICS | STREAM_STATISTICS, type(monitor.statistic)
+    if known.get(statistic.__name__) is not statistic:
+        raise InvalidInput(
+            f"monitor: expected one of the statistics {', '.join(known)}, got "
+            f"{statistic.__name__}; add it to ood.STATISTICS."
+        )
+    arrays: dict[str, Array] = {}
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "detector": _describe(monitor.detector, "detector.", arrays),
+        "statistic": [statistic.__name__, monitor.statistic.settings],
+        "fingerprint": monitor.fingerprint,
+        "agent": agent,
+    }
+    if monitor.threshold is not None:
+        monitor.check()
+        fields = asdict(monitor.threshold)
+        arrays |= {f"threshold.{name}": fields.pop(name) for name in ("mean", "scale")}
+        # JSON has no infinity.
+        about["threshold"] = {**fields, "value": repr(monitor.threshold.value)}
+    contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, {"ood": json.dumps(about)})
+
+
+def load_monitor(path: str | os.PathLike[str], *, agent: str | None = None) -> Monitor:
+    """Read a monitor that `save_monitor` wrote; its alarms are the same, and no code is run.
+
+    Args:
+        path: The file.
+        agent: `agent_fingerprint` of the agent that it is to watch; None checks nothing.
+
+    Raises:
+        StaleThreshold: It was calibrated on another agent's episodes, or before more training.
+        UnreadableFile: Not such a file, damaged, changed since, of a newer format, or of a
+            detector or statistic that isn't registered.
+        FileNotFoundError: There is no such file.
+
+    Example:
+        >>> load_monitor("pyproject.toml")
+        Traceback (most recent call last):
+            ...
+        rewardmodels.errors.UnreadableFile: pyproject.toml: expected a monitor written by ...
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: expected a monitor written by ood.save_monitor.")
+    try:
+        with safe_open(path, "np") as file:
+            about = json.loads((file.metadata() or {})["ood"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if int(about["format"]) > FORMAT:
+            raise UnreadableFile(
+                f"{path}: expected format {FORMAT} or older, got {about['format']}; update "
+                "rewardmodels."
+            )
+        detector = _rebuild(about["detector"], "detector.", arrays)
+        # Shapes that don't fit together show when they are used.
+        detector.score(torch.zeros(1, detector.num_features))
+        name, settings = about["statistic"]
+        monitor = Monitor(detector, (STATISTICS | STREAM_STATISTICS)[name](**settings))
+        if "threshold" in about:
+            fields = about["threshold"]
+            fields["value"] = float(fields["value"])
+            mean, scale = arrays["threshold.mean"], arrays["threshold.scale"]
+            monitor.threshold = Threshold(**fields, mean=mean, scale=scale)
+            monitor.check()
+        changed = monitor.fingerprint != about["fingerprint"]
+    except (
+        SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError, StaleThreshold,
+    ) as error:  # fmt: skip
+        raise UnreadableFile(
+            f"{path}: expected a monitor written by ood.save_monitor, got a damaged file or one of "
+            f"another kind ({error!r})."
+        ) from error
+    if changed:
+        raise UnreadableFile(f"{path}: expected what was saved, got a detector changed since.")
+    if agent is not None and about.get("agent", "") != agent:
+        raise StaleThreshold(
+            f"{path}: expected a guard calibrated on this agent's episodes, got one of another "
+            "agent, or of this one before more training; calibrate it again."
+        )
+    return monitor
+
+
+def agent_fingerprint(*files: str | os.PathLike[str]) -> str:
+    """SHA-256 of an agent's files, which differs between agents and after more training.
+
+    Args:
+        files: All that decides what the agent does, in a fixed order.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+
+    Example:
+        >>> agent_fingerprint("pyproject.toml") == agent_fingerprint("LICENSE")
+        False
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _describe(detector: OODDetector, prefix: str, arrays: dict[str, Array]) -> dict[str, Any]:
+    """Class and settings of a detector as JSON; its arrays are added to `arrays`."""
+    name = type(detector).__name__
+    if DETECTORS.get(name) is not type(detector) or not detector.saveable:
+        raise InvalidInput(
+            f"detector: expected one that a file can hold ({', '.join(DETECTORS)}), got a {name}; "
+            "add it to ood.DETECTORS, or save the frames that it was fitted to."
+        )
+    arrays |= {prefix + key: value for key, value in detector.state.items()}
+    if not isinstance(detector, Joint):
+        return {"class": name, "settings": detector.settings}
+    inner = [
+        _describe(member, f"{prefix}{i}.", arrays) for i, member in enumerate(detector.detectors)
+    ]
+    settings = {key: value for key, value in detector.settings.items() if key != "detectors"}
+    return {"class": name, "settings": settings, "detectors": inner}
+
+
+def _rebuild(about: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> OODDetector:
+    settings = dict(about["settings"])
+    if "detectors" in about:
+        settings["detectors"] = [
+            _rebuild(inner, f"{prefix}{i}.", arrays) for i, inner in enumerate(about["detectors"])
+        ]
+        columns = settings["columns"]
+        settings["columns"] = [None if pair is None else tuple(pair) for pair in columns]
+    detector = DETECTORS[about["class"]](**settings)
+    own = {
+        name.removeprefix(prefix): value
+        for name, value in arrays.items()
+        if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+    }
+    return detector.restore(own)

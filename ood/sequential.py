@@ -1,9 +1,21 @@
-"""Statistics over a stream of scores: each O(1) a step, over any number of environments at once.
+r"""Statistics over a stream of scores, O(1) a step, for any number of environments at once.
 
-What they are given are scores in standard deviations, as usual at that time in an episode (see
-`ood.conformal`), so that their parameters mean the same for every detector. A signed statistic is
-given D numbers a frame that have directions (`ood.OODDetector.signed`), of which a lasting bias
-adds up where their size would drown it.
+Their inputs are scores in standard deviations from what is usual at that step of an episode (see
+`ood.conformal`), so that their parameters mean the same for every detector. A multivariate
+statistic reads D residuals a frame (`OODDetector.residuals`), whose signs let a lasting bias add up
+while noise cancels.
+
+`Spike`, `EWMA`, `CUSUM` and `MEWMA` begin anew with each episode, or block of a stream, and get
+their threshold from a conformal quantile. `ConformalMartingale` and `ShiryaevRoberts` are for
+deployments without episodes, and for drift too slow to make one block anomalous: they bet, at the
+end of each block, that its largest score ranks high among all blocks so far. Among exchangeable
+blocks the p-value
+
+$$p_n = \frac{\#\{i: s_i > s_n\} + \tau_n \#\{i: s_i = s_n\}}{n}, \quad \tau_n \sim U[0, 1]$$
+
+(i up to n) is uniform and independent of those before it (Vovk, Nouretdinov & Gammerman 2003,
+"Testing exchangeability on-line", Theorem 1), so that a bet $b_\epsilon(p) = \epsilon
+p^{\epsilon - 1}$ has mean 1, and wins where scores are unusually high.
 """
 
 from __future__ import annotations
@@ -11,6 +23,8 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,9 +34,16 @@ from rewardmodels import InvalidInput
 
 Array = NDArray[np.float64]
 
+# The wealth is the mean over these bets. Small epsilons win where few scores are far out, large
+# ones where many are a little higher than usual.
+BETS = np.array([0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95])
+
 
 class Statistic(ABC):
-    """What has been seen so far, as one number for each of n environments: higher is stranger.
+    """Running statistic of each of n environments, shape `(n,)`; higher is more anomalous.
+
+    A subclass writes `next_value`, and `read` where what it remembers isn't the statistic itself.
+    Constructor arguments are kept as attributes of the same names.
 
     Example:
         >>> cusum = CUSUM(drift=0.5)
@@ -34,88 +55,96 @@ class Statistic(ABC):
         [0.5, 0.0]
     """
 
-    signed: ClassVar[bool] = False
-    """Whether it is given `(n, D)` signed numbers in place of `(n,)` scores."""
+    multivariate: ClassVar[bool] = False
+    """True if it reads `(n, D)` residuals in place of `(n,)` scores."""
 
     value: Array
-    """What it remembers of each environment."""
+    """Memory of each environment."""
+
+    @abstractmethod
+    def next_value(self, value: Array, scores: Array) -> Array:
+        """Memory after `scores`, given the memory before; 0 at the start, of the same shape."""
+
+    def read(self, value: Array) -> Array:
+        """Statistic `(n,)` of a memory."""
+        return value
 
     def start(self, n: int) -> None:
-        """Begins anew, for n environments.
+        """Begin with n environments.
 
         Raises:
             InvalidInput: Less than one.
         """
         if n < 1:
             raise InvalidInput(f"n: expected at least one environment, got {n}.")
-        self.value = self._nothing(n)
+        self.value = self._initial_value(n)
 
     def reset(self, mask: NDArray[np.bool_]) -> None:
-        """Begins anew where `mask` `(n,)` is True."""
+        """Begin an episode where `mask` `(n,)` is True."""
         self.value[mask] = 0.0
 
+    def end_block(self, mask: NDArray[np.bool_]) -> None:
+        """End a block of an unending stream where `mask` `(n,)` is True, and begin another."""
+        self.reset(mask)
+
+    def restart(self, mask: NDArray[np.bool_]) -> None:
+        """Forget all scores where `mask` `(n,)` is True, after a decision to go on."""
+        self.reset(mask)
+
     def update(self, scores: ArrayLike) -> Array:
-        """Takes in one score of each environment.
+        """Add one score of each environment.
 
         Args:
-            scores: `(n,)`, or `(n, D)` of a signed statistic.
+            scores: `(n,)`, or `(n, D)` residuals of a multivariate statistic.
 
         Returns:
             `(n,)`, the statistic; infinite once a score was, until it is reset.
         """
-        self.value = self._next(self.value, np.asarray(scores, np.float64))
-        return self._read(self.value)
+        self.value = self.next_value(self.value, np.asarray(scores, np.float64))
+        return self.read(self.value)
 
     def run(self, scores: ArrayLike) -> Array:
-        """The statistic at each step of N whole streams, and leaves no trace.
+        """Compute the statistic at each step of N whole episodes, without a change of memory.
 
         Args:
-            scores: `(N, T)`, or `(N, T, D)` of a signed statistic.
+            scores: `(N, T)`, or `(N, T, D)` residuals of a multivariate statistic.
 
         Returns:
             `(N, T)`.
         """
         scores = np.asarray(scores, np.float64)
-        values, value = np.empty(scores.shape[:2]), self._nothing(len(scores))
+        values, value = np.empty(scores.shape[:2]), self._initial_value(len(scores))
         for step in range(scores.shape[1]):
-            value = self._next(value, scores[:, step])
-            values[:, step] = self._read(value)
+            value = self.next_value(value, scores[:, step])
+            values[:, step] = self.read(value)
         return values
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was constructed with."""
+        """Constructor arguments."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
-    @abstractmethod
-    def _next(self, value: Array, scores: Array) -> Array:
-        """What follows `value`, which was 0 at the start, on `scores` of the same shape."""
-
-    def _nothing(self, n: int) -> Array:
+    def _initial_value(self, n: int) -> Array:
         # One column broadcasts to the D that come.
-        return np.zeros((n, 1) if self.signed else n)
-
-    def _read(self, value: Array) -> Array:
-        """`(n,)`: the statistic of what is remembered."""
-        return value
+        return np.zeros((n, 1) if self.multivariate else n)
 
 
 class Spike(Statistic):
-    """The score itself, which forgets at once: for what is strange in a single frame.
+    """Score of the latest frame: for anomalies of a single frame.
 
     Example:
         >>> Spike().run([[1.0, 3.0, -1.0]]).tolist()
         [[1.0, 3.0, -1.0]]
     """
 
-    def _next(self, value: Array, scores: Array) -> Array:
+    def next_value(self, value: Array, scores: Array) -> Array:
         return scores
 
 
 class EWMA(Statistic):
-    r"""$s_t = (1 - \lambda) s_{t-1} + \lambda z_t$, which remembers about $1/\lambda$ steps.
+    r"""Exponentially weighted moving average $s_t = (1 - \lambda) s_{t-1} + \lambda z_t$.
 
-    The exponentially weighted moving average (Roberts 1959, Technometrics 1:239).
+    It remembers about $1/\lambda$ steps (Roberts 1959, Technometrics 1:239).
 
     Args:
         weight: $\lambda$, of the newest score.
@@ -133,19 +162,19 @@ class EWMA(Statistic):
             raise InvalidInput(f"weight: expected a number in (0, 1], got {weight}.")
         self.weight = weight
 
-    def _next(self, value: Array, scores: Array) -> Array:
-        # The form with one product of the difference would make infinity less infinity of two.
+    def next_value(self, value: Array, scores: Array) -> Array:
+        # The form with one product would subtract infinity from infinity.
         return (1 - self.weight) * value + self.weight * scores
 
 
 class CUSUM(Statistic):
-    r"""$c_t = \max(0, c_{t-1} + z_t - k)$, which adds up what is strange, however little.
+    r"""Cumulative sum $c_t = \max(0, c_{t-1} + z_t - k)$ of deviations, however small.
 
-    Page 1954 (Biometrika 41:100). It is quickest to see a lasting shift by 2k standard deviations
-    (Lorden 1971; Moustakides 1986).
+    Page 1954 (Biometrika 41:100). It is the quickest to find a lasting shift by 2k standard
+    deviations (Lorden 1971; Moustakides 1986).
 
     Args:
-        drift: k, what a score must exceed to count, in standard deviations.
+        drift: k, which a score must exceed to count, in standard deviations.
 
     Raises:
         InvalidInput: A drift that isn't a finite number of at least 0.
@@ -160,20 +189,20 @@ class CUSUM(Statistic):
             raise InvalidInput(f"drift: expected a finite number of at least 0, got {drift}.")
         self.drift = drift
 
-    def _next(self, value: Array, scores: Array) -> Array:
+    def next_value(self, value: Array, scores: Array) -> Array:
         return np.maximum(0.0, value + scores - self.drift)
 
 
 class MEWMA(Statistic):
-    r"""$\lVert m_t \rVert / \sqrt D$, with signed $m_t = (1 - \lambda) m_{t-1} + \lambda z_t$.
+    r"""Norm $\lVert m_t \rVert / \sqrt D$ of the moving average of D residuals clipped to $\pm c$.
 
-    The multivariate exponentially weighted moving average (Lowry, Woodall, Champ & Rigdon 1992,
-    Technometrics 34:46, eq. 2), of D numbers z clipped to $\pm c$. Errors of no constant sign
-    cancel, and one that has the same sign at every step stays, though each be small; clipped, the
-    rare large errors of a contact don't set the threshold by themselves.
+    $m_t = (1 - \lambda) m_{t-1} + \lambda z_t$, the multivariate exponentially weighted moving
+    average (Lowry, Woodall, Champ & Rigdon 1992, Technometrics 34:46, eq. 2). Errors of varying
+    sign cancel, and small ones that keep their sign add up; by clipping, the rare large errors of a
+    contact don't set the threshold alone.
 
     Args:
-        weight: $\lambda$, of the newest numbers.
+        weight: $\lambda$, of the newest residuals.
         clip: c, in standard deviations.
 
     Raises:
@@ -184,7 +213,7 @@ class MEWMA(Statistic):
         [[0.71, 0.35, 0.88]]
     """
 
-    signed = True
+    multivariate = True
 
     def __init__(self, weight: float = 0.1, clip: float = 3.0) -> None:
         if not 0 < weight <= 1:
@@ -193,33 +222,162 @@ class MEWMA(Statistic):
             raise InvalidInput(f"clip: expected a number above 0, got {clip}.")
         self.weight, self.clip = weight, clip
 
-    def _next(self, value: Array, scores: Array) -> Array:
+    def next_value(self, value: Array, scores: Array) -> Array:
         clipped = np.maximum(scores, -self.clip)
         np.minimum(clipped, self.clip, out=clipped)
-        # Infinity isn't just another large error: it has to stay. A sum of squares tells at once.
+        # Infinity isn't clipped: it has to stay. The sum of squares shows whether there is any.
         if not math.isfinite(np.vdot(scores, scores)):
             clipped[~np.isfinite(scores)] = np.inf
         clipped *= self.weight
         clipped += (1 - self.weight) * value
         return clipped
 
-    def _read(self, value: Array) -> Array:
+    def read(self, value: Array) -> Array:
         return root_mean_square(value)
 
 
+class RankBet(Statistic):
+    """Wealth of bets that each block's largest score ranks high among those before it.
+
+    Base of `ConformalMartingale` and `ShiryaevRoberts`; `Monitor.calibrate_stream` sets `history`
+    and the threshold 1 / alpha.
+
+    Args:
+        history: Largest scores of normal blocks, in any order, on which no bets are made; without
+            them the first ranks say little.
+        seed: Of the draws that break ties.
+
+    Raises:
+        InvalidInput: NaN in the history.
+    """
+
+    _initial: ClassVar[float]
+    """Log wealth before the first bet."""
+
+    def __init__(self, history: Sequence[float] = (), seed: int = 0) -> None:
+        self.history, self.seed = [float(score) for score in history], seed
+        if any(map(math.isnan, self.history)):
+            raise InvalidInput("history: expected numbers, got NaN.")
+
+    @abstractmethod
+    def _next_log_wealth(self, log_wealth: Array, log_bets: Array) -> Array:
+        """Log wealth `(bets,)` after the bets of one more block."""
+
+    def start(self, n: int) -> None:
+        super().start(n)
+        self._random = np.random.default_rng(self.seed)
+        self._sorted = [sorted(self.history) for _ in range(n)]
+        self._log_wealth = np.full((n, len(BETS)), self._initial)
+
+    def next_value(self, value: Array, scores: Array) -> Array:
+        return np.maximum(value, scores)  # largest score of the block so far
+
+    def read(self, value: Array) -> Array:
+        most = self._log_wealth.max(1)
+        floor = np.where(np.isfinite(most), most, 0.0)[:, None]
+        # Past the range of a number the wealth stands still, far above any threshold.
+        scale = np.exp(np.minimum(most, 700.0))
+        return np.asarray(scale * np.exp(self._log_wealth - floor).mean(1))
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        """Leave out the unfinished block where `mask` `(n,)` is True; the wealth stays."""
+        self.value[mask] = -np.inf
+
+    def end_block(self, mask: NDArray[np.bool_]) -> None:
+        """Bet on the block that ends where `mask` `(n,)` is True, and begin another."""
+        for i in map(int, np.flatnonzero(mask & (self.value > -np.inf))):
+            log_p = math.log(self.p_value(i, float(self.value[i])))
+            log_bets = np.log(BETS) + (BETS - 1) * log_p
+            self._log_wealth[i] = self._next_log_wealth(self._log_wealth[i], log_bets)
+        self.reset(mask)
+
+    def restart(self, mask: NDArray[np.bool_]) -> None:
+        self.reset(mask)
+        self._log_wealth[mask] = self._initial
+
+    def p_value(self, i: int, score: float) -> float:
+        """Add a block's score to environment i; return its p-value, uniform if nothing changes."""
+        seen = self._sorted[i]
+        insort(seen, score)
+        last = bisect_right(seen, score)
+        above, equal = len(seen) - last, last - bisect_left(seen, score)
+        # From (0, 1], so that no bet wins infinitely much.
+        return (above + (1 - self._random.random()) * equal) / len(seen)
+
+    def run(self, scores: ArrayLike) -> Array:
+        """Refuse: it bets at the ends of blocks.
+
+        Raises:
+            InvalidInput: Always.
+        """
+        raise InvalidInput(
+            "statistic: expected one that begins anew with each episode, got "
+            f"{type(self).__name__}, which goes on from block to block; use calibrate_stream."
+        )
+
+    def _initial_value(self, n: int) -> Array:
+        return np.full(n, -np.inf)
+
+
+class ConformalMartingale(RankBet):
+    r"""Product of all bets: exceeds 1/alpha, ever, with probability at most alpha.
+
+    Assumes that blocks are exchangeable. $M_n = \frac1J \sum_j \prod_{i \le n} \epsilon_j
+    p_i^{\epsilon_j - 1}$ is a mixture of power martingales (Vovk et al. 2003), and Ville's
+    inequality has $P(\sup_n M_n \ge 1/\alpha) \le \alpha$ over an unending stream. It loses while
+    nothing changes, so a late change takes long to find; `ShiryaevRoberts` finds it sooner.
+
+    Example:
+        >>> martingale, wealth = ConformalMartingale(history=range(20)), []
+        >>> martingale.start(1)
+        >>> for score in range(30, 35):
+        ...     _ = martingale.update([score])
+        ...     martingale.end_block(np.array([True]))
+        ...     wealth.append(martingale.read(martingale.value).item() > 100)
+        >>> wealth
+        [False, False, False, False, True]
+    """
+
+    _initial = 0.0
+
+    def _next_log_wealth(self, log_wealth: Array, log_bets: Array) -> Array:
+        return log_wealth + log_bets
+
+
+class ShiryaevRoberts(RankBet):
+    r"""Sum of products of bets: exceeds 1/alpha after at least 1/alpha blocks on average.
+
+    Assumes that blocks are exchangeable. $R_n = (R_{n-1} + 1)\, b(p_n)$, from 0, for each bet, and
+    the mean over bets. As $R_n - n$ is a martingale, the mean number of blocks until $R \ge
+    1/\alpha$ is at least $1/\alpha$ while nothing changes (Shiryaev 1963; Roberts 1966; of
+    conformal martingales Vovk 2021, "Testing randomness online", arXiv:1906.09256; of e-values
+    Shin, Ramdas & Rinaldo 2024, arXiv:2203.03532).
+    """
+
+    _initial = -math.inf
+
+    def _next_log_wealth(self, log_wealth: Array, log_bets: Array) -> Array:
+        grown: Array = np.logaddexp(log_wealth, 0.0) + log_bets
+        return grown
+
+
 def root_mean_square(values: Array) -> Array:
-    """`(n,)` of `(n, D)`.
+    """Root mean square `(n,)` of the rows of `(n, D)`.
 
     Example:
         >>> root_mean_square(np.array([[1.0, 7.0], [5.0, 5.0]])).tolist()
         [5.0, 5.0]
     """
-    if len(values) == 1:  # as one number, in a third of the time
+    if len(values) == 1:  # a third of the time, as one number
         return np.array([math.sqrt(np.vdot(values, values) / values.shape[1])])
-    with np.errstate(over="ignore"):  # which is infinitely strange
+    with np.errstate(over="ignore"):  # then it is infinite
         size: Array = np.sqrt(np.vecdot(values, values) / values.shape[1])
     return size
 
 
 STATISTICS: dict[str, type[Statistic]] = {cls.__name__: cls for cls in (Spike, EWMA, CUSUM, MEWMA)}
-"""Those that a file's name is looked up in."""
+"""Statistics of an episode, by name. Those of an unending stream are in `STREAM_STATISTICS`."""
+
+STREAM_STATISTICS: dict[str, type[Statistic]] = {
+    cls.__name__: cls for cls in (ConformalMartingale, ShiryaevRoberts)
+}

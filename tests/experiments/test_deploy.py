@@ -57,7 +57,7 @@ def test_the_guard_that_is_there_is_used_again(run, capsys):
 def test_what_goes_wrong_is_seen_halted_and_written_down(run, capsys):
     (row, *_) = guard_run(run, **QUICK, shift="bias", severity="severe", onset=20)
     assert 20 < row["alarm"] <= 30
-    assert row["reason"].startswith("Mahalanobis: strangest observation")
+    assert row["reason"].startswith("Mahalanobis: most anomalous observation")
     assert f"alarm at step {row['alarm']}: {row['reason']}" in capsys.readouterr().out
     events = [json.loads(line) for line in (run / "guard.jsonl").read_text().splitlines()]
     halts = [event for event in events if event["kind"] == "halt"]
@@ -67,7 +67,7 @@ def test_what_goes_wrong_is_seen_halted_and_written_down(run, capsys):
     assert {json.loads(line)["kind"] for line in later} == {"alarm"}
 
 
-@pytest.mark.parametrize(("said", "kinds"), [("y", ["ask", "answer"]), ("", ["ask", "halt"])])
+@pytest.mark.parametrize(("said", "kinds"), [("y", ["ask", "resume"]), ("", ["ask", "halt"])])
 def test_asks_in_the_terminal(run, monkeypatch, said, kinds):
     (run / "guard.jsonl").unlink(missing_ok=True)
     monkeypatch.setattr("builtins.input", lambda prompt: said)

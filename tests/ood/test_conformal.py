@@ -48,7 +48,7 @@ class TestPromise:
         count = false_alarms(CUSUM(), 0.2, 4, 3, rounds=600)
         assert binomtest(count, 600, 0.2).pvalue > 1e-3, count / 600
 
-    def test_what_also_standardised_would_break_it(self):
+    def test_episodes_that_also_standardise_would_break_it(self):
         # Why episodes are set apart: three standardise, and are among the four maxima too.
         rng, count = np.random.default_rng(0), 0
         for _ in range(600):
@@ -94,15 +94,15 @@ class TestQuantile:
             assert conformal_quantile(values, alpha) == rank - 1
             assert conformal_rank(n, alpha) == rank
 
-    def test_says_how_many_it_takes(self):
+    def test_too_few_episodes_are_refused_with_the_number_needed(self):
         assert [episodes_needed(alpha) for alpha in (0.5, 0.1, 0.05, 0.03, 0.01)] == [
             1, 9, 19, 33, 99,
         ]  # fmt: skip
-        with pytest.raises(InvalidInput, match=r"at least 99 episodes.*got 98"):
+        with pytest.raises(InvalidInput, match="99"):
             conformal_quantile(torch.randn(98), 0.01)
-        with pytest.raises(InvalidInput, match="beside the 25 that only standardise, got 75"):
+        with pytest.raises(InvalidInput, match="75 of 100"):
             calibrate(list(torch.randn(100, 5)), Spike(), 0.01)
-        with pytest.raises(InvalidInput, match="1 NaN"):
+        with pytest.raises(InvalidInput, match="values"):
             conformal_quantile(torch.tensor([float("nan")]), 0.5)
         for alpha in (0.0, 1.0, float("nan")):
             with pytest.raises(InvalidInput, match="alpha"):
@@ -121,15 +121,19 @@ class TestStandardising:
             assert threshold.mean[t] == pytest.approx(near.mean())
             assert threshold.scale[t] == pytest.approx(near.std(ddof=1))
 
-    def test_longer_episodes_go_by_the_last_step(self):
-        threshold = Threshold(1.0, 0.1, np.array([1.0, 2.0]), np.array([1.0, 4.0]))
-        found = threshold.standardise(np.full(3, 6.0), np.array([0, 1, 9]))
-        assert found.tolist() == [5.0, 1.0, 1.0]
-
-    def test_period_begins_anew(self):
-        threshold = Threshold(1.0, 0.1, np.arange(3.0), np.ones(3), period=3)
-        found = threshold.standardise(np.zeros(4), np.array([2, 3, 4, 7]))
-        assert found.tolist() == [-2.0, 0.0, -1.0, -1.0]
+    @pytest.mark.parametrize("period", [0, 3])
+    @pytest.mark.parametrize("shape", [(), (2,)], ids=["scores", "residuals"])
+    def test_uses_the_last_known_step_or_the_step_of_the_block(self, shape, period):
+        draw = np.random.default_rng(0)
+        mean, scale = draw.standard_normal((4, *shape)), draw.uniform(1, 2, (4, *shape))
+        threshold = Threshold(1.0, mean=mean, scale=scale, period=period)
+        scores = draw.standard_normal((7, *shape))
+        found = threshold.standardise(scores, np.arange(7))
+        for step in range(7):
+            at = min(step % period if period else step, 3)
+            one = threshold.standardise(scores[step : step + 1], np.array([step]))
+            for value in (found[step], one[0]):
+                np.testing.assert_allclose(value, (scores[step] - mean[at]) / scale[at])
 
     def test_scores_as_they_are(self):
         threshold = calibrate(list(torch.full((9, 4), 7.0)), Spike(), 0.1, standardise=0)
@@ -141,7 +145,7 @@ class TestStandardising:
         assert np.isfinite(threshold.scale).all()
         assert (threshold.scale > 0).all()
 
-    def test_order_of_the_others_says_nothing(self):
+    def test_order_of_the_other_episodes_has_no_effect(self):
         episodes = [torch.from_numpy(row) for row in ar1(np.random.default_rng(0), 40, 30)]
         one = calibrate(episodes, CUSUM(), 0.1)
         other = calibrate([*episodes[:10], *episodes[:9:-1]], CUSUM(), 0.1)

@@ -1,7 +1,8 @@
-"""A guard changes nothing until an alarm, and then does what its rules say."""
+"""Guards change nothing before an alarm, then respond to it, and fail safe."""
 
 import json
 import math
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from ood import (
     CUSUM,
@@ -19,12 +21,62 @@ from ood import (
     Monitor,
     Spike,
     Threshold,
+    VectorGuard,
     record_episodes,
 )
-from ood.features import hidden
+from ood.features import hidden_layer
 from rewardmodels import Clips, Comparisons, InvalidInput, LaplaceHead, fit
 
-from .drifting import ACTION, HORIZON, NAN, Drift, act, acting, guarded, monitor, run
+HORIZON, NAN = 12, float("nan")
+ACTION = np.array([0.5, -0.5], np.float32)
+
+
+class Drift(gym.Env):
+    """Observations are noise, plus an offset at given steps; actions are recorded."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, offsets: dict[int, Any] | None = None, horizon: int = HORIZON) -> None:
+        self.offsets, self.horizon = offsets or {}, horizon
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.step_count, self.taken = 0, []
+        return self._observe(), {"start": True}
+
+    def step(self, action):
+        self.step_count += 1
+        self.taken.append(np.array(action))
+        end = self.step_count >= self.horizon
+        return self._observe(), float(action[0]), False, end, {"n": self.step_count}
+
+    def _observe(self):
+        return self.np_random.standard_normal(3) + self.offsets.get(self.step_count, 0.0)
+
+
+def act(observation):
+    return ACTION
+
+
+def make_monitor(threshold: Threshold | None = None, statistic=None) -> Monitor:
+    episodes = record_episodes(Drift(), act, 100, "observation", seed=0)
+    detector = Mahalanobis().fit(torch.cat(episodes))
+    return Monitor(detector, statistic or Spike(), threshold or Threshold(8.0))
+
+
+def guarded(offsets=None, *, monitor=None, log=None, **response) -> Guard:
+    monitor = monitor or make_monitor()
+    return Guard(Drift(offsets), monitor, "observation", AlarmResponse(**response), log)
+
+
+def run(guard, steps=HORIZON, seed=1):
+    _, info = guard.reset(seed=seed)
+    return [info["guard"], *(guard.step(ACTION)[4]["guard"] for _ in range(steps))]
+
+
+def acting(infos):
+    return [info["acting"] for info in infos]
 
 
 class TestTransparent:
@@ -32,11 +84,10 @@ class TestTransparent:
     def test_nothing_changes_below_the_threshold(self, env_id):
         bare, inner = (gym.make(env_id, max_episode_steps=30) for _ in range(2))
         bare.action_space.seed(0)
-        watch = Monitor(Mahalanobis(), threshold=Threshold.never())
         draw = torch.randn(100, int(np.prod(bare.observation_space.shape)))
-        watch.detector.fit(draw)
-        rules = None if env_id != "CartPole-v1" else AlarmResponse(safe_action=0)
-        guard = Guard(inner, watch, "observation", rules)
+        monitor = Monitor(Mahalanobis().fit(draw), threshold=Threshold(math.inf))
+        response = None if env_id != "CartPole-v1" else AlarmResponse(safe_action=0)
+        guard = Guard(inner, monitor, "observation", response)
         for seed in (3, 4):
             one, two = bare.reset(seed=seed), guard.reset(seed=seed)
             np.testing.assert_array_equal(one[0], two[0])
@@ -53,49 +104,64 @@ class TestTransparent:
                 assert info["score"] > 0
                 ended = one[2] or one[3]
 
-    def test_what_it_says_is_what_the_monitor_says(self):
-        watch = monitor(statistic=CUSUM(1.0), threshold=Threshold(1e9))
-        guard, bare = guarded(watch=watch), Drift()
-        infos = run(guard)
+    def test_info_is_the_monitors_reading(self):
+        monitor = make_monitor(Threshold(1e9), CUSUM(1.0))
+        infos, bare = run(guarded(monitor=monitor)), Drift()
         bare.reset(seed=1)
-        seen = torch.from_numpy(np.stack([bare.step(ACTION)[0] for _ in range(HORIZON)]))
-        scores = watch.detector.score(seen)
+        observations = torch.from_numpy(np.stack([bare.step(ACTION)[0] for _ in range(HORIZON)]))
+        scores = monitor.detector.score(observations)
         assert [x["score"] for x in infos[1:]] == pytest.approx(scores.tolist())
         expected = CUSUM(1.0).run(scores[None].numpy())[0]
         assert [x["statistic"] for x in infos[1:]] == pytest.approx(expected.tolist())
 
+    def test_two_guards_of_one_monitor_are_independent(self):
+        monitor = make_monitor(Threshold(1e9), CUSUM(0.0))
+        one, two = guarded(monitor=monitor), guarded(monitor=monitor)
+        alone = [x["statistic"] for x in run(guarded(monitor=monitor))]
+        one.reset(seed=1)
+        two.reset(seed=2)
+        together = []
+        for _ in range(HORIZON):
+            together.append(one.step(ACTION)[4]["guard"]["statistic"])
+            two.step(ACTION)
+        assert together == alone[1:]
+
+    @pytest.mark.filterwarnings("ignore:.*WARN")  # of unbounded spaces, and of being a wrapper
+    def test_passes_gymnasiums_own_checks(self):
+        check_env(guarded(), skip_render_check=True)
+
 
 class TestHalt:
-    def test_safe_action_until_the_episode_ends(self):
+    def test_plays_the_safe_action_until_the_episode_ends(self):
         guard = guarded({5: np.array([0, 99, 0])})
         infos = run(guard)
         assert acting(infos) == ["agent"] * 5 + ["halted"] * 8
         assert [x["alarm"] for x in infos].index(True) == 5
-        assert infos[5]["reason"].startswith("Mahalanobis: strangest observation[1] (")
+        assert infos[5]["reason"].startswith("Mahalanobis: most anomalous observation[1] (")
         assert infos[-1]["reason"] == infos[5]["reason"]
-        taken = np.stack(guard.env.done)
+        taken = np.stack(guard.env.taken)
         assert (taken[:5] == ACTION).all()
         assert (taken[5:] == 0).all()
-        guard.env.strange = {}
+        guard.env.offsets = {}
         assert acting(run(guard)) == ["agent"] * 13
 
-    def test_ones_own_safe_action(self):
-        guard = guarded({2: 99.0}, rules=AlarmResponse(safe_action=[1.0, 1.0]))
+    def test_a_safe_action_may_be_given(self):
+        guard = guarded({2: 99.0}, safe_action=[1.0, 1.0])
         run(guard)
-        assert (np.stack(guard.env.done)[2:] == 1).all()
+        assert (np.stack(guard.env.taken)[2:] == 1).all()
 
     @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
     @pytest.mark.parametrize("step", [0, 4])
     def test_not_a_number_is_an_alarm_under_any_threshold(self, value, step):
-        watch = monitor(Threshold.never())
-        infos = run(guarded({step: np.array([0, 0, value])}, watch=watch))
+        monitor = make_monitor(Threshold(math.inf))
+        infos = run(guarded({step: np.array([0, 0, value])}, monitor=monitor))
         assert [x["alarm"] for x in infos].index(True) == step
         assert acting(infos)[step:] == ["halted"] * (13 - step)
         assert "NaN or infinity" in infos[step]["reason"]
-        blind = Guard(Drift({step: value}), watch, lambda before, action, after: np.zeros((1, 3)))
-        assert acting(run(blind))[step] == "halted"
+        constant = lambda before, action, after: np.zeros((1, 3))  # noqa: E731
+        assert acting(run(Guard(Drift({step: value}), monitor, constant)))[step] == "halted"
 
-    def test_end_to_end_on_a_heavier_cheetah(self):
+    def test_a_heavier_cheetah_is_halted_and_an_unchanged_one_seldom(self):
         rng = np.random.default_rng(0)
 
         def swing(observation):
@@ -103,9 +169,9 @@ class TestHalt:
 
         env = gym.make("HalfCheetah-v5", max_episode_steps=80)
         episodes = record_episodes(env, swing, 45, "transition", seed=0)
-        watch = Monitor(Mahalanobis().fit(torch.cat(episodes[:20])), CUSUM())
-        watch.calibrate(episodes[20:], alpha=0.1)
-        guard = Guard(env, watch, "transition")
+        monitor = Monitor(Mahalanobis().fit(torch.cat(episodes[:20])), CUSUM())
+        monitor.calibrate(episodes[20:], alpha=0.1)
+        guard = Guard(env, monitor, "transition")
 
         def alarms(n):
             count = 0
@@ -123,12 +189,10 @@ class TestHalt:
 
 
 class TestAsk:
-    def test_hands_over_the_clip_that_led_up_to_it(self):
+    def test_gives_the_clip_that_led_to_the_alarm(self):
         clips: list[Clips] = []
-        rules = AlarmResponse(
-            on_alarm="ask", ask=lambda clip: clips.append(clip) or True, context=3
-        )
-        guard = guarded({5: 99.0}, rules=rules)
+        ask = lambda clip: clips.append(clip) or True  # noqa: E731
+        guard = guarded({5: 99.0}, on_alarm="ask", ask=ask, clip_frames=3)
         assert acting(run(guard)) == ["agent"] * 13
         (clip,) = clips
         assert clip.observations.shape == (1, 3, 3)
@@ -136,86 +200,81 @@ class TestAsk:
         assert float(clip.observations[0, 2].min()) > 90 > float(clip.observations[0, 1].max())
         assert (clip.actions.numpy() == ACTION).all()
 
-    def test_going_on_begins_the_statistic_anew(self):
-        watch = monitor(Threshold(60.0), CUSUM(3.0))
-        rules = AlarmResponse(on_alarm="ask", ask=lambda clip: True)
-        infos = run(guarded({5: 99.0}, rules=rules, watch=watch))
+    def test_the_statistic_begins_anew_when_the_agent_goes_on(self):
+        monitor = make_monitor(Threshold(60.0), CUSUM(3.0))
+        infos = run(guarded({5: 99.0}, monitor=monitor, on_alarm="ask", ask=lambda clip: True))
         assert infos[5]["alarm"]
         assert infos[6]["statistic"] < 5
         assert [i for i, info in enumerate(infos) if info["reason"]] == [5]
 
-    def test_no_halts(self):
-        infos = run(guarded({5: 99.0}, rules=AlarmResponse(on_alarm="ask", ask=lambda clip: False)))
+    def test_false_halts(self):
+        infos = run(guarded({5: 99.0}, on_alarm="ask", ask=lambda clip: False))
         assert acting(infos)[5:] == ["halted"] * 8
-        assert "the answer was to halt" in infos[-1]["reason"]
+        assert "the decision was to halt" in infos[-1]["reason"]
 
-    @pytest.mark.parametrize(("while_asking", "who"), [("wait", "waiting"), ("go on", "agent")])
-    def test_answers_may_come_later(self, while_asking, who):
+    @pytest.mark.parametrize(("while_asking", "who"), [("wait", "waiting"), ("continue", "agent")])
+    def test_the_decision_may_come_later(self, while_asking, who):
         asked = []
-        rules = AlarmResponse(on_alarm="ask", ask=asked.append, while_asking=while_asking)
-        guard = guarded({2: 99.0, 3: 99.0, 8: 99.0}, rules=rules)
-        with pytest.raises(InvalidInput, match="waits for an answer"):
-            guard.answer(True)
+        guard = guarded(
+            {2: 99.0, 3: 99.0, 8: 99.0},
+            on_alarm="ask", ask=asked.append, while_asking=while_asking,
+        )  # fmt: skip
+        with pytest.raises(InvalidInput, match="decision"):
+            guard.decide(True)
         assert acting(run(guard, 4))[2:] == [who] * 3
         assert len(asked) == 1
-        guard.answer(True)
+        guard.decide(True)
         infos = [guard.step(ACTION)[4]["guard"] for _ in range(4)]
         assert acting(infos) == ["agent"] * 3 + [who]
-        guard.answer(False)
+        guard.decide(False)
         assert guard.step(ACTION)[4]["guard"]["acting"] == "halted"
-        waited = np.stack(guard.env.done)[2:4]
-        assert (waited == (0 if who == "waiting" else ACTION)).all()
+        meanwhile = np.stack(guard.env.taken)[2:4]
+        assert (meanwhile == (0 if who == "waiting" else ACTION)).all()
 
 
 class TestFallback:
-    def test_hands_over_and_back_with_hysteresis(self):
+    def test_takes_over_and_hands_back_once_the_statistic_is_low(self):
         fallback = np.array([0.25, 0.25], np.float32)
-        # Strange at 3; at 5 too strange to be calm, though below the threshold.
-        strange = {3: 99.0, 5: np.array([0, 0, 6.0])}
-        rules = AlarmResponse(
-            on_alarm="fallback", fallback=lambda seen: fallback, hand_back_steps=3
-        )
-        guard = guarded(strange, rules=rules, watch=monitor(Threshold(10.0)))
+        # An alarm at 3; at 5 below the threshold, but not low.
+        guard = guarded(
+            {3: 99.0, 5: np.array([0, 0, 6.0])}, monitor=make_monitor(Threshold(10.0)),
+            on_alarm="fallback", fallback=lambda observation: fallback, resume_after=3,
+        )  # fmt: skip
         infos = run(guard)
         assert 5 < infos[5]["statistic"] < 10
         assert acting(infos) == ["agent"] * 3 + ["fallback"] * 5 + ["agent"] * 5
-        taken = np.stack(guard.env.done)
+        taken = np.stack(guard.env.taken)
         assert (taken[3:8] == fallback).all()
         assert (taken[:3] == ACTION).all()
         assert (taken[8:] == ACTION).all()
 
-    def test_is_asked_with_the_observation(self):
+    def test_gets_the_observation(self):
         seen = []
-        rules = AlarmResponse(on_alarm="fallback", fallback=lambda x: seen.append(x) or ACTION)
-        guard = guarded({3: 99.0}, rules=rules)
+        fallback = lambda observation: seen.append(observation) or ACTION  # noqa: E731
+        guard = guarded({3: 99.0}, on_alarm="fallback", fallback=fallback)
         guard.reset(seed=0)
         observations = [guard.step(ACTION)[0] for _ in range(5)]
         np.testing.assert_array_equal(seen, observations[2:4])
 
 
-def test_callback_gets_the_event_and_may_halt():
+def test_a_function_gets_the_event_and_may_halt():
     events = []
-    on = AlarmResponse(on_alarm=events.append)
-    infos = run(guarded({3: 99.0, 6: 99.0}, rules=on))
+    infos = run(guarded({3: 99.0, 6: 99.0}, on_alarm=events.append))
     assert acting(infos) == ["agent"] * 13
     assert [i for i, info in enumerate(infos) if info["reason"]] == [3, 6]
     assert [event.step for event in events] == [3, 6]
     assert "observation[" in events[0].reason
-    assert (
-        acting(run(guarded({3: 99.0}, rules=AlarmResponse(on_alarm=lambda event: "halt"))))[3]
-        == "halted"
-    )
+    assert acting(run(guarded({3: 99.0}, on_alarm=lambda event: "halt")))[3] == "halted"
 
 
 def test_events_are_lines_of_json(tmp_path):
     log = EventLog(tmp_path / "deep" / "log.jsonl")
-    fallback = AlarmResponse(on_alarm="fallback", fallback=act, hand_back_steps=2, log=log)
-    run(guarded({3: 99.0}, rules=fallback))
-    guard = guarded({3: NAN}, rules=AlarmResponse(log=log))
+    run(guarded({3: 99.0}, log=log, on_alarm="fallback", fallback=act, resume_after=2))
+    guard = guarded({3: NAN}, log=log)
     run(guard)
     run(guard)
     events = [json.loads(line) for line in log.path.read_text().splitlines()]
-    assert [x["kind"] for x in events] == ["fallback", "hand back", "halt", "halt"]
+    assert [x["kind"] for x in events] == ["fallback", "resume", "halt", "halt"]
     assert [(x["episode"], x["step"]) for x in events] == [(0, 3), (0, 5), (0, 3), (1, 3)]
     assert events[0]["statistic"] > events[0]["threshold"] == 8.0
     assert events[2]["score"] is None
@@ -225,49 +284,217 @@ def test_events_are_lines_of_json(tmp_path):
 
 def test_guards_by_a_predictors_hidden_layer():
     clips = Clips(torch.randn(4, 9, 3), torch.randn(4, 9, 2))
-    said = Comparisons(clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))
-    see = hidden(fit(LaplaceHead(hidden=(8, 4)), said, epochs=1))
-    seen = record_episodes(Drift(), act, 40, see, seed=0)
-    watch = Monitor(Mahalanobis().fit(torch.cat(seen[:15])), Spike())
-    watch.calibrate(seen[15:], 0.1, standardise=0)
-    who = acting(run(Guard(Drift({6: 99.0}), watch, see)))
-    assert who[6:] == ["halted"] * 7
+    comparisons = Comparisons(clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))
+    features = hidden_layer(fit(LaplaceHead(hidden=(8, 4)), comparisons, epochs=1))
+    episodes = record_episodes(Drift(), act, 40, features, seed=0)
+    monitor = Monitor(Mahalanobis().fit(torch.cat(episodes[:15])), Spike())
+    monitor.calibrate(episodes[15:], 0.1, standardise=0)
+    infos = run(Guard(Drift({6: 99.0}), monitor, features))
+    assert acting(infos)[6:] == ["halted"] * 7
 
 
-def test_refuses_rules_that_cannot_work():
-    for rules, what in (
+def test_refuses_settings_that_cannot_work():
+    for settings, what in (
         ({"on_alarm": "panic"}, "on_alarm"),
-        ({"on_alarm": "ask"}, "ask: expected a function"),
-        ({"on_alarm": "fallback"}, "fallback: expected a function"),
+        ({"on_alarm": "ask"}, "ask"),
+        ({"on_alarm": "fallback"}, "fallback"),
         ({"while_asking": "sleep"}, "while_asking"),
-        ({"hand_back": 0}, "hand_back"),
-        ({"context": 0}, "context"),
+        ({"resume_below": 0}, "resume_below"),
+        ({"clip_frames": 0}, "clip_frames"),
+        ({"safe_action": [7.0, 0.0]}, "safe_action"),
     ):
         with pytest.raises(InvalidInput, match=what):
-            AlarmResponse(**rules)
-    with pytest.raises(InvalidInput, match="safe_action: expected an action in"):
-        guarded(rules=AlarmResponse(safe_action=[7.0, 0.0]))
-    with pytest.raises(InvalidInput, match=r"safe_action.*got None"):
-        Guard(gym.make("CartPole-v1"), monitor())
+            guarded(**settings)
+    with pytest.raises(InvalidInput, match="safe_action"):
+        Guard(gym.make("CartPole-v1"), make_monitor())
     odd = Drift()
     odd.observation_space = spaces.Dict({})
-    with pytest.raises(InvalidInput, match="observations that are arrays"):
-        Guard(odd, monitor())
+    with pytest.raises(InvalidInput, match="observations"):
+        Guard(odd, make_monitor())
 
 
-@pytest.mark.filterwarnings("ignore:.*WARN")  # of unbounded spaces, and of being a wrapper
-def test_passes_gymnasiums_own_checks():
-    check_env(guarded(), skip_render_check=True)
+class TestFailsSafe:
+    def check(self, guard, reason, step=0):
+        infos = run(guard)
+        assert acting(infos)[step:] == ["halted"] * (13 - step)
+        assert acting(infos)[:step] == ["agent"] * step
+        assert infos[step]["alarm"]
+        assert reason in infos[-1]["reason"], infos[-1]["reason"]
+        assert (np.stack(guard.env.taken)[step:] == 0).all()
+
+    def calibrated(self, alpha=0.1, episodes=30, **settings):
+        monitor = make_monitor()
+        held_out = record_episodes(Drift(), act, episodes, "observation", seed=5)
+        monitor.calibrate(held_out, alpha, **settings)
+        return monitor
+
+    def test_unfitted_detector(self):
+        self.check(guarded(monitor=Monitor(Mahalanobis())), "fit")
+
+    def test_uncalibrated_threshold(self):
+        self.check(guarded(monitor=Monitor(make_monitor().detector)), "threshold")
+
+    def test_threshold_of_another_detector_or_statistic(self):
+        monitor = self.calibrated()
+        assert acting(run(guarded(monitor=monitor)))[0] == "agent"
+        refitted = Monitor(Mahalanobis().fit(torch.randn(50, 3)), Spike(), monitor.threshold)
+        self.check(guarded(monitor=refitted), "refit")
+        other = Monitor(monitor.detector, CUSUM(), monitor.threshold)
+        self.check(guarded(monitor=other), "CUSUM")
+
+    def test_refit_between_episodes(self):
+        monitor = self.calibrated()
+        guard = guarded(monitor=monitor)
+        run(guard)
+        monitor.detector.fit(torch.randn(50, 3))
+        self.check(guard, "calibrate")
+
+    def test_refit_in_the_middle_of_an_episode(self):
+        monitor = self.calibrated(0.01, 99, standardise=0)
+        guard = guarded(monitor=monitor)
+        guard.reset(seed=1)
+        assert guard.step(ACTION)[4]["guard"]["acting"] == "agent"
+        monitor.detector.fit(torch.randn(50, 3))
+        info = guard.step(ACTION)[4]["guard"]
+        assert (info["acting"], info["alarm"]) == ("halted", True)
+        assert "calibrate" in info["reason"]
+
+    def test_features_of_another_width(self):
+        monitor = Monitor(Mahalanobis().fit(torch.randn(50, 4)), threshold=Threshold(9.0))
+        self.check(guarded(monitor=monitor), "(B, 4)", 1)
+
+    def test_detector_that_raises(self):
+        monitor = make_monitor()
+        monitor.detector.score_frames = lambda frames: 1 / 0
+        self.check(guarded(monitor=monitor), "ZeroDivisionError", 1)
+
+    def test_features_that_raise(self):
+        guard = Guard(Drift(), make_monitor(), lambda before, action, after: None)
+        self.check(guard, "the monitor failed", 1)
+
+    @pytest.mark.parametrize("result", ["raise", "go away", 3])
+    def test_function_that_fails(self, result):
+        def on_alarm(event):
+            if result == "raise":
+                raise OSError("line is dead")
+            return result
+
+        self.check(guarded({4: 99.0}, on_alarm=on_alarm), "on_alarm failed", 4)
+
+    @pytest.mark.parametrize("action", ["raise", np.full(2, NAN), np.zeros(3), np.full(2, 5.0)])
+    def test_fallback_that_fails(self, action):
+        def fallback(observation):
+            if isinstance(action, str):
+                raise OSError("no policy")
+            return action
+
+        guard = guarded({4: 99.0}, on_alarm="fallback", fallback=fallback)
+        infos = run(guard)
+        assert acting(infos)[4:] == ["fallback"] + ["halted"] * 8
+        assert "the fallback policy failed" in infos[-1]["reason"]
+        assert (np.stack(guard.env.taken)[4:] == 0).all()
+
+    def test_asking_that_fails(self):
+        guard = guarded({4: 99.0}, on_alarm="ask", ask=lambda clip: 1 / 0)
+        self.check(guard, "asking failed: ZeroDivisionError", 4)
+
+    def test_log_that_cannot_be_written(self, tmp_path):
+        log = EventLog(tmp_path / "file" / "log.jsonl")
+        (tmp_path / "file").write_text("")
+        guard = guarded({4: 99.0}, log=log, on_alarm=lambda event: None)
+        self.check(guard, "can't be logged", 4)
 
 
-def test_two_guards_of_one_monitor_keep_apart():
-    watch = monitor(Threshold(1e9), CUSUM(0.0))
-    one, two = guarded(watch=watch), guarded(watch=watch)
-    alone = [x["statistic"] for x in run(guarded(watch=watch))]
-    one.reset(seed=1)
-    two.reset(seed=2)
-    found = []
-    for _ in range(HORIZON):
-        found.append(one.step(ACTION)[4]["guard"]["statistic"])
-        two.step(ACTION)
-    assert found == alone[1:]
+class TestVector:
+    def guarded(self, *envs, monitor=None, features="observation", mode=None, **response):
+        mode = mode or AutoresetMode.NEXT_STEP
+        vector = SyncVectorEnv([lambda env=env: env for env in envs], autoreset_mode=mode)
+        return VectorGuard(vector, monitor or make_monitor(), features, AlarmResponse(**response))
+
+    @pytest.mark.parametrize("mode", list(AutoresetMode))
+    def test_each_environment_is_guarded_as_if_alone(self, mode):
+        offsets = [{}, {4: 99.0}, {HORIZON: 99.0}]
+        vector = self.guarded(*map(Drift, offsets), mode=mode)
+        singles = [guarded(each) for each in offsets]
+        vector.reset(seed=[1, 2, 3])
+        expected = [run(guard, seed=i + 1) for i, guard in enumerate(singles)]
+        actions = np.tile(ACTION, (3, 1))
+        for t in range(1, HORIZON + 1):
+            *_, truncated, info = vector.step(actions)
+            for i in range(3):
+                for key, value in expected[i][t].items():
+                    if (key, t, mode) == ("acting", HORIZON, AutoresetMode.SAME_STEP):
+                        value = "agent"  # of the next episode
+                    found = info["guard"][key]
+                    assert (found if key == "threshold" else found[i]) == value, (t, i, key)
+        assert truncated.all()
+        for env, guard in zip(vector.env.envs, singles, strict=True):
+            np.testing.assert_array_equal(env.taken or guard.env.taken, guard.env.taken)
+        # The next episode starts without alarms.
+        if mode == AutoresetMode.DISABLED:
+            vector.reset(options={"reset_mask": np.array([True, True, True])})
+        elif mode == AutoresetMode.NEXT_STEP:
+            *_, info = vector.step(actions)
+            assert not info["guard"]["alarm"].any()
+            assert np.isnan(info["guard"]["score"]).all()
+        *_, info = vector.step(actions)
+        assert info["guard"]["acting"] == ["agent"] * 3
+        assert vector.controller.stream.steps.tolist() == [1, 1, 1]
+        assert vector.controller.episode.tolist() == [1, 1, 1]
+        for _ in range(3):
+            *_, info = vector.step(actions)
+        assert info["guard"]["acting"] == ["agent", "halted", "agent"]
+
+    def test_a_step_that_only_resets_belongs_to_no_episode(self):
+        events = []
+        # The change: as large at the episode's end as from there to the start of the next.
+        change = lambda before, action, after: after - before  # noqa: E731
+        monitor = make_monitor(Threshold(30.0))
+        vector = self.guarded(
+            Drift({HORIZON: 99.0}), monitor=monitor, features=change, on_alarm=events.append
+        )
+        vector.reset(seed=0)
+        for _ in range(HORIZON + 3):
+            vector.step(ACTION[None])
+        assert [(event.episode, event.step) for event in events] == [(0, HORIZON)]
+
+    def test_broken_first_observation_after_a_same_step_reset(self):
+        vector = self.guarded(Drift(), Drift(), mode=AutoresetMode.SAME_STEP)
+        vector.reset(seed=0)
+        for t in range(HORIZON):
+            if t == HORIZON - 1:
+                vector.env.envs[1].offsets = {0: NAN}
+            *_, info = vector.step(np.tile(ACTION, (2, 1)))
+        assert info["guard"]["acting"] == ["agent", "halted"]
+        assert info["guard"]["alarm"].tolist() == [False, True]
+        assert "first observation" in info["guard"]["reason"][1]
+
+    def test_nothing_changes_below_the_threshold(self):
+        def make():
+            return gym.make_vec("Pendulum-v1", 3, vectorization_mode="sync", max_episode_steps=7)
+
+        monitor = Monitor(Mahalanobis().fit(torch.randn(50, 3)), threshold=Threshold(math.inf))
+        bare, guard = make(), VectorGuard(make(), monitor, "observation")
+        np.testing.assert_array_equal(bare.reset(seed=0)[0], guard.reset(seed=0)[0])
+        for _ in range(20):
+            actions = np.random.default_rng(0).uniform(-2, 2, (3, 1)).astype(np.float32)
+            for one, two in zip(bare.step(actions)[:4], guard.step(actions)[:4], strict=True):
+                np.testing.assert_array_equal(one, two)
+
+    def test_episodes_of_different_lengths(self):
+        vector = self.guarded(*(Drift({2: 99.0}, horizon=n) for n in (3, 5)))
+        vector.reset(seed=0)
+        who = []
+        for _ in range(6):
+            *_, info = vector.step(np.tile(ACTION, (2, 1)))
+            who.append(info["guard"]["acting"])
+        first, second = zip(*who, strict=True)
+        # Three steps, one that resets, and two of the next episode; five, and one that resets.
+        assert first == ("agent", "halted", "halted", "agent", "agent", "halted")
+        assert second == ("agent", "halted", "halted", "halted", "halted", "agent")
+
+    def test_refuses_environments_without_an_autoreset_mode(self):
+        envs = SyncVectorEnv([Drift])
+        envs.metadata = {}
+        with pytest.raises(InvalidInput, match="autoreset_mode"):
+            VectorGuard(envs, make_monitor())

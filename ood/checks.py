@@ -1,0 +1,221 @@
+"""Conformance checks of detectors: what a guard needs of every one, whoever wrote it.
+
+With pytest, each check is a test of its own:
+
+    @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+    def test_my_detector(check):
+        check(MyDetector)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ood.detectors import OODDetector
+from ood.monitor import DETECTORS, Monitor, load_monitor, save_monitor
+from rewardmodels.errors import InvalidInput, NotFitted, RewardModelsError
+
+MakeDetector = Callable[[], OODDetector]
+Check = Callable[[MakeDetector], None]
+
+OBSERVATION = 2
+FEATURES = 2 * OBSERVATION + 1
+CLOSE = 1e-5
+
+
+class CheckFailed(RewardModelsError, AssertionError):
+    """A detector fails a check; the message names the property, the numbers and a usual cause."""
+
+
+def frames(n: int = 400, seed: int = 0) -> Tensor:
+    """Transitions `(n, 5)` of two numbers and one action, in two clusters far from zero.
+
+    They are correlated and of different scales, as those of a robot are.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    noise = torch.randn(n, 4, generator=draw, dtype=torch.double)
+    cluster = 6.0 * (torch.arange(n) % 2).double()
+    before = torch.stack([3 + noise[:, 0] + cluster, 3 + 0.5 * noise[:, 0] + noise[:, 1]], 1)
+    change = torch.stack([5 * noise[:, 2], 0.9 * noise[:, 1] + noise[:, 3]], 1)
+    return torch.cat([before, noise[:, 2:3], before + change], 1)
+
+
+def check_score_depends_on_its_frame_alone(make_detector: MakeDetector) -> None:
+    """A batch, its permutation, single frames and single precision give the same numbers."""
+    detector, new = make_detector().fit(frames()), frames(30, seed=1)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    for name in ("score", "residuals"):
+        method = getattr(detector, name)
+        values = method(new)
+        _expect(
+            values.shape[0] == 30 and values.ndim == (1 if name == "score" else 2),
+            f"{name}: expected {'(30,)' if name == 'score' else '(30, D)'}, got "
+            f"{tuple(values.shape)}. Usual cause: a reduction over frames.",
+        )
+        cause = "statistics of the batch, such as its mean, enter the score"
+        _expect_close(f"{name} of permuted frames", method(new[order]), values[order], cause)
+        single = torch.cat([method(row[None]) for row in new])
+        _expect_close(f"{name} of single frames", single, values, cause)
+        cause = "arithmetic in single precision on features that weren't standardised"
+        _expect_close(f"{name} of float32", method(new.float()), values, cause, 1e-3)
+
+
+def check_distant_frames_score_higher(make_detector: MakeDetector) -> None:
+    """A frame far from all training frames scores above them, and one beyond float32 no lower."""
+    detector = make_detector().fit(frames())
+    distant = frames(1, seed=2) + torch.tensor([40.0, -20.0, 8.0, 40.0, 40.0])
+    score, usual = float(detector.score(distant)), float(detector.score(frames()).quantile(0.98))
+    cause = "a likelihood in place of its negative"
+    _expect(
+        score > usual,
+        f"distant frame: expected a score above {usual:.4g}, the 0.98 quantile of training frames, "
+        f"got {score:.4g}. Usual cause: {cause}.",
+    )
+    extreme = float(detector.score(torch.full((1, FEATURES), 1e30)))
+    _expect(extreme >= score, f"frame of 1e30: expected at least {score:.4g}, got {extreme:.4g}.")
+
+
+def check_explanation_names_the_feature(make_detector: MakeDetector) -> None:
+    """An explanation has a share of at least 0 for each feature, largest for one that is far."""
+    detector, new = make_detector().fit(frames()), frames(7, seed=1)
+    new[:, -1] += 100
+    shares = detector.explain(new)
+    _expect(
+        shares.shape == new.shape and bool((shares >= 0).all()),
+        f"explain: expected {tuple(new.shape)} numbers of at least 0, got {tuple(shares.shape)} "
+        f"from {float(shares.min()):.4g}.",
+    )
+    _expect(
+        bool((shares.argmax(1) == FEATURES - 1).all()),
+        f"explain: expected the last feature, which is far off, got {shares.argmax(1).tolist()}.",
+    )
+    names = detector.detector_names(new)
+    _expect(len(names) == len(new), f"detector_names: expected 7 names, got {len(names)}.")
+
+
+def check_fit_is_reproducible(make_detector: MakeDetector) -> None:
+    """Two fits to the same frames agree, other frames differ, and no global generator moves."""
+    before = torch.get_rng_state()
+    one, two = make_detector().fit(frames()), make_detector().fit(frames())
+    _expect(
+        torch.equal(before, torch.get_rng_state()),
+        "fit: expected torch's global generator untouched. Usual cause: no isolated_randomness.",
+    )
+    _expect(
+        one.fingerprint == two.fingerprint,
+        "fingerprint: expected the same after two fits to the same frames. Usual cause: random "
+        "numbers without a seed.",
+    )
+    changed = frames()
+    changed[-1, 0] += 1e-3
+    _expect(
+        one.fingerprint != make_detector().fit(changed).fingerprint,
+        "fingerprint: expected another after a fit to other frames. Usual cause: `learned` is "
+        "incomplete.",
+    )
+
+
+def check_refuses_what_it_cannot_score(make_detector: MakeDetector) -> None:
+    """NotFitted before the first fit; InvalidInput for NaN, infinity and other shapes."""
+    detector = make_detector()
+    _expect_error(NotFitted, "score before fit", lambda: detector.score(frames()))
+    _expect_error(NotFitted, "fingerprint before fit", lambda: detector.fingerprint)
+    for value in (float("nan"), float("inf")):
+        broken = frames()
+        broken[7, 0] = value
+        _expect_error(InvalidInput, f"fit to {value}", partial(detector.fit, broken))
+        fitted = make_detector().fit(frames())
+        _expect_error(InvalidInput, f"score of {value}", partial(fitted.score, broken))
+    _expect_error(InvalidInput, "fit to shape (5,)", lambda: detector.fit(torch.zeros(5)))
+    detector.fit(frames())
+    _expect_error(InvalidInput, "other width", lambda: detector.score(frames()[:, :-1]))
+
+
+def check_state_restores_scores(make_detector: MakeDetector) -> None:
+    """Settings and state are all there is: a restored detector has the same scores.
+
+    A detector of `ood.DETECTORS` is also saved to a file and loaded. One that isn't `saveable` is
+    exempt.
+    """
+    detector, new = make_detector().fit(frames()), frames(9, seed=1)
+    if not detector.saveable:
+        return
+    if DETECTORS.get(type(detector).__name__) is type(detector):
+        with tempfile.TemporaryDirectory() as folder:
+            save_monitor(Monitor(detector), Path(folder) / "monitor")
+            restored = load_monitor(Path(folder) / "monitor").detector
+    else:
+        restored = make_detector().restore({k: np.array(v) for k, v in detector.state.items()})
+    cause = "an attribute that `fit_frames` sets and `learned` doesn't name"
+    _expect(
+        restored.fingerprint == detector.fingerprint,
+        f"restore: expected the same fingerprint. Usual cause: {cause}.",
+    )
+    for name in ("score", "residuals"):
+        one, two = getattr(restored, name)(new), getattr(detector, name)(new)
+        _expect_close(f"{name} after restore", one, two, cause, 0.0)
+    _expect_error(InvalidInput, "restore of no arrays", lambda: make_detector().restore({}))
+
+
+CHECKS: tuple[Check, ...] = (
+    check_score_depends_on_its_frame_alone,
+    check_distant_frames_score_higher,
+    check_explanation_names_the_feature,
+    check_fit_is_reproducible,
+    check_refuses_what_it_cannot_score,
+    check_state_restores_scores,
+)
+
+
+def check_detector(make_detector: MakeDetector) -> None:
+    """Run every check of `CHECKS` on a detector.
+
+    Args:
+        make_detector: Makes a new detector that isn't fitted, of `frames`: 5 features, of which the
+            first two and the last two are the observations before and after an action.
+
+    Raises:
+        CheckFailed: With all checks that failed.
+    """
+    failures = []
+    for check in CHECKS:
+        try:
+            check(make_detector)
+        except CheckFailed as failure:
+            failures.append(f"- {check.__name__}: {failure}")
+    if failures:
+        listed = "\n".join(failures)
+        raise CheckFailed(f"{len(failures)} of {len(CHECKS)} checks failed:\n{listed}")
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckFailed(message)
+
+
+def _expect_close(
+    what: str, values: Tensor, expected: Tensor, cause: str, tolerance: float = CLOSE
+) -> None:
+    worst = float(((values - expected).abs() - tolerance * expected.abs()).max())
+    _expect(
+        worst <= tolerance,
+        f"{what}: expected the same numbers within {tolerance}, got others by {worst:.2g}. Usual "
+        f"cause: {cause}.",
+    )
+
+
+def _expect_error(error: type[Exception], what: str, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except error:
+        return
+    except Exception as other:
+        raise CheckFailed(f"{what}: expected {error.__name__}, got {other!r}.") from other
+    raise CheckFailed(f"{what}: expected {error.__name__}, got none.")
