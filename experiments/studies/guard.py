@@ -370,8 +370,8 @@ def _selection(settings: Settings, task: str, seed: int) -> dict[str, Any]:
     chosen = select(probability, unseen.preference, min_confidence=least)
     return {
         "confident_errors": chosen.confident_errors,
-        "confident_errors_given": chosen.confident_errors_given,
-        "given": int(chosen.given.sum()),
+        "confident_errors_given": chosen.confident_errors_kept,
+        "given": int(chosen.kept.sum()),
     }
 
 
