@@ -25,12 +25,8 @@ Command = Callable[[str, list[str]], None]
 """Called with the words that name the command, and the arguments that follow them."""
 
 
-class _UsageError(Exception):
-    """Input that can't be used; the message is printed as one line."""
-
-
-class _Interrupted(Exception):
-    """Ctrl-C; the message says how to resume."""
+class _Exit(Exception):
+    """End of the command: a line for standard error, and the exit code."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,16 +41,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.path.append(str(Path.cwd()))  # so that a user's own class can be named by its path
     try:
         _run(arguments)
-    except _UsageError as error:
-        print(f"rewardmodels: error: {error}", file=sys.stderr)
-        return 2
-    except _Interrupted as interruption:
-        print(f"\nrewardmodels: interrupted. {interruption}", file=sys.stderr)
-        return 130
+    except _Exit as end:
+        message, code = end.args
     except KeyboardInterrupt:
-        print("\nrewardmodels: interrupted before any work was done.", file=sys.stderr)
-        return 130
-    return 0
+        message, code = "\nrewardmodels: interrupted before any work was done.", 130
+    else:
+        return 0
+    print(message, file=sys.stderr)
+    return int(code)
 
 
 def _run(arguments: list[str]) -> None:
@@ -66,37 +60,25 @@ def _run(arguments: list[str]) -> None:
             try:
                 return command(words, arguments[len(name) :])
             except RewardModelsError as error:
-                raise _UsageError(str(error)) from error
+                raise _Exit(f"rewardmodels: error: {error}", 2) from error
     groups = {words.split()[0] for words in _COMMANDS if " " in words}
     group = arguments[0] if arguments and arguments[0] in groups else ""
     rest = arguments[1:] if group else arguments
+    known = [words for words in _COMMANDS if words.startswith(group)]
     if rest[:1] == ["--version"] and not group:
         print(version("rewardmodels"))
-    elif not rest or rest[0] in ("-h", "--help"):
-        print(_overview(group))
-    else:
+    elif rest and rest[0] not in ("-h", "--help"):
         given = f"{group} {rest[0]}".strip()
-        known = [words for words in _COMMANDS if words.startswith(group)]
         close = get_close_matches(given, known, n=1)
-        raise _UsageError(
-            f"command: expected one of {', '.join(known)}; got {given!r}."
-            + (f" Did you mean {close[0]!r}?" if close else "")
-        )
-
-
-def _overview(group: str) -> str:
-    """List the commands, or those of one group, with their help."""
-    lines = [f"  {words:22}{text}" for words, (text, _) in _COMMANDS.items() if group in words]
-    name = f"rewardmodels {group}".strip()
-    return "\n".join(
-        [
-            f"usage: {name} COMMAND [--help] …\n",
-            "Learn rewards from comparisons, with calibrated uncertainty.\n",
-            "commands:",
-            *lines,
-            "\nEach command has its own --help.",
-        ]
-    )
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        expected = f"expected one of {', '.join(known)}; got {given!r}."
+        raise _Exit(f"rewardmodels: error: command: {expected}{hint}", 2)
+    else:
+        print(f"usage: {f'rewardmodels {group}'.strip()} COMMAND [--help] …\n")
+        print("Learn rewards from comparisons, with calibrated uncertainty.\n\ncommands:")
+        for words in known:
+            print(f"  {words:22}{_COMMANDS[words][0]}")
+        print("\nEach command has its own --help.")
 
 
 def _learn(words: str, arguments: list[str]) -> None:
@@ -104,6 +86,7 @@ def _learn(words: str, arguments: list[str]) -> None:
     from experiments.people import spelled_out
     from experiments.training.config import LearnConfig
     from experiments.training.learn import learn
+    from experiments.training.run_directory import RunDirectory
     from rewardmodels.errors import InvalidInput
 
     arguments = _expand_classes(spelled_out(arguments))
@@ -113,30 +96,25 @@ def _learn(words: str, arguments: list[str]) -> None:
     parser.add_class_arguments(LearnConfig)
     parser.set_defaults(_DEFAULTS)
     settings = _parse(parser, arguments)
-    out = Path(settings.out)
+    run = RunDirectory(settings.out)
     if settings.resume:
-        if not (out / "config.yaml").is_file():
+        if not run.exists:
             raise InvalidInput(
-                f"resume: expected a run to go on with, got {out}, which has none. Leave --resume "
-                "out to start one."
+                f"resume: expected a run to go on with, got {run.path}, which has none. Leave "
+                "--resume out to start one."
             )
-        settings = _parse(parser, ["--config", str(out / "config.yaml"), *arguments])
+        settings = _parse(parser, ["--config", str(run.settings_file), *arguments])
     values = parser.instantiate(settings)
     resume = values.pop("resume")
     values.pop("config")
     config = LearnConfig(**values)
-    with _interruptible(
-        lambda: (
-            f"To go on: {shlex.join(['rewardmodels', 'learn', '--resume', '--out', str(out)])}"
-            if (out / "config.yaml").is_file()
-            else "Nothing was started."
-        )
-    ):
+    again = shlex.join(["rewardmodels", "learn", "--resume", "--out", str(run.path)])
+    with _interruptible(lambda: f"To go on: {again}" if run.exists else "Nothing was started."):
         result = learn(config, resume=resume)
     print(
         f"{result['task']}, {result['reward']} reward, {result['comparisons']} comparisons: true "
         f"return {result['final_return']:.0f} after {result['steps']:,} steps.\n"
-        f"Report: {out / 'report.html'}"
+        f"Report: {run.path / 'report.html'}"
     )
 
 
@@ -242,7 +220,7 @@ def _interruptible(how_to_resume: Callable[[], str]) -> Iterator[None]:
         # Lightning's Trainer answers Ctrl-C with SystemExit.
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        raise _Interrupted(how_to_resume()) from None
+        raise _Exit(f"\nrewardmodels: interrupted. {how_to_resume()}", 130) from None
 
 
 _NO_SETTINGS = ("help", "config", "resume", "print_config", "print_shtab")
