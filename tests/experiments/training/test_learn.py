@@ -1,4 +1,4 @@
-"""The loop does what it says: who is asked what, who answers how, and nothing lost by a kill."""
+"""The training loop: schedule, comparisons, rewards, evaluation, and resuming after a kill."""
 
 import csv
 import json
@@ -78,7 +78,7 @@ def due(round):
     return math.floor(COMPARISONS * share + 0.5)
 
 
-def test_questions_are_asked_as_scheduled(finished):
+def test_comparisons_follow_the_schedule(finished):
     with FeedbackStore(finished / "answers.sqlite") as answers:
         by_round = [len(answers.queries(round)) for round in range(ROUNDS)]
         assert answers.counts() == (COMPARISONS, COMPARISONS, 0)
@@ -91,7 +91,7 @@ def test_questions_are_asked_as_scheduled(finished):
     assert [row["step"] for row in rows] == steps
 
 
-def test_answers_are_what_the_teacher_thinks_of_the_clips(finished):
+def test_comparisons_are_the_teachers_of_the_clips(finished):
     with FeedbackStore(finished / "answers.sqlite") as answers:
         for query in answers.queries():
             clips, pair = answers.clips_of([query.id])
@@ -100,7 +100,7 @@ def test_answers_are_what_the_teacher_thinks_of_the_clips(finished):
             assert query.teacher == "SyntheticTeacher"
 
 
-def test_clips_are_whole_stretches_of_the_task(finished):
+def test_clips_are_consecutive_frames_of_the_task(finished):
     with FeedbackStore(finished / "answers.sqlite") as answers:
         clips = answers.comparisons().clips
     assert clips.mask.all()
@@ -111,28 +111,23 @@ def test_clips_are_whole_stretches_of_the_task(finished):
     torch.testing.assert_close(clips.rewards[:, 1:], -cost, rtol=1e-3, atol=1e-3)
 
 
-def test_the_policy_is_paid_what_the_model_says(finished):
-    config = tiny(finished)
-    learner = Learner(config, RunDirectory(finished))
+def test_the_policys_reward_is_the_models(finished):
+    learner = Learner(tiny(finished), RunDirectory(finished))
     assert learner.rounds_done == ROUNDS
     learner.seed(ROUNDS)
     model = load(finished / "model.safetensors")
-    newest = max((finished / "checkpoints").glob("[0-9]*"))
-    scale, shift = json.loads((newest / "reward.json").read_text())
+    scale, shift = json.loads((learner.run.checkpoints[-1] / "reward.json").read_text())
+    assert scale > 0
     learner.env.reset()
-    paid, expected = [], []
     for _ in range(20):
         action = np.stack([learner.env.action_space.sample() for _ in range(32)])
         observations, rewards, _, _ = learner.env.step(action)
-        seen = model.frame_posterior(torch.from_numpy(observations), torch.from_numpy(action))
-        paid.append(rewards)
-        expected.append(seen.mean.numpy())
-    paid, expected = np.concatenate(paid), np.concatenate(expected)
-    np.testing.assert_allclose(paid, scale * expected + shift, rtol=1e-4, atol=1e-5)
-    assert scale > 0
+        posterior = model.frame_posterior(torch.from_numpy(observations), torch.from_numpy(action))
+        expected = scale * posterior.mean.numpy() + shift
+        np.testing.assert_allclose(rewards, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_result_says_what_its_files_say(finished):
+def test_the_result_agrees_with_the_files(finished):
     result = json.loads((finished / "result.json").read_text())
     rows = metrics(finished)
     assert result["steps"] == rows[-1]["step"]
@@ -149,7 +144,7 @@ def test_the_result_says_what_its_files_say(finished):
 
 
 @pytest.mark.parametrize("arm", ["zero", "task"])
-def test_an_arm_to_compare_with_is_paid_zero_or_the_tasks_reward(arm, tmp_path):
+def test_baselines_get_zero_or_the_tasks_reward(arm, tmp_path):
     out = tmp_path / "run"
     result = learn(tiny(out, reward=arm, rounds=1, steps=8192), progress=False)
     assert result["comparisons"] == result["queries"] == 0
@@ -211,7 +206,7 @@ def check_kills(finished, out, start, kills, last, seed):
     assert (out / "report.html").exists()
 
 
-def test_a_killed_run_goes_on_and_loses_nothing(finished, tmp_path):
+def test_a_killed_run_resumes_without_loss(finished, tmp_path):
     out = tmp_path / "run"
 
     def start():
@@ -225,7 +220,7 @@ def test_a_killed_run_goes_on_and_loses_nothing(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_and_loses_nothing(finished, tmp_path):
+def test_a_killed_command_resumes_without_loss(finished, tmp_path):
     out = tmp_path / "run"
     command = Path(sys.executable).with_name("rewardmodels")
 
@@ -245,7 +240,7 @@ def test_a_killed_command_goes_on_and_loses_nothing(finished, tmp_path):
     check_kills(finished, out, start, kills=8, last=whole + 0.8 * seconds, seed=0)
 
 
-def test_a_round_cut_off_between_question_and_answer_is_answered(finished, tmp_path, monkeypatch):
+def test_a_round_killed_between_query_and_comparison_is_completed(finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
 
     def die(*_):
@@ -260,7 +255,7 @@ def test_a_round_cut_off_between_question_and_answer_is_answered(finished, tmp_p
     assert [row["queries"] for row in metrics(out)] == [due(round) for round in range(ROUNDS)]
 
 
-def test_time_is_counted_across_interruptions(tmp_path, monkeypatch):
+def test_seconds_add_up_across_interruptions(tmp_path, monkeypatch):
     out, keep = tmp_path / "run", Learner.save_round
 
     def keep_once(learner, *args):
@@ -280,7 +275,7 @@ def test_time_is_counted_across_interruptions(tmp_path, monkeypatch):
     assert [row["seconds"] > 1000 for row in metrics(out)] == [False, True, True]
 
 
-def test_settings_out_of_range_are_refused():
+def test_settings_out_of_range_raise():
     for name, value in (
         ("comparisons", 7), ("steps", 0), ("rounds", 0), ("clip_length", 0), ("evaluate", 0),
         ("threads", 0), ("seed", -1), ("pessimism", -0.1), ("pessimism", math.nan),
@@ -296,7 +291,7 @@ def test_settings_out_of_range_are_refused():
 
 
 @pytest.mark.slow
-def test_an_off_policy_algorithm_learns_goes_on_and_relabels(tmp_path):
+def test_an_off_policy_algorithm_learns_resumes_and_relabels(tmp_path):
     config = tiny(tmp_path / "run", algorithm="SAC", steps=3000, comparisons=12)
     keep = Learner.save_round
 
@@ -326,7 +321,7 @@ def test_an_off_policy_algorithm_learns_goes_on_and_relabels(tmp_path):
         assert buffer.rewards[row, 0] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
-def test_warm_up_asks_in_parts_before_the_policy_is_trained(tmp_path):
+def test_warm_up_splits_the_initial_comparisons(tmp_path):
     settings = {"warm_up": 3, "rounds": 2, "steps": 6000, "comparisons": 24}
     out = tmp_path / "run"
     learn(tiny(out, schedule=Constant(initial=0.5), **settings), progress=False)
@@ -338,7 +333,7 @@ def test_warm_up_asks_in_parts_before_the_policy_is_trained(tmp_path):
         assert [len(answers.queries(round)) for round in range(4)] == [4, 4, 4, 12]
 
 
-def test_a_schedule_may_go_by_the_belief_about_the_latest_clips(finished):
+def test_a_schedule_may_depend_on_the_posterior_of_the_latest_clips(finished):
     learner = Learner(tiny(finished), RunDirectory(finished))
     learner.seed(0)
     first, tenth = COMPARISONS // 4, math.floor(COMPARISONS / 10 + 0.5)
@@ -349,7 +344,7 @@ def test_a_schedule_may_go_by_the_belief_about_the_latest_clips(finished):
         assert learner._due(0, 0) == first
 
 
-def test_an_agent_that_acts_at_random_starts_over(tmp_path):
+def test_a_random_agent_is_reset_after_start_over_steps(tmp_path):
     config = tiny(tmp_path / "run", start_over=100)
     learner = Learner(config, RunDirectory(config.out))
     learner.seed(0)
@@ -370,7 +365,7 @@ class Remembers(QueryStrategy):
 
 
 @pytest.mark.parametrize("focus", [0.0, 4.0])
-def test_clips_count_by_their_rank_in_optimistic_return(finished, focus):
+def test_clips_are_weighted_by_rank_in_optimistic_return(finished, focus):
     strategy = Remembers()
     learner = Learner(tiny(finished), RunDirectory(finished))
     learner.config.strategy, learner.config.focus = strategy, focus
@@ -380,7 +375,7 @@ def test_clips_count_by_their_rank_in_optimistic_return(finished, focus):
     np.testing.assert_allclose(strategy.weights[order], (np.arange(1, 21) / 20) ** focus, rtol=1e-6)
 
 
-def test_a_task_comes_with_settings_known_to_be_good():
+def test_defaults_differ_between_tasks():
     walker, cheetah = LearnConfig(task="Walker2d"), LearnConfig(task="HalfCheetah")
     assert (walker.warm_up, walker.start_over, walker.schedule.initial) == (4, 50, 0.5)
     assert (cheetah.warm_up, cheetah.start_over, cheetah.schedule.initial) == (1, 1000, 0.25)
@@ -391,7 +386,7 @@ def test_a_task_comes_with_settings_known_to_be_good():
 
 
 @pytest.mark.parametrize("algorithm", ["PPO", "DQN"])
-def test_a_choice_among_actions_stays_one(algorithm, tmp_path):
+def test_discrete_actions_stay_discrete(algorithm, tmp_path):
     steps = {"PPO": STEPS, "DQN": 600}[algorithm]
     config = tiny(tmp_path, task="MountainCar-v0", algorithm=algorithm, steps=steps)
     learn(config, progress=False)
@@ -403,7 +398,7 @@ def test_a_choice_among_actions_stays_one(algorithm, tmp_path):
     assert set(actions.unique().tolist()) == {0, 1, 2}
 
 
-def test_frames_are_a_spread_of_those_visited(tmp_path):
+def test_scores_and_frames_of_the_reward_are_those_of_a_naive_loop(tmp_path):
     draw = torch.Generator().manual_seed(0)
     clips = Clips(
         torch.randn(4, 50, 3, generator=draw),
