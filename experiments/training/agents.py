@@ -1,9 +1,8 @@
-"""The agents of the studies: Stable-Baselines3's algorithms, with settings that learn the tasks."""
+"""Agents: Stable-Baselines3's algorithms, with settings that learn the tasks."""
 
 from __future__ import annotations
 
 import inspect
-from os import PathLike, fspath
 from typing import Any
 
 import stable_baselines3
@@ -14,11 +13,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from experiments.envs.tasks import Task
 from rewardmodels.errors import InvalidInput, UnknownName
 
-# How many environments PPO's settings were measured with.
-PPO_ENVS = 32
-
-# Steps between two updates, over all environments together.
-PPO_ROLLOUT = 2048
+PPO_ENVS = 32  # environments that PPO's settings were measured with
+PPO_ROLLOUT = 2048  # steps between two updates, over all environments together
 
 # On the tasks' own rewards these gave, as the mean return of the last 20 episodes (of 1000 steps,
 # without termination), one figure a seed:
@@ -41,8 +37,8 @@ _PPO: dict[str, Any] = {
     "policy_kwargs": {"log_std_init": -0.5, "net_arch": [64, 64]},
 }
 
-# What a task needs otherwise. A jump with a turn takes dozens of steps that go together: after
-# 600,000 steps on a reward for turning in the air (one seed) a Hopper whose noise is drawn anew at
+# Settings that differ from task to task. A jump with a turn takes dozens of steps that go together:
+# after 600,000 steps on a reward for turning in the air (one seed) a Hopper whose noise is drawn at
 # each step had turned 0.6 times in 500 steps, and one whose noise is a function of the state, kept
 # for 8 steps (Raffin et al. 2021, arXiv 2005.05719), 3.7 times.
 PPO_SETTINGS: dict[str, dict[str, Any]] = {
@@ -55,10 +51,7 @@ PPO_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def ppo_settings(task: Task, n_envs: int = PPO_ENVS) -> dict[str, Any]:
-    """PPO's arguments for a task: those that all tasks share, but for the task's own.
-
-    `n_steps` is such that an update sees about as many steps, however many environments there
-    are.
+    """Return PPO's arguments for a task, with `PPO_ROLLOUT` steps per update.
 
     Example:
         >>> from experiments.envs.tasks import find_task
@@ -69,42 +62,27 @@ def ppo_settings(task: Task, n_envs: int = PPO_ENVS) -> dict[str, Any]:
     return shared | PPO_SETTINGS.get(task.name, {})
 
 
-def _off_policy_settings(task: Task) -> dict[str, Any]:
-    return {
-        # One gradient step for every transition, as with a single environment, which is what
-        # Stable-Baselines3's own settings were found with.
-        "gradient_steps": -1,
-        "learning_starts": 10 * task.horizon,
-    }
-
-
 def make_agent(
-    algorithm: str,
-    env: VecEnv,
-    task: Task,
-    seed: int,
-    tensorboard_log: str | PathLike[str] | None = None,
-    **overrides: Any,
+    algorithm: str, env: VecEnv, task: Task, seed: int, **overrides: Any
 ) -> BaseAlgorithm:
-    """An agent that hasn't learned yet, with settings that learn the task.
+    """Make an untrained agent of Stable-Baselines3, with settings that learn the task.
 
     Call `torch.set_num_threads(1)` before learning: these networks are too small to share, and
     two threads on two busy cores took ten times as long.
 
     Args:
-        algorithm: A class of `stable_baselines3` by its name, such as `"PPO"` or `"SAC"`.
-        env: The task's environments. PPO's settings are for `PPO_ENVS` of them, with
-            observations and rewards normalised (`VecNormalize`).
-        task: Whose settings to take.
+        algorithm: Name of a class of `stable_baselines3`, such as `"PPO"` or `"SAC"`.
+        env: The task's environments. PPO's settings are for `PPO_ENVS` of them, with observations
+            and rewards normalised (`VecNormalize`).
+        task: Determines the settings.
         seed: Of the networks, the actions and `env`. Stable-Baselines3 draws from the global
             generators of PyTorch, NumPy and Python, and sets all three.
-        tensorboard_log: A directory for TensorBoard's logs; None keeps none.
         overrides: Arguments of the algorithm's class, in place of the settings'. `device` is
-            the CPU otherwise: for networks this small a GPU is slower.
+            the CPU by default: for networks this small a GPU is slower.
 
     Raises:
-        UnknownName: If Stable-Baselines3 has no such algorithm, or the algorithm no such argument.
-        InvalidInput: If the algorithm can't act in the task's action space.
+        UnknownName: Stable-Baselines3 has no such algorithm, or the algorithm no such argument.
+        InvalidInput: The algorithm can't act in the task's action space.
 
     Example:
         >>> from experiments.envs.tasks import find_task
@@ -114,34 +92,31 @@ def make_agent(
         >>> agent.gamma, agent.n_steps
         (0.9, 512)
     """
-    found = getattr(stable_baselines3, algorithm, None)
-    if not (isinstance(found, type) and issubclass(found, BaseAlgorithm)):
-        raise UnknownName("algorithm", algorithm, _algorithms())
-    arguments = set(inspect.signature(found).parameters)
+    classes = {name: getattr(stable_baselines3, name) for name in stable_baselines3.__all__}
+    algorithms = {
+        name: cls
+        for name, cls in classes.items()
+        if isinstance(cls, type) and issubclass(cls, BaseAlgorithm)
+    }
+    if algorithm not in algorithms:
+        raise UnknownName("algorithm", algorithm, algorithms)
+    cls = algorithms[algorithm]
+    arguments = set(inspect.signature(cls).parameters)
     for name in overrides:
         if name not in arguments:
             raise UnknownName(f"{algorithm}'s argument", name, arguments)
     settings: dict[str, Any] = {}
     if algorithm == "PPO":
         settings = ppo_settings(task, env.num_envs)
-    elif issubclass(found, OffPolicyAlgorithm):
-        settings = _off_policy_settings(task)
+    elif issubclass(cls, OffPolicyAlgorithm):
+        # A gradient step for every transition, as with the single environment that
+        # Stable-Baselines3's own settings were found with.
+        settings = {"gradient_steps": -1, "learning_starts": 10 * task.horizon}
     try:
-        return found(
-            "MlpPolicy",
-            env,
-            seed=seed,
-            tensorboard_log=None if tensorboard_log is None else fspath(tensorboard_log),
-            **{"device": "cpu", **settings, **overrides},
-        )
+        return cls("MlpPolicy", env, seed=seed, **{"device": "cpu", **settings, **overrides})
     except AssertionError as error:
         # Stable-Baselines3's own check of the action space is an assert.
         raise InvalidInput(
             f"algorithm: expected one for {task.name}'s actions, {env.action_space}, got "
             f"{algorithm!r}: {error}"
         ) from error
-
-
-def _algorithms() -> list[str]:
-    classes = {name: getattr(stable_baselines3, name) for name in stable_baselines3.__all__}
-    return [n for n, c in classes.items() if isinstance(c, type) and issubclass(c, BaseAlgorithm)]

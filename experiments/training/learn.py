@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from active import (
     FeedbackStore,
+    Schedule,
     Teacher,
     Uniform,
     all_pairs,
@@ -121,22 +122,18 @@ class Learner:
         self.task = find_task(config.task)
         self.model = config.model
         self.rounds_done, self.seconds = 0, 0.0
-        # LearnConfig.__post_init__ has filled these in.
-        assert config.comparisons is not None
-        assert config.steps is not None
-        assert config.rounds is not None
-        assert config.schedule is not None
-        assert config.warm_up is not None
-        assert config.start_over is not None
-        self.comparisons, self.steps = config.comparisons, config.steps
-        self.policy_rounds, self.schedule = config.rounds, config.schedule
+        settings: Any = config  # LearnConfig.__post_init__ has filled in what was None
+        self.comparisons: int = settings.comparisons
+        self.steps: int = settings.steps
+        self.policy_rounds: int = settings.rounds
+        self.schedule: Schedule = settings.schedule
         # The baselines need no comparisons, and so no warm-up.
-        self.warm_up = config.warm_up if config.reward == "learned" else 1
+        self.warm_up: int = settings.warm_up if config.reward == "learned" else 1
         self.rounds = self.warm_up - 1 + self.policy_rounds
 
         copies = PPO_ENVS if config.algorithm in ("PPO", "A2C") else 1
         self.clip_length = min(config.clip_length, self.task.horizon)
-        self.start_over = max(config.start_over, 2 * self.clip_length)
+        self.start_over = max(settings.start_over, 2 * self.clip_length)
         # Steps of each copy that show the current policy: whole episodes, since copies start
         # together, and a Hopper that fell is a poor sample of one that stood.
         self.latest = max(self.steps // (self.policy_rounds * copies), self.task.horizon)

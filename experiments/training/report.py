@@ -132,7 +132,8 @@ def results_section(runs: Sequence[RunDirectory]) -> Section:
     }
     gap, rows = means["task"] - means["zero"], []
     for run, name in zip(runs, _names(runs), strict=True):
-        result, returns = run.result or {}, run.final_returns
+        result = run.result or {}
+        returns = result.get("final_returns", [])
         row: dict[str, Any] = {
             "reward": name,
             "true return": run.final_return,
@@ -141,7 +142,7 @@ def results_section(runs: Sequence[RunDirectory]) -> Section:
             "episodes": len(returns),
         }
         if gap > 0:
-            row["share"] = number((run.final_return - means["zero"]) / gap, ".0%")
+            row["share"] = number(float((run.final_return - means["zero"]) / gap), ".0%")
         for key in (key for key in result if key.endswith("_per_1000_steps")):
             counts = result[key.removesuffix("_per_1000_steps")]
             row[key.replace("_", " ")] = float(result[key])

@@ -12,8 +12,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import platform
@@ -52,7 +50,8 @@ _RUN_FILES = ("config.yaml", "result.json", "answers.sqlite", "checkpoints", "me
 class RunDirectory:
     """Reader and writer of a run's directory.
 
-    Reading never writes, and reads anew each time, since another process may be writing.
+    Nothing is cached, since another process may be writing. Reading a damaged file raises
+    UnreadableFile.
 
     Args:
         path: The directory; it need not exist yet.
@@ -63,13 +62,9 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self.settings_file = self.path / "config.yaml"
         self.rows: list[dict[str, float]] = []
         self._board: SummaryWriter | None = None
-
-    @property
-    def settings_file(self) -> Path:
-        """Path of `config.yaml`."""
-        return self.path / "config.yaml"
 
     @property
     def exists(self) -> bool:
@@ -78,55 +73,44 @@ class RunDirectory:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings that the run was started with; empty if none was.
-
-        Raises:
-            UnreadableFile: Damaged.
-        """
+        """Settings that the run was started with; empty if none was."""
         return self._read("config.yaml", lambda file: yaml.safe_load(file.read_text("utf-8"))) or {}
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """Content of `result.json`, or None while the run is incomplete.
-
-        Raises:
-            UnreadableFile: Damaged.
-        """
-        return self._read(
-            "result.json",
-            lambda file: json.loads(file.read_text("utf-8")),
-            hint=" Delete it to make it again from the last checkpoint.",
-        )
+        """Content of `result.json`, or None while the run is incomplete."""
+        return self._read("result.json", lambda file: json.loads(file.read_text("utf-8")))
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """Rows of `metrics.csv`, one a round; an empty cell is NaN.
-
-        Raises:
-            UnreadableFile: Damaged.
-        """
+        """Rows of `metrics.csv`, one a round; an empty cell is NaN."""
         found = self._read("metrics.csv", lambda file: pd.read_csv(file, dtype=float))
         return pd.DataFrame() if found is None else found
 
     @property
     def frames(self) -> dict[str, Floats]:
-        """Arrays `predicted`, `std` and `true` of `frames.npz`, each `(M,)`; empty without any.
-
-        Raises:
-            UnreadableFile: Damaged.
-        """
+        """Arrays `predicted`, `std` and `true` of `frames.npz`, each `(M,)`; empty without any."""
         return self._read("frames.npz", _read_frames) or {}
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Directories of complete checkpoints; the newest is the last."""
+        return sorted(p for p in (self.path / "checkpoints").glob("[0-9]*") if p.is_dir())
 
     @property
     def task(self) -> str | None:
         """Name of the task, or None if neither result nor settings have it."""
-        task = (self.result or {}).get("task", self.settings.get("task"))
-        return None if task is None else str(task)
+        return (self.result or {}).get("task", self.settings.get("task"))
 
     @property
     def reward(self) -> str:
         """Kind of reward that the policy maximises."""
-        return str((self.result or {}).get("reward", self.settings.get("reward")))
+        return str(self.settings.get("reward"))
+
+    @property
+    def final_return(self) -> float:
+        """Mean true return of the evaluation, or of the last round while there is none."""
+        return self.outcome("final_return", "task_return")
 
     def curve(self, x: str, y: str) -> tuple[Floats, Floats]:
         """Columns `x` and `y` of the metrics where both are finite, each `(rows,)`."""
@@ -137,27 +121,10 @@ class RunDirectory:
     def outcome(self, key: str, column: str | None = None) -> float:
         """Number of the result, or else of the last round that has it, or NaN."""
         value = (self.result or {}).get(key)
-        if isinstance(value, int | float) and np.isfinite(value):
+        if value is not None:
             return float(value)
         values, _ = self.curve(column or key, column or key)
         return float(values[-1]) if len(values) else float("nan")
-
-    @property
-    def final_return(self) -> float:
-        """Mean true return of the evaluation, or of the last round while there is none."""
-        return self.outcome("final_return", "task_return")
-
-    @property
-    def final_returns(self) -> list[float]:
-        """True return of each evaluation episode."""
-        returns = (self.result or {}).get("final_returns")
-        known = returns if isinstance(returns, list) else []
-        return [float(r) for r in known if isinstance(r, int | float) and np.isfinite(r)]
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        """Directories of complete checkpoints; the newest is the last."""
-        return sorted(p for p in (self.path / "checkpoints").glob("[0-9]*") if p.is_dir())
 
     def check_readable(self) -> None:
         """Raise unless the directory holds a run, with undamaged files.
@@ -183,31 +150,31 @@ class RunDirectory:
             UnreadableFile: The settings in it are damaged.
         """
         wanted = flatten(yaml.safe_load(yaml.safe_dump(describe_settings(config))))
-        if resume and not self.exists:
-            raise InvalidInput(
-                f"out: expected a run to go on with, got {self.path}, which has none."
-            )
-        if not resume:
-            if found := [name for name in _RUN_FILES if (self.path / name).exists()]:
+        if resume:
+            if not self.exists:
                 raise InvalidInput(
-                    f"out: expected a new directory, got {self.path}, which already holds a run "
-                    f"({found[0]}). Pass --resume to go on with it, or another --out."
+                    f"out: expected a run to go on with, got {self.path}, which has none."
                 )
-            above = next(p for p in (self.path, *self.path.parents) if p.exists())
-            if not above.is_dir() or not os.access(above, os.W_OK):
+            if changed := [
+                f"{name} ({wanted.get(name)} in place of {value})"
+                for name, value in flatten(self.settings).items()
+                if wanted.get(name) != value
+            ]:
                 raise InvalidInput(
-                    f"out: expected a directory that can be written to, got {self.path}: {above} "
-                    "isn't one."
+                    f"resume: expected the settings that {self.path} was started with, got another "
+                    f"{', '.join(changed)}. Leave that out, or start a new run in another --out."
                 )
             return
-        if changed := [
-            f"{name} ({wanted.get(name)} in place of {value})"
-            for name, value in flatten(self.settings).items()
-            if wanted.get(name) != value
-        ]:
+        if found := [name for name in _RUN_FILES if (self.path / name).exists()]:
             raise InvalidInput(
-                f"resume: expected the settings that {self.path} was started with, got another "
-                f"{', '.join(changed)}. Leave that out, or start a new run in another --out."
+                f"out: expected a new directory, got {self.path}, which already holds a run "
+                f"({found[0]}). Pass --resume to go on with it, or another --out."
+            )
+        above = next(p for p in (self.path, *self.path.parents) if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise InvalidInput(
+                f"out: expected a directory that can be written to, got {self.path}: {above} "
+                "isn't one."
             )
 
     def start(self, config: Any) -> None:
@@ -226,11 +193,8 @@ class RunDirectory:
         from torch.utils.tensorboard import SummaryWriter  # slow, and no reader needs it
 
         self.rows.append(row)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, METRICS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text_atomically(self.path / "metrics.csv", text.getvalue())
+        table = pd.DataFrame(self.rows, columns=METRICS).to_csv(index=False)
+        write_text_atomically(self.path / "metrics.csv", table)
         step = int(row["step"])
         # One file a process: TensorBoard reads those of one second in no order, and each purges.
         if self._board is None:
@@ -275,7 +239,7 @@ class RunDirectory:
         """Write `result.json`, which marks the run as complete."""
         write_text_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
-    def _read(self, name: str, read: Callable[[Path], Any], hint: str = "") -> Any:
+    def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
         """Content of a file, or None if there is no such file."""
         file = self.path / name
         if not file.is_file():
@@ -286,6 +250,7 @@ class RunDirectory:
                 raise TypeError(f"it holds a {type(content).__name__}, and no names with values")
         except _DAMAGED as error:
             reason = " ".join(str(error).split())
+            hint = " Delete it to resume from the last checkpoint." if name == "result.json" else ""
             raise UnreadableFile(
                 f"{file}: expected a file of a run, got a damaged one ({reason}).{hint}"
             ) from error

@@ -63,11 +63,6 @@ def test_the_seed_decides_what_is_learned():
     assert not torch.equal(learned(1), learned(2))
 
 
-def test_a_log_is_written_where_it_was_asked_for(tmp_path):
-    make_agent("A2C", pendulums(), PENDULUM, 0, tmp_path / "log").learn(20)
-    assert list((tmp_path / "log").rglob("events.*"))
-
-
 def test_names_that_do_not_exist():
     with pytest.raises(UnknownName, match="Did you mean 'PPO'"):
         make_agent("PPO2", pendulums(), PENDULUM, 0)
