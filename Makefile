@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CLUSTERS := .venv/.clusters
+SPHINX := .venv/.sphinx
 # Two processes halve the time on two cores; more than four mostly import PyTorch.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo test slow gpu benchmark lint types imports format ci clean
+.PHONY: help install demo docs test slow gpu benchmark lint types imports format ci clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,6 +31,9 @@ gpu: $(INSTALLED) ## what needs a CUDA device
 
 benchmark: $(INSTALLED) ## time what has to be fast
 	$(BIN)/rewardmodels benchmark learn
+
+docs: $(SPHINX) ## the documentation, in docs/_build
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
 
 lint: $(INSTALLED) ## ruff: rules and format
 	$(BIN)/ruff check
@@ -54,6 +58,10 @@ clean: ## remove the environment and the caches; runs/ stays
 $(CLUSTERS): $(INSTALLED)
 	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt -e ".[ray,dask,minari]" && touch $@ || \
 	  echo "Could not install Ray, Dask or Minari: their tests will be skipped." >&2
+
+$(SPHINX): $(INSTALLED)
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -51,7 +51,7 @@ def check_reward_model(make_model: MakeModel) -> None:
         CheckFailed: One or more promises are broken.
 
     Example:
-        With pytest, each check is a test of its own:
+        With pytest, each check is a test of its own::
 
             @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
             def test_my_model(check):

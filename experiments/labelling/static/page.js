@@ -94,7 +94,7 @@ function update(state) {
   if (pairs[0] !== before) show();
   const { same, repeated } = state.agreement;
   $("progress-text").textContent = `${state.answered} of ${state.budget} answered` +
-    (state.declined ? `, ${state.declined} skipped` : "") +
+    (state.declined ? `, ${state.declined} skipped or unsure` : "") +
     (repeated ? ` · same answer to ${same} of ${repeated} repeated questions` : "");
   $("progress").max = Math.max(1, state.budget);
   $("progress").value = state.answered;
