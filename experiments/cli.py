@@ -343,7 +343,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "study strategies": (
         "compare query strategies: the comparisons that they save over uniform ones",
-        _call("experiments.studies.strategies:study_strategies"),
+        _study,
     ),
     "study feedback": (
         "measure how many comparisons are needed, by schedule and by teacher",
@@ -363,13 +363,6 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         _call(
             "experiments.benchmarks.predictors:benchmark_predictors",
             quick="in about two minutes, for trends: one task, one seed",
-        ),
-    ),
-    "benchmark queries": (
-        "measure what queries save over random ones, and how long choosing takes",
-        _call(
-            "experiments.benchmarks.queries:benchmark_queries",
-            quick="in about two minutes, for trends: one task, two seeds",
         ),
     ),
     "benchmark speed": (

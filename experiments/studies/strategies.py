@@ -1,260 +1,347 @@
-"""Which questions teach most? Strategies side by side, where every answer is already known.
+"""Which queries teach most? Strategies compared where every answer is already known.
 
-**Pool mode.** One agent's clips at ten stages of training are cut from its kept episodes
+**Simulated tasks.** One agent's clips at ten stages of training are cut from its kept episodes
 (`datasets.pools`), and all their pairs may be asked about. Each strategy starts from the same
-random batch; then it is shown the belief of a predictor that was taught the answers so far, chooses
-a batch, and gets the answers. A predictor is made anew for each round, so that no strategy has
-another's luck. After each batch its accuracy is measured on pairs of clips from other episodes.
-Candidates, tests and first batches depend on the task and the seed alone: what is compared are
-strategies, seed by seed.
+random batch; then it is shown the posterior of a predictor that was fitted to the comparisons so
+far, chooses a batch, and gets the answers. A predictor is made anew for each round, so that no
+strategy has another's luck. After each batch accuracy is measured on pairs of clips from other
+episodes. Candidates, tests and first batches depend on the task and the seed alone.
 
-**Real people.** The same with published answers (`datasets.people`): only pairs that
-somebody compared may be asked about, and tests are of groups that were left out.
+**People.** The same with published comparisons (`datasets.people`): only pairs that somebody
+compared may be asked about, and tests are of groups that were left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from scipy.stats import friedmanchisquare
 
-from active import STRATEGIES, QueryStrategy, SyntheticTeacher, all_pairs
-from experiments.analysis.old_page import about_study
-from experiments.datasets.minari import find_pool, is_minari
-from experiments.datasets.people import HUMAN_DATA, HumanData, splits
-from experiments.datasets.pools import Pool
-from experiments.grid import Cell, Result, cell_file, read_cell, remember, run_study
-from experiments.grid_workers import check_workers
+from active import STRATEGIES, all_pairs
+from experiments.analysis import plots
+from experiments.analysis.page import Report, Section
+from experiments.analysis.stats import (
+    curve_matrix,
+    interquartile_mean,
+    labels_ratio,
+    over_tasks,
+    paired,
+)
+from experiments.datasets.minari import is_minari
+from experiments.datasets.people import HUMAN_DATA, splits
 from experiments.registry import find_class
-from experiments.studies.limits import check_least, check_tasks
-from experiments.studies.predictors import half, maker, people
-from experiments.studies.strategy_tables import write_tables
-from experiments.studies.summary import Row
+from experiments.studies import check_least, check_tasks, compare_by_return, pool_of, seed_range
 from rewardmodels import Comparisons, InvalidInput, fit
 from rewardmodels import calibration as score
 
-TASKS = ("HalfCheetah", "Hopper", "Swimmer", "Walker2d")
+REFERENCE, HEADLINE = "Uniform", "GreedyInformation"
+EPOCHS = 100
+FOLDS = 5
+LEVEL = {"pool": 0.8, "people": 1.0}  # share of the budget at which savings are measured
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
-_EPOCHS = 100
-_FOLDS = 5
+GRID = ("data", "tasks", "strategies", "seeds", "first_seed")
+QUICK = {
+    "tasks": ("Hopper",), "strategies": (HEADLINE,), "seeds": 2, "pool_steps": 20_480,
+    "pool_episodes": 4,
+}  # fmt: skip
 
 
-def study_strategies(
-    data: Path | None = None,
-    tasks: Sequence[str] = TASKS,
-    strategies: Sequence[str] = tuple(STRATEGIES),
-    predictor: str = "LaplaceHead",
-    budget: int = 200,
-    batch: int = 20,
-    clips: int = 200,
-    length: int = 25,
-    tests: int = 1000,
-    seeds: int = 10,
-    jobs: int = 1,
-    backend: Literal["loky", "ray", "dask"] = "loky",
-    address: str | None = None,
-    pools: Path = Path("runs/pools"),
-    out: Path = Path("runs/study-strategies"),
-    compute: bool = True,
-) -> dict[str, list[Row]]:
-    """Compares query strategies by the comparisons that they save over uniform ones.
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
 
     Args:
-        data: Folder with people's answers, as `rewardmodels study predictors` takes it; None leaves
-            people out.
+        data: Folder with people's comparisons, as `rewardmodels study predictors` takes it; None
+            leaves people out.
         tasks: Any that `rewardmodels learn` takes, or Minari data sets with rewards, as
-            `minari:NAME` or `minari:PATH`; may be none where there is `data`.
-        strategies: Names of ours, or import paths of others; `Uniform` is always among them.
+            `minari:NAME` or `minari:PATH`; may be none with `data`.
+        strategies: Names or import paths; `Uniform` is always among them.
         predictor: A name or an import path.
+        teacher: A name or an import path; answers every question.
         budget: Comparisons in all.
         batch: Comparisons between two fits.
         clips: Candidates, all pairs of which may be asked about.
         length: Frames per clip.
         tests: Pairs that accuracy is measured on.
         seeds: Draws of candidates, tests, first batches and initial weights.
-        jobs: Cells side by side.
-        backend: loky for this machine, or a cluster; as `experiments.grid` has it.
-        address: The cluster's; None starts one here.
-        pools: Where the agents' episodes are kept; a cluster's workers read it too.
-        out: Where results are kept; a second call goes on with those that are there.
-        compute: False makes the report from the cells that stand there, of a study that is half
-            done.
-
-    Returns:
-        The cells of `pool_cell` and `people_cell`, as "pool" and "people"; `out` has them as CSV,
-        with `report.html`, `tables.md` and the figures.
+        first_seed: The first of them.
+        pools: Directory of the agents' episodes; a cluster's workers read it too.
+        pool_steps: Environment steps that each agent is trained for.
+        pool_episodes: Episodes kept of each stage of training.
 
     Raises:
         InvalidInput: A number out of range, clips longer than a task's episodes, neither tasks nor
-            data, a folder without the files, a pool whose rewards tell nothing apart, a directory
-            of another study or version, or, without `compute`, one without a cell of this grid.
-        UnknownName: A task, strategy or predictor that there isn't.
+            data, or a folder without the files.
+        UnknownName: A task, strategy, predictor or teacher that doesn't exist.
     """
-    settings = dict(locals())
-    check_least(
-        ("batch", batch, 2), ("budget", budget, 2 * batch), ("clips", clips, 4),
-        ("length", length, 1), ("tests", tests, 10), ("seeds", seeds, 1), ("jobs", jobs, 1),
-    )  # fmt: skip
-    if not tasks and data is None:
-        raise InvalidInput(
-            "tasks: expected at least one where there is no data of people's, got none."
-        )
-    if clips * (clips - 1) // 2 < budget:
-        raise InvalidInput(f"clips: expected enough for {budget} different pairs, got {clips}.")
-    maker(predictor)
-    names = list(dict.fromkeys(["Uniform", *strategies]))
-    for name in names:
-        _strategy(name)
-    check_tasks([task for task in tasks if not is_minari(task)], length)
-    for task in filter(is_minari, tasks):
-        _check_rewards(find_pool(task, pools))
-    check_workers(backend, address)
-    folder = {} if data is None else {"folder": str(data)}
-    known = [] if data is None else [people(name, str(data)).name for name in HUMAN_DATA]
-    common = {"predictor": predictor, "budget": budget, "batch": batch}
-    grid = {
-        "pool": [
-            {"task": task, "strategy": name, "seed": seed, **common, "clips": clips,
-             "length": length, "tests": tests, "pools": str(pools)}
-            for seed in range(seeds) for task in tasks for name in names
-        ],
-        "people": [
-            {"task": of, "strategy": name, "seed": seed, **common, **folder}
-            for seed in range(seeds) for of in known for name in names
-        ],
-    }  # fmt: skip
-    functions: dict[str, Callable[..., Result]] = {"pool": pool_cell, "people": people_cell}
-    grid = {kind: cells for kind, cells in grid.items() if cells}
-    if compute:
-        for kind, cells in grid.items():  # a directory of another study costs no trained agent
-            remember(functions[kind], cells, out / "cells")
-        for task in tasks:
-            if not is_minari(task):
-                _check_rewards(find_pool(task, pools))
-        for kind, cells in grid.items():
-            run_study(
-                functions[kind], cells, out / "cells", jobs=jobs, backend=backend, address=address
+
+    data: Path | None = None
+    tasks: Sequence[str] = ("HalfCheetah", "Hopper", "Swimmer", "Walker2d")
+    strategies: Sequence[str] = tuple(STRATEGIES)
+    predictor: str = "LaplaceHead"
+    teacher: str = "SyntheticTeacher"
+    budget: int = 200
+    batch: int = 20
+    clips: int = 200
+    length: int = 25
+    tests: int = 1000
+    seeds: int = 10
+    first_seed: int = 0
+    pools: Path = Path("runs/pools")
+    pool_steps: int = 300_000
+    pool_episodes: int = 8
+
+    def __post_init__(self) -> None:
+        check_least(self, batch=2, budget=2 * self.batch, clips=4, length=1, tests=10, seeds=1)
+        if not self.tasks and self.data is None:
+            raise InvalidInput("tasks: expected at least one without people's data, got none.")
+        if self.clips * (self.clips - 1) // 2 < self.budget:
+            raise InvalidInput(
+                f"clips: expected enough for {self.budget} different pairs, got {self.clips}."
             )
-    rows = {kind: _standing(functions[kind], cells, out) for kind, cells in grid.items()}
-    rows = {kind: found for kind, found in rows.items() if found}
-    if not rows:
-        raise InvalidInput(
-            f"out: expected cells of this grid, got {out}, where none stands. Leave --compute out, "
-            "or pass the settings that the study was started with."
-        )
-    stand, all_ = sum(map(len, rows.values())), sum(map(len, grid.values()))
-    note = "" if stand == all_ else f"Not finished: {stand} of {all_} cells stand there."
-    if note:
-        print(note + "\n")
-    every = [row for cells in rows.values() for row in cells]
-    about = about_study(study_strategies, settings, every, out)
-    print(write_tables(rows, out, about, note=note))
-    return rows
+        find_class("model", self.predictor)
+        find_class("teacher", self.teacher)
+        for name in self.strategies:
+            find_class("strategy", name)
+        check_tasks([task for task in self.tasks if not is_minari(task)], self.length)
 
 
-def _check_rewards(pool: Pool) -> None:
-    """Refuses a pool that a synthetic teacher can't answer by."""
-    if float(pool.returns.max()) == float(pool.returns.min()):
-        raise InvalidInput(
-            f"pools: expected episodes of {pool.task} with true rewards, by which the synthetic "
-            f"teacher answers, got {len(pool.trajectories)} that all return "
-            f"{float(pool.returns[0]):g}. Delete the file, and the pool is made anew."
-        )
+def prepare(settings: Settings) -> None:
+    """Train each task's agent, and refuse pools whose clips can't be compared."""
+    for task in settings.tasks:
+        pool = pool_of(settings, task, progress=True)
+        if float(pool.returns.max()) == float(pool.returns.min()):
+            raise InvalidInput(
+                f"pools: expected episodes of {task} with true rewards, by which the synthetic "
+                f"teacher answers, got {len(pool.trajectories)} that all return "
+                f"{float(pool.returns[0]):g}. Delete the file, and the pool is made anew."
+            )
 
 
-def _standing(function: Callable[..., Result], cells: Sequence[Cell], out: Path) -> list[Row]:
-    """Those of the cells that have a result, with it."""
-    records = [(cell, read_cell(cell_file(function, cell, out / "cells"))) for cell in cells]
-    return [{**cell, **record["result"]} for cell, record in records if record]
+def cells(settings: Settings) -> list[dict[str, Any]]:
+    """One cell for each task or set of people's comparisons, strategy and seed."""
+    tasks = [{"kind": "pool", "task": task, "folder": None} for task in settings.tasks]
+    if settings.data is not None:
+        for load in HUMAN_DATA.values():
+            name, folder = load(settings.data).name, str(settings.data)
+            tasks.append({"kind": "people", "task": name, "folder": folder})
+    names = list(dict.fromkeys([REFERENCE, *settings.strategies]))
+    return [
+        {**task, "strategy": name, "seed": seed}
+        for seed in seed_range(settings)
+        for task in tasks
+        for name in names
+    ]
 
 
-def pool_cell(
-    task: str,
-    strategy: str,
-    seed: int,
-    predictor: str,
-    budget: int,
-    batch: int,
-    clips: int,
-    length: int,
-    tests: int,
-    pools: str,
-    teacher: str = "oracle",
-    **made: int,
-) -> Result:
-    """What one strategy learns on one task, after each batch; `made` goes to `make_pool`.
-
-    Raises:
-        InvalidInput: A teacher who skips, of whom a pool's answers can't be had beforehand.
-    """
+def cell(
+    settings: Settings, kind: str, task: str, folder: str | None, strategy: str, seed: int
+) -> list[dict[str, Any]]:
+    """Accuracy and log loss of one strategy after each batch."""
     torch.set_num_threads(1)
-    pool, draw = find_pool(task, Path(pools), progress=False, **made), _generator(seed)
-    known, fresh = (half(pool, which) for which in (0, 1))
-    candidates = known.clips(clips, length, draw)
-    test = fresh.clips(2 * tests, length, draw)
-    pairs, tested = all_pairs(clips), torch.arange(2 * tests).view(tests, 2)
-    said = find_class("teacher", teacher)().answer(candidates, pairs, draw)
-    if said.isnan().any():
-        raise InvalidInput(
-            f"teacher: expected one who answers every question, got {teacher}, who skips "
-            f"{int(said.isnan().sum())} of {len(said)}."
+    if kind == "people":
+        data = HUMAN_DATA[task](Path(str(folder)))
+        train, test = list(splits(data, FOLDS, seed=seed))[seed % FOLDS]
+        known, tests = (
+            data.comparisons[torch.from_numpy(rows[data.decided[rows]])].compact()
+            for rows in (train, test)
         )
-    every = Comparisons(candidates, pairs, said)
-    right = Comparisons(test, tested, SyntheticTeacher().answer(test, tested, draw))
-    return _learn(every, right, strategy, predictor, seed, budget, batch)
+    else:
+        known, tests = _pool_comparisons(settings, task, seed)
+    return _ask(settings, known, tests, strategy, seed)
 
 
-def people_cell(
-    task: str, strategy: str, seed: int, predictor: str, budget: int, batch: int, folder: str
-) -> Result:
-    """What one strategy learns from one set of people's answers, after each batch."""
-    torch.set_num_threads(1)
-    known: HumanData = people(task, folder)
-    train, test = list(splits(known, _FOLDS, seed=seed))[seed % _FOLDS]
-    every, right = (
-        known.comparisons[torch.from_numpy(rows[known.decided[rows]])].compact()
-        for rows in (train, test)
-    )
-    return _learn(every, right, strategy, predictor, seed, min(budget, len(every)), batch)
+def _pool_comparisons(settings: Settings, task: str, seed: int) -> tuple[Comparisons, Comparisons]:
+    """Comparisons of all pairs of the candidates, and those to test on."""
+    pool, draw = pool_of(settings, task), _generator(seed)
+    candidates = pool.half(0).clips(settings.clips, settings.length, draw)
+    tests = pool.half(1).clips(2 * settings.tests, settings.length, draw)
+    pairs = all_pairs(settings.clips)
+    preference = find_class("teacher", settings.teacher)().answer(candidates, pairs, draw)
+    if preference.isnan().any():
+        raise InvalidInput(
+            f"teacher: expected one who answers every question, got {settings.teacher}, who skips "
+            f"{int(preference.isnan().sum())} of {len(preference)}."
+        )
+    return Comparisons(candidates, pairs, preference), compare_by_return(tests)
 
 
-def _learn(
-    every: Comparisons,
-    tests: Comparisons,
-    strategy: str,
-    predictor: str,
-    seed: int,
-    budget: int,
-    batch: int,
-) -> Result:
-    chooser, draw = _strategy(strategy)(), _generator(seed, 1)
-    asked = torch.randperm(len(every), generator=_generator(seed, 2))[:batch]
-    left = torch.ones(len(every), dtype=torch.bool)
-    figures: Result = {"comparisons": [], "accuracy": [], "log loss": []}
+def _ask(
+    settings: Settings, known: Comparisons, tests: Comparisons, strategy: str, seed: int
+) -> list[dict[str, Any]]:
+    chooser, draw = find_class("strategy", strategy)(), _generator(seed, 1)
+    asked = torch.randperm(len(known), generator=_generator(seed, 2))[: settings.batch]
+    left = torch.ones(len(known), dtype=torch.bool)
+    decided = tests.preference != 0.5
+    rows: list[dict[str, Any]] = []
     while True:
         left[asked] = False
-        model = fit(maker(predictor)(), every[asked].compact(), epochs=_EPOCHS, seed=seed)
-        belief = model.posterior(tests.clips).preference(tests.pairs)
-        decided = tests.preference != 0.5
-        correct = ((belief > 0.5) == (tests.preference > 0.5))[decided]
-        figures["comparisons"].append(len(asked))
-        figures["accuracy"].append(float(correct.double().mean()))
-        figures["log loss"].append(score.log_loss(belief, tests.preference))
-        n = min(batch, budget - len(asked))
+        model = find_class("model", settings.predictor)()
+        fit(model, known[asked].compact(), epochs=EPOCHS, seed=seed)
+        predicted = model.posterior(tests.clips).preference(tests.pairs)
+        correct = ((predicted > 0.5) == (tests.preference > 0.5))[decided]
+        rows.append(
+            {
+                "comparisons": len(asked),
+                "accuracy": float(correct.double().mean()),
+                "log_loss": score.log_loss(predicted, tests.preference),
+            }
+        )
+        n = min(settings.batch, min(settings.budget, len(known)) - len(asked))
         if n <= 0:
-            return figures
-        rows = left.nonzero().squeeze(1)
-        chosen = chooser.select(model.posterior(every.clips), every.pairs[rows], n, generator=draw)
-        asked = torch.cat([asked, rows[chosen]])
-
-
-def _strategy(name: str) -> Callable[[], QueryStrategy]:
-    return find_class("strategy", name)
+            return rows
+        candidates = left.nonzero().squeeze(1)
+        posterior = model.posterior(known.clips)
+        chosen = chooser.select(posterior, known.pairs[candidates], n, generator=draw)
+        asked = torch.cat([asked, candidates[chosen]])
 
 
 def _generator(*numbers: int) -> torch.Generator:
     (seed,) = np.random.SeedSequence(numbers).generate_state(1)
     return torch.Generator().manual_seed(int(seed))
+
+
+def report(results: pd.DataFrame) -> Report:
+    """Savings of each strategy, learning curves, differences from uniform queries, and ranks."""
+    savings = _savings(results)
+    sections = [
+        Section(
+            "Comparisons needed for uniform queries' accuracy",
+            "Over those that uniform queries need for it, at 80% of the budget (people: at all of "
+            "it); below 1 saves comparisons. ∞: not reached within the budget.",
+            _savings_figure(savings),
+            savings,
+            digits=2,
+        ),
+        Section(
+            "Learning curves",
+            "Held-out pairs predicted correctly; lines are interquartile means over seeds.",
+            _curves_figure(results),
+        ),
+    ]
+    for kind, of in results.groupby("kind", sort=False):
+        where = "simulated tasks" if kind == "pool" else "people's comparisons"
+        sections.append(
+            Section(
+                f"Accuracy less that of uniform queries, {where}",
+                "After a quarter, half, three quarters and all of the budget, seed by seed.",
+                table=_differences(of),
+            )
+        )
+    ranks, p = _ranks(results)
+    sections.append(
+        Section(
+            "Ranks by mean accuracy over the whole budget",
+            "1 is best. Friedman's test that all strategies rank alike (Demšar 2006, section "
+            f"3.2.2; it takes three tasks and three strategies): p = {p:.3f}.",
+            table=ranks,
+            digits=1,
+        )
+    )
+    figures: dict[str, Any] = {"friedman_p": p}
+    for row in savings.to_dict("records"):
+        suffix = row["task"] if row["strategy"] == HEADLINE else f"{row['task']}.{row['strategy']}"
+        ratio = row["comparisons needed, over uniform's"]
+        figures[f"labels_ratio.{suffix}"] = ratio.value
+        figures[f"labels_ratio_interval.{suffix}"] = ratio[1:]
+    seconds = results.drop_duplicates(["task", "strategy", "seed"])["cell_seconds"]
+    figures["study_minutes"] = seconds.mean() * 60 / 2 / 60  # 6 strategies, 10 seeds, 2 processes
+    return Report("Which queries teach most?", sections, figures)
+
+
+def _savings(results: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for (kind, task), on_task in results.groupby(["kind", "task"], sort=False):
+        curves = {
+            str(name): curve_matrix(of, "accuracy")
+            for name, of in on_task.groupby("strategy", sort=False)
+        }
+        reference = curves.pop(REFERENCE, pd.DataFrame())
+        for name, own in curves.items():
+            seeds = len(own.index.intersection(reference.index))
+            if not seeds:
+                continue
+            ratio = labels_ratio(own, reference, LEVEL[str(kind)] * reference.columns.max())
+            verdict = ratio.verdict(seeds, even=1, higher_is_better=False)
+            rows.append((task, name, ratio, verdict, seeds))
+    columns = ["task", "strategy", "comparisons needed, over uniform's", "verdict", "seeds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _differences(results: pd.DataFrame) -> pd.DataFrame:
+    """Rows of each task, and of all tasks together; a column for each share of the budget."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for share in QUARTERS:
+        gaps = paired(_at_share(results, share), "accuracy", by="strategy", reference=REFERENCE)
+        for name, of in gaps.groupby("strategy", sort=False):
+            groups = [(str(task), some) for task, some in of.groupby("task", sort=False)]
+            for task, some in [*groups, *([("all", of)] if len(groups) > 1 else [])]:
+                gap = over_tasks(some, "difference")
+                line = rows.setdefault((task, str(name)), {"task": task, "strategy": name})
+                line[f"at {share:.0%}"] = gap
+                if share == 1:
+                    line["verdict"] = gap.verdict(int(some.groupby("task").size().min()))
+    return pd.DataFrame(sorted(rows.values(), key=lambda row: row["task"] == "all"))
+
+
+def _at_share(results: pd.DataFrame, share: float) -> pd.DataFrame:
+    """Accuracy of each cell at a share of the budget, linear between batches."""
+    keys = ["task", "strategy", "seed"]
+    return pd.DataFrame(
+        {
+            **dict(zip(keys, key, strict=True)),
+            "accuracy": np.interp(
+                share * of["comparisons"].max(), of["comparisons"], of["accuracy"]
+            ),
+        }
+        for key, of in results.groupby(keys, sort=False)
+    )
+
+
+def _ranks(results: pd.DataFrame) -> tuple[pd.DataFrame, float]:
+    """Mean rank of each strategy by its mean accuracy, and the p value of Friedman's test."""
+    areas = results.groupby(["strategy", "task", "seed"], sort=False)["accuracy"].mean()
+    by_task = areas.groupby(["strategy", "task"], sort=False).agg(interquartile_mean)
+    ranks = by_task.unstack("task").dropna(axis="columns").rank(ascending=False)
+    p = float("nan")
+    if len(ranks) >= 3 and ranks.shape[1] >= 3:
+        p = float(friedmanchisquare(*ranks.to_numpy()).pvalue)
+    ranks["mean"] = ranks.mean(axis="columns")
+    return ranks.sort_values("mean", kind="stable").reset_index(), p
+
+
+def _looks(names: Sequence[str]) -> dict[str, plots.Look]:
+    return plots.looks(list(names), reference=REFERENCE)
+
+
+def _curves_figure(results: pd.DataFrame) -> Figure:
+    look, tasks = _looks(results["strategy"].unique()), results.groupby("task", sort=False)
+    with plots.style():
+        figure, panels = plots.panels(len(tasks), columns=2, width=8.6, height=3.1)
+        for axes, (task, on_task) in zip(panels, tasks, strict=True):
+            plots.seed_curves(axes, on_task, "comparisons", "accuracy", "strategy", look)
+            axes.set_title(task, fontsize=11)
+        plots.legend_below(figure, columns=5)
+    return figure
+
+
+def _savings_figure(savings: pd.DataFrame) -> Figure | None:
+    if not len(savings):
+        return None
+    look, tasks = _looks(savings["strategy"].unique()), savings.groupby("task", sort=False)
+    with plots.style():
+        height = 0.9 + 0.22 * savings["strategy"].nunique()
+        figure, panels = plots.panels(len(tasks), columns=2, width=8.6, height=height)
+        for axes, (task, on_task) in zip(panels, tasks, strict=True):
+            ratios = on_task.set_index("strategy")["comparisons needed, over uniform's"]
+            plots.interval_rows(axes, ratios.to_dict(), look, even=1)
+            axes.set_title(f"{task}: comparisons needed, over uniform's", fontsize=11)
+    return figure
