@@ -347,7 +347,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "study feedback": (
         "measure how many comparisons are needed, by schedule and by teacher",
-        _call("experiments.studies.feedback:study_feedback"),
+        _study,
     ),
     "study marks": ("measure how many comparisons marks of parts of clips save", _study),
     "study guard": (
@@ -380,13 +380,6 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         _call(
             "experiments.benchmarks.page:benchmark_page",
             quick="in about two minutes, for trends: fewer answers and kills",
-        ),
-    ),
-    "benchmark learn": (
-        "measure returns, throughput and the scoring of pairs",
-        _call(
-            "experiments.benchmarks.learn:benchmark_learn",
-            quick="in under 50 seconds, for trends: one task, one seed",
         ),
     ),
 }

@@ -1,265 +1,470 @@
-"""How much feedback is needed, and need it be given evenly?
+"""How much feedback is needed, and when should it be asked for?
 
 **Online.** `learn` from start to end: a policy is trained on the reward learned from so many
 comparisons, asked for by a schedule and answered by a teacher, and judged by the task's own reward.
-Beside it stand policies trained on the task's own reward, which is what can be hoped for, and on
-trivial ones (zero, constant, random), since on many a task these do well already (Shin et al. 2023,
-arXiv 2301.01392).
+It is compared with policies trained on the task's own reward, and on trivial rewards (zero,
+constant, random), on which many a task is done well already (Shin et al. 2023, arXiv 2301.01392).
 
 **Pool.** Seconds in place of minutes: no policy is trained. A strategy asks about a fixed pool of
-clips, and what is judged is the learned reward's accuracy on pairs from other episodes. There is no
-training to spread answers over, so schedules have no part in it.
+clips, and the learned reward's accuracy on pairs from other episodes is measured, teacher by
+teacher.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
-from active import QueryStrategy, Schedule, Teacher
-from experiments.analysis.old_page import about_study
-from experiments.datasets.pools import make_pool
+from active import Schedule
+from experiments.analysis import plots
+from experiments.analysis.page import Report, Section
+from experiments.analysis.stats import (
+    Interval,
+    Values,
+    bootstrap,
+    first_reached,
+    interquartile_mean,
+    over_tasks,
+    paired,
+)
 from experiments.envs.tasks import find_task
-from experiments.grid import Result, read_study, run_study
 from experiments.registry import find_class
-from experiments.studies.feedback_tables import write_tables
-from experiments.studies.limits import check_least
-from experiments.studies.predictors import maker
-from experiments.studies.strategies import pool_cell
-from experiments.studies.summary import Row
+from experiments.studies import check_least, pool_of, seed_range, strategies
 from experiments.training.config import LearnConfig, RewardName, default_model, task_defaults
 from experiments.training.learn import learn
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import InvalidInput
 
-TASKS = ("HalfCheetah", "Hopper", "Walker2d")
-BUDGETS = (25, 50, 100)
-ARMS: tuple[RewardName, ...] = ("task", "zero", "constant", "random")
+SHARE = 0.9  # of the return on the task's own reward, for the number of comparisons needed
+
+GRID = ("tasks", "budgets", "schedules", "teachers", "arms", "seeds", "first_seed")
+QUICK = {
+    "tasks": ("Hopper",), "budgets": (16, 32), "arms": ("task", "zero"), "predictor": "LaplaceHead",
+    "steps": 16_384, "seeds": 1, "pool_steps": 20_480, "pool_episodes": 4,
+}  # fmt: skip
 
 
-def study_feedback(
-    mode: Literal["online", "pool"] = "online",
-    tasks: Sequence[str] = TASKS,
-    budgets: Sequence[int] = BUDGETS,
-    schedules: Sequence[str] = ("Constant", "WhenUnsure"),
-    teachers: Sequence[str] = ("oracle",),
-    arms: Sequence[RewardName] = ARMS,
-    strategy: str = "GreedyInformation",
-    predictor: str | None = None,
-    steps: int = 300_000,
-    seeds: int = 5,
-    jobs: int = 1,
-    backend: Literal["loky", "ray", "dask"] = "loky",
-    address: str | None = None,
-    pools: Path = Path("runs/pools"),
-    out: Path = Path("runs/study-feedback"),
-) -> list[Row]:
-    """Measures what more comparisons are worth, and how many are needed.
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
 
     Args:
-        mode: "online" trains a policy in every cell, which takes minutes; "pool" only learns
+        mode: "online" trains a policy in every cell, which takes minutes; "pool" only fits
             rewards, which takes seconds.
         tasks: Any that `rewardmodels learn` takes.
         budgets: Comparisons, the most that a run may ask for; a pool's curve goes to the largest.
-        schedules: Constant, Hyperbolic, WhenUnsure, or import paths of others; with arguments or
-            without, as in "WhenUnsure(level=0.2)". The share that is asked for first is the one
-            that `learn` has for the task. In pool mode without part.
-        teachers: oracle, stochastic, mistaken, myopic (as in B-Pref), or import paths of others.
-        arms: Rewards that aren't learned, for comparison. In pool mode without part.
-        strategy: A name of ours, or an import path.
-        predictor: A name, or an import path; None takes `learn`'s own online, and `LaplaceHead` in
-            pool mode.
-        steps: For which a policy is trained.
-        seeds: Of everything.
-        jobs: Cells side by side.
-        backend: loky for this machine, or a cluster; as `experiments.grid` has it.
-        address: The cluster's; None starts one here.
-        pools: Where pools are kept; a cluster's workers read it too.
-        out: Where results are kept. A second call goes on with those that are there, and tells of
-            all of its mode, so that one budget or schedule may be added at a time.
-
-    Returns:
-        A row a cell; `out` has them as CSV, with `report.html` and its figures, in a directory
-        for each mode.
+        schedules: Constant, Hyperbolic, WhenUnsure, or import paths; with or without arguments, as
+            in "WhenUnsure(level=0.2)". The share asked for first is the task's default. Not used
+            with "pool".
+        teachers: oracle, stochastic, mistaken, myopic (as in B-Pref), or import paths.
+        arms: Rewards that aren't learned, for comparison. Not used with "pool".
+        strategy: A name or an import path.
+        predictor: A name or an import path; None takes the default of `learn` online, and
+            `LaplaceHead` with "pool".
+        steps: Training steps of each policy.
+        seeds: Number of runs of each kind.
+        first_seed: The first of their seeds.
+        pools: Directory of the pools; a cluster's workers read it too.
+        pool_steps: Environment steps that each pool's agent is trained for.
+        pool_episodes: Episodes kept of each stage of training.
 
     Raises:
-        InvalidInput: A number out of range, or nothing to do.
-        UnknownName: A task, schedule, teacher, reward, strategy or predictor that there isn't.
+        InvalidInput: A number out of range, or an empty list.
+        UnknownName: A task, schedule, teacher, strategy or predictor that doesn't exist.
     """
-    settings = dict(locals())
-    _check(tasks, budgets, schedules, teachers, strategy, predictor, steps, seeds, jobs)
-    if mode == "pool":
-        for task in tasks:
-            make_pool(task, folder=pools)
-        cells = _pool_cells(tasks, budgets, teachers, strategy, predictor, seeds, pools)
-        function: Callable[..., Result] = pool_cell
-    else:
-        cells = _online_cells(
-            tasks, budgets, schedules, teachers, arms, strategy, predictor, steps, seeds
+
+    mode: Literal["online", "pool"] = "online"
+    tasks: Sequence[str] = ("HalfCheetah", "Hopper", "Walker2d")
+    budgets: Sequence[int] = (25, 50, 100, 400)
+    schedules: Sequence[str] = ("Constant", "WhenUnsure")
+    teachers: Sequence[str] = ("oracle",)
+    arms: Sequence[RewardName] = ("task", "zero", "constant", "random")
+    strategy: str = "GreedyInformation"
+    predictor: str | None = None
+    steps: int = 300_000
+    seeds: int = 5
+    first_seed: int = 0
+    pools: Path = Path("runs/pools")
+    pool_steps: int = 300_000
+    pool_episodes: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "budgets", "schedules", "teachers"):
+            if not getattr(self, name):
+                raise InvalidInput(f"{name}: expected at least one, got none.")
+        check_least(self, steps=1, seeds=1)
+        if min(self.budgets) < 8:
+            raise InvalidInput(f"budgets: expected at least 8 comparisons, got {self.budgets}.")
+        for task in self.tasks:
+            find_task(task)
+            for schedule in self.schedules:
+                _schedule(schedule, task)
+        for teacher in self.teachers:
+            find_class("teacher", teacher)
+        find_class("strategy", self.strategy)
+        if self.predictor:
+            find_class("model", self.predictor)
+
+
+def prepare(settings: Settings) -> None:
+    """Train the pools' agents, which cells share."""
+    for task in settings.tasks if settings.mode == "pool" else ():
+        pool_of(settings, task, progress=True)
+
+
+def cells(settings: Settings) -> list[dict[str, Any]]:
+    """One cell for each run of `learn`, or for each teacher on each pool."""
+    learned = {"reward": "learned", "schedule": "", "teacher": "", "budget": 0}
+    grid: list[dict[str, Any]] = []
+    for seed in seed_range(settings):
+        for task in settings.tasks:
+            own = {**learned, "task": task, "seed": seed}
+            if settings.mode == "pool":
+                most = max(settings.budgets)
+                grid += [{**own, "teacher": name, "budget": most} for name in settings.teachers]
+                continue
+            grid += [{**own, "reward": arm} for arm in settings.arms]
+            grid += [
+                {**own, "schedule": schedule, "teacher": teacher, "budget": budget}
+                for budget in settings.budgets
+                for schedule in settings.schedules
+                for teacher in settings.teachers
+            ]
+    return grid
+
+
+def cell(
+    settings: Settings, task: str, seed: int, reward: RewardName, schedule: str, teacher: str,
+    budget: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of each round of a run of `learn`, or of each batch of a pool."""
+    if settings.mode == "pool":
+        on_pool = strategies.Settings(
+            tasks=[task],
+            predictor=settings.predictor or "LaplaceHead",
+            teacher=teacher,
+            budget=budget,
+            batch=min(20, budget // 2),
+            pools=settings.pools,
+            pool_steps=settings.pool_steps,
+            pool_episodes=settings.pool_episodes,
         )
-        function = online_cell
-    run_study(function, cells, out / "cells", jobs=jobs, backend=backend, address=address)
-    rows = _alike(read_study(out / "cells", function.__qualname__), cells)
-    about = about_study(study_feedback, settings, rows, out)
-    write_tables(rows, mode, out, about)
-    return list(rows)
-
-
-def online_cell(
-    task: str,
-    reward: RewardName,
-    seed: int,
-    steps: int,
-    budget: int = 0,
-    schedule: str = "",
-    teacher: str = "",
-    strategy: str = "",
-    predictor: str | None = None,
-) -> Result:
-    """One run of `learn`: what its policy came to, and how it went there.
-
-    Returns:
-        The final policy's mean true return; answers received, queries put and skipped; and by
-        round steps, answers, the true return, and the mean information in comparing what the policy
-        lately did (`active.mean_information`), None where there was none yet.
-    """
-    settings: dict[str, Any] = {}
+        return strategies.cell(on_pool, "pool", task, None, settings.strategy, seed)
+    options: dict[str, Any] = {}
     if reward == "learned":
-        settings = {
+        predictor = settings.predictor
+        options = {
             "comparisons": budget,
-            "schedule": _made_schedule(schedule, task),
-            "teacher": _teacher(teacher)(),
-            "strategy": _strategy(strategy)(),
-            "model": maker(predictor)() if predictor else default_model(),
+            "schedule": _schedule(schedule, task),
+            "teacher": find_class("teacher", teacher)(),
+            "strategy": find_class("strategy", settings.strategy)(),
+            "model": find_class("model", predictor)() if predictor else default_model(),
         }
     with TemporaryDirectory() as folder:
         config = LearnConfig(
-            task, reward=reward, seed=seed, steps=steps, video=False, out=Path(folder) / "run",
-            **settings,
+            task, reward=reward, seed=seed, steps=settings.steps, video=False,
+            out=Path(folder) / "run", **options,
         )  # fmt: skip
-        found = learn(config, progress=False)
-        metrics = RunDirectory(config.out).metrics
-    curves = {
-        name: [None if np.isnan(value) else float(value) for value in metrics[column]]
-        for name, column in (
-            ("by step", "step"), ("by answers", "comparisons"), ("by return", "task_return"),
-            ("by information", "mean_information"),
-        )
-    }  # fmt: skip
-    return {
-        "return": found["final_return"],
-        "comparisons": found["comparisons"],
-        "queries": found["queries"],
-        "skipped": found["skipped"],
-        "correlation": found["reward_correlation"],
-        **curves,
+        result = learn(config, progress=False)
+        rounds = RunDirectory(config.out).metrics
+    outcome = {
+        "return": result["final_return"],
+        "comparisons": result["comparisons"],
+        "skipped": result["skipped"],
+        "correlation": result["reward_correlation"],
     }
+    columns = {"step": "step", "comparisons": "asked", "mean_information": "information"}
+    rounds = rounds.reindex(columns=list(columns)).rename(columns=columns).astype(object)
+    return [{**outcome, **row} for row in rounds.where(rounds.notna(), None).to_dict("records")]
 
 
-def _alike(rows: Sequence[Row], cells: Sequence[Row]) -> list[Row]:
-    """Those rows, in order, that may stand beside these cells in one figure."""
-    named = ("strategy", "predictor", "steps")
-    kinds = [{name: cell[name] for name in named if name in cell} for cell in cells]
-    alike = [
-        {name: value for name, value in row.items() if name != "seconds"}
-        for row in rows
-        if {name: row[name] for name in named if name in row} in kinds
-    ]
-    order = ("task", "reward", "schedule", "teacher", "budget", "seed")
-    return sorted(alike, key=lambda row: [str(row.get(name, "")).zfill(12) for name in order])
-
-
-def _online_cells(
-    tasks: Sequence[str],
-    budgets: Sequence[int],
-    schedules: Sequence[str],
-    teachers: Sequence[str],
-    arms: Sequence[RewardName],
-    strategy: str,
-    predictor: str | None,
-    steps: int,
-    seeds: int,
-) -> list[Row]:
-    cells: list[Row] = []
-    for seed in range(seeds):
-        for task in tasks:
-            run = {"task": task, "seed": seed, "steps": steps}
-            cells += [{**run, "reward": arm} for arm in arms]
-            cells += [
-                {**run, "reward": "learned", "budget": budget, "schedule": schedule,
-                 "teacher": teacher, "strategy": strategy, "predictor": predictor}
-                for budget in budgets for schedule in schedules for teacher in teachers
-            ]  # fmt: skip
-    return cells
-
-
-def _pool_cells(
-    tasks: Sequence[str],
-    budgets: Sequence[int],
-    teachers: Sequence[str],
-    strategy: str,
-    predictor: str | None,
-    seeds: int,
-    pools: Path,
-) -> list[Row]:
-    return [
-        {"task": task, "seed": seed, "teacher": teacher, "strategy": strategy,
-         "predictor": predictor or "LaplaceHead", "budget": max(budgets), "batch": 20, "clips": 200,
-         "length": 25, "tests": 1000, "pools": str(pools)}
-        for seed in range(seeds) for task in tasks for teacher in teachers
-    ]  # fmt: skip
-
-
-def _check(
-    tasks: Sequence[str],
-    budgets: Sequence[int],
-    schedules: Sequence[str],
-    teachers: Sequence[str],
-    strategy: str,
-    predictor: str | None,
-    steps: int,
-    seeds: int,
-    jobs: int,
-) -> None:
-    """Raises for what no cell could use."""
-    for name, several in (
-        ("tasks", tasks), ("budgets", budgets), ("schedules", schedules), ("teachers", teachers),
-    ):  # fmt: skip
-        if not several:
-            raise InvalidInput(f"{name}: expected at least one, got none.")
-    check_least(
-        ("budgets", min(budgets), 8), ("steps", steps, 1), ("seeds", seeds, 1), ("jobs", jobs, 1)
-    )
-    for task in tasks:
-        find_task(task)
-        for schedule in schedules:
-            _made_schedule(schedule, task)
-    for teacher in teachers:
-        _teacher(teacher)
-    _strategy(strategy)
-    if predictor:
-        maker(predictor)
-
-
-def _made_schedule(name: str, task: str) -> Schedule:
-    """A schedule that first asks for the share which the task needs, if it has such a setting."""
-    make = find_class("schedule", name)
-    said = getattr(make, "keywords", {})
-    if "initial" in inspect.signature(make).parameters and "initial" not in said:
+def _schedule(name: str, task: str) -> Schedule:
+    """Make a schedule; the share that it asks for first is the task's default, if it has one."""
+    make: Any = find_class("schedule", name)
+    given = getattr(make, "keywords", {})
+    if "initial" in inspect.signature(make).parameters and "initial" not in given:
         make = partial(make, initial=task_defaults(task).schedule().initial)
-    made: Schedule = make()
-    return made
+    schedule: Schedule = make()
+    return schedule
 
 
-def _teacher(name: str) -> Callable[[], Teacher]:
-    return find_class("teacher", name)
+def report(results: pd.DataFrame) -> Report:
+    """Returns against comparisons, comparisons needed and saved; or accuracies on pools."""
+    title = "How much feedback is needed?"
+    if results["mode"].iloc[0] == "pool":
+        return Report(title, _pool_sections(results))
+    results = results.assign(
+        arm=np.where(
+            results["reward"] == "learned", results["schedule"] + ", " + results["teacher"],
+            results["reward"],
+        )
+    )  # fmt: skip
+    runs = results.drop_duplicates(["task", "arm", "budget", "seed"])
+    needed, savings = _needed(runs), _savings(runs)
+    sections = [
+        Section(
+            "Return against comparisons",
+            "True return of the final policy: interquartile means over seeds with 95% intervals.",
+            _returns_figure(runs),
+            _returns(runs),
+            digits=2,
+        ),
+        Section(
+            f"Comparisons for {SHARE:.0%} of the return on the task's own reward",
+            "Read off a line through the interquartile means at each budget, from the zero "
+            "reward's at no comparison. ∞: not reached with the largest budget.",
+            table=needed,
+            digits=0,
+        ),
+        Section(
+            "Comparisons saved by asking at other times",
+            "Comparisons that a schedule asks for with its largest budget, over those of the "
+            "constant schedule for the same return (at most its largest budget, so that the ratio "
+            "is rather too high); share of the same budget that is asked for; and return less "
+            "that of the constant schedule with the same budget.",
+            _asked_figure(results),
+            savings,
+            digits=2,
+        ),
+    ]
+    return Report(title, sections, _figures(runs, needed, savings))
 
 
-def _strategy(name: str) -> Callable[[], QueryStrategy]:
-    return find_class("strategy", name)
+def _learned(runs: pd.DataFrame) -> list[tuple[str, dict[int, pd.DataFrame]]]:
+    """Runs of each schedule and teacher by budget, the smallest first."""
+    learned = runs[runs["reward"] == "learned"]
+    return [
+        (str(name), {int(budget): some for budget, some in of.groupby("budget")})
+        for name, of in learned.groupby("arm", sort=False)
+    ]
+
+
+def _own(runs: pd.DataFrame, reward: str) -> Values:
+    returns: Values = runs.loc[runs["reward"] == reward, "return"].to_numpy(float)
+    return returns
+
+
+def _returns(runs: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for (task, arm, budget), of in runs.groupby(["task", "arm", "budget"], sort=False):
+        rows.append(
+            {
+                "task": task,
+                "reward": arm,
+                "budget": int(budget),
+                "comparisons": float(of["comparisons"].mean()),
+                "skipped": float(of["skipped"].mean()),
+                "true return": bootstrap(interquartile_mean, of["return"]),
+                "worst seed": float(of["return"].min()),
+                "correlation with the true reward": float(of["correlation"].astype(float).mean()),
+                "seeds": len(of),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _line(runs: pd.DataFrame, budgets: Mapping[int, pd.DataFrame]) -> tuple[Values, list[Values]]:
+    """Mean comparisons of each point of an arm's line, and the returns of its seeds.
+
+    The line begins with the zero reward's return at no comparison.
+    """
+    x = np.array([0.0, *(some["comparisons"].mean() for some in budgets.values())])
+    return x, [_own(runs, "zero"), *(some["return"].to_numpy(float) for some in budgets.values())]
+
+
+def _needed(runs: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for task, on_task in runs.groupby("task", sort=False):
+        if not (len(_own(on_task, "task")) and len(_own(on_task, "zero"))):
+            continue
+        for arm, budgets in _learned(on_task):
+            x, samples = _line(on_task, budgets)
+
+            def crossing(own: Values, *returns: Values, x: Values = x) -> float:
+                level = interquartile_mean(own)
+                y = np.array([interquartile_mean(each) for each in returns])
+                return first_reached(x, y, level - (1 - SHARE) * abs(level))
+
+            found = bootstrap(crossing, _own(on_task, "task"), *samples)
+            rows.append({"task": task, "schedule and teacher": arm, "comparisons": found})
+    return pd.DataFrame(rows, columns=["task", "schedule and teacher", "comparisons"])
+
+
+def _savings(runs: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    for task, on_task in runs.groupby("task", sort=False):
+        arms = dict(_learned(on_task))
+        for arm, budgets in arms.items():
+            constant = f"Constant, {arm.rpartition(', ')[2]}"
+            if arm == constant or constant not in arms or not len(_own(on_task, "zero")):
+                continue
+            budget = max(budgets)
+            asked = budgets[budget]
+            x, samples = _line(on_task, arms[constant])
+
+            def ratio(
+                own: Values, *returns: Values, x: Values = x, asked: pd.DataFrame = asked
+            ) -> float:
+                y = np.array([interquartile_mean(each) for each in returns])
+                reached = first_reached(x, y, interquartile_mean(own))
+                return float(asked["comparisons"].mean() / max(1.0, min(reached, x[-1])))
+
+            saved = bootstrap(ratio, asked["return"], *samples)
+            row = {"task": task, "schedule and teacher": arm, "comparisons over constant's": saved}
+            seeds = len(asked)
+            row["verdict"] = saved.verdict(seeds, even=1, higher_is_better=False)
+            if budget in arms[constant]:
+                same = pd.concat([asked, arms[constant][budget]])
+                gap = over_tasks(paired(same, "return", "arm", constant), "difference")
+                mean = arms[constant][budget]["comparisons"].mean()
+                row |= {"asked": float(asked["comparisons"].mean() / mean), "return gap": gap}
+            rows.append(row)
+    columns = ["task", "schedule and teacher", "comparisons over constant's", "verdict", "asked",
+               "return gap"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _figures(runs: pd.DataFrame, needed: pd.DataFrame, savings: pd.DataFrame) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for task, on_task in runs.groupby("task", sort=False):
+        arms = {str(r): _own(on_task, str(r)) for r in on_task["reward"].unique() if r != "learned"}
+        if lines := _learned(on_task):
+            budgets = lines[0][1]
+            arms["learned"] = budgets[max(budgets)]["return"].to_numpy(float)
+        for name, returns in arms.items():
+            value, *ends = bootstrap(interquartile_mean, returns)
+            figures[f"return.{task}.{name}"] = value
+            figures[f"return_interval.{task}.{name}"] = ends
+            figures[f"returns.{task}.{name}"] = returns.tolist()
+        if {"learned", "task"} <= set(arms):
+            value, *ends = bootstrap(
+                lambda a, b: interquartile_mean(a) / interquartile_mean(b),
+                arms["learned"], arms["task"],
+            )  # fmt: skip
+            figures[f"return_ratio.{task}"] = value
+            figures[f"return_ratio_interval.{task}"] = ends
+            worst = float(arms["learned"].min() / np.median(arms["task"]))
+            figures[f"worst_ratio.{task}"] = worst
+    for row in needed.drop_duplicates("task").to_dict("records"):
+        figures[f"comparisons_90.{row['task']}"] = row["comparisons"].value
+        figures[f"comparisons_90_interval.{row['task']}"] = row["comparisons"][1:]
+    for row in savings.to_dict("records"):
+        if not row["schedule and teacher"].startswith("WhenUnsure"):
+            continue
+        task, saved, gap = row["task"], row["comparisons over constant's"], row["return gap"]
+        figures[f"unsure_ratio.{task}"] = saved.value
+        figures[f"unsure_ratio_interval.{task}"] = saved[1:]
+        if isinstance(gap, Interval):
+            figures[f"unsure_asked.{task}"] = row["asked"]
+            figures[f"unsure_return_gap.{task}"] = gap.value
+            figures[f"unsure_return_gap_interval.{task}"] = gap[1:]
+    return figures
+
+
+def _looks(runs: pd.DataFrame) -> dict[str, plots.Look]:
+    return plots.looks(list(runs.loc[runs["reward"] == "learned", "arm"].unique()))
+
+
+def _returns_figure(runs: pd.DataFrame) -> Figure:
+    """Final true return against comparisons: a panel a task, a line for each way of asking."""
+    tasks, look = runs.groupby("task", sort=False), _looks(runs)
+    with plots.style():
+        figure, panels = plots.panels(len(tasks), columns=3, width=10.8, height=3.6)
+        for axes, (task, on_task) in zip(panels, tasks, strict=True):
+            for reward in on_task["reward"].unique():
+                if reward == "learned":
+                    continue
+                arm = plots.ARMS[reward]
+                value, low, high = bootstrap(interquartile_mean, _own(on_task, reward))
+                axes.axhline(value, color=arm.colour, linestyle=arm.line, linewidth=1.2,
+                             label=arm.name)  # fmt: skip
+                if reward == "task" and np.isfinite([low, high]).all():
+                    axes.axhspan(low, high, color=arm.colour, alpha=0.1, linewidth=0)
+            for name, budgets in _learned(on_task):
+                x = [some["comparisons"].mean() for some in budgets.values()]
+                ends = np.array(
+                    [bootstrap(interquartile_mean, some["return"]) for some in budgets.values()]
+                )
+                y, low, high = ends.T
+                reach = np.nan_to_num([y - low, high - y])
+                axes.errorbar(x, y, yerr=reach, capsize=2, label=name, **look[name])
+            axes.set_title(task, fontsize=11)
+            axes.set_xlim(left=0)
+            axes.set_xlabel("comparisons")
+        panels[0].set_ylabel("true return of the final policy")
+        plots.legend_below(figure)
+    return figure
+
+
+def _asked_figure(results: pd.DataFrame) -> Figure | None:
+    """Comparisons against steps of training, mean over seeds, at each arm's largest budget."""
+    learned = results[results["reward"] == "learned"]
+    if not len(learned):
+        return None
+    look, tasks = _looks(results), learned.groupby("task", sort=False)
+    with plots.style():
+        figure, panels = plots.panels(len(tasks), columns=3, width=10.8, height=3.2)
+        for axes, (task, on_task) in zip(panels, tasks, strict=True):
+            for name, budgets in _learned(on_task):
+                asked = budgets[max(budgets)].groupby("step")["asked"].mean()
+                axes.step(asked.index, asked, where="post", label=name, color=look[name]["color"])
+            axes.set_title(task, fontsize=11)
+            axes.set_ylim(bottom=0)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.set_xlabel("training steps of the policy")
+        panels[0].set_ylabel("comparisons")
+        plots.legend_below(figure)
+    return figure
+
+
+def _pool_sections(results: pd.DataFrame) -> list[Section]:
+    look = plots.looks(list(results["teacher"].unique()))
+    tasks = results.groupby("task", sort=False)
+    with plots.style():
+        figure, panels = plots.panels(len(tasks), columns=3, width=10.8, height=3.2)
+        for axes, (task, on_task) in zip(panels, tasks, strict=True):
+            plots.seed_curves(axes, on_task, "comparisons", "accuracy", "teacher", look)
+            axes.set_title(task, fontsize=11)
+        plots.legend_below(figure)
+    final = results[results["comparisons"] == results["comparisons"].max()]
+    rows = [
+        {
+            "task": task,
+            "teacher": teacher,
+            "accuracy": bootstrap(interquartile_mean, of["accuracy"]),
+            "seeds": len(of),
+        }
+        for (task, teacher), of in final.groupby(["task", "teacher"], sort=False)
+    ]
+    reference = str(results["teacher"].iloc[0])
+    gaps = paired(final, "accuracy", "teacher", reference).groupby(["task", "teacher"], sort=False)
+    differences = []
+    for (task, teacher), of in gaps:
+        gap = bootstrap(interquartile_mean, of["difference"])
+        differences.append(
+            {"task": task, "teacher": teacher, "difference": gap, "verdict": gap.verdict(len(of))}
+        )
+    columns = ["task", "teacher", "difference", "verdict"]
+    return [
+        Section(
+            "Accuracy against comparisons",
+            "Held-out pairs predicted correctly; the table is at the largest budget.",
+            figure,
+            pd.DataFrame(rows),
+        ),
+        Section(
+            f"Accuracy less that with the first teacher ({reference})",
+            "At the largest budget, seed by seed.",
+            table=pd.DataFrame(differences, columns=columns),
+        ),
+    ]
