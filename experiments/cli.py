@@ -356,7 +356,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "study drift": (
         "train on a reward learned once: frozen, asked on, pessimistic or guarded",
-        _call("experiments.studies.drift:study_drift"),
+        _study,
     ),
     "benchmark predictors": (
         "measure calibration, uncertainty and cost of every predictor",
@@ -365,15 +365,12 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
             quick="in about two minutes, for trends: one task, one seed",
         ),
     ),
+    "study backflip": ("count the backflips of Hoppers taught by comparisons", _study),
     "benchmark speed": (
         "time what has to be fast",
         _call(
             "experiments.benchmarks.speed:benchmark_speed", quick="in a minute or two, for trends"
         ),
-    ),
-    "benchmark backflips": (
-        "count the backflips of Hoppers that were taught them by comparisons",
-        _call("experiments.benchmarks.backflips:benchmark_backflips"),
     ),
     "benchmark page": (
         "measure what the page loses when it is killed, and how long people wait",

@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from experiments.analysis import plots
 from experiments.analysis.stats import Interval, number
+from experiments.envs.video import write_video
 from experiments.training.run_directory import versions
 from rewardmodels.errors import InvalidInput
 from rewardmodels.saving import write_text_atomically
+
+FRAMES_PER_SECOND = 25  # of videos
 
 # The style sheet gives each of the figures' colours a second value for dark mode.
 _VARIABLES = dict(
@@ -79,11 +84,13 @@ class Report:
         title: Of the page: the question.
         sections: In their order.
         figures: Numbers by flat names, such as `labels_ratio.Hopper`.
+        videos: Pictures `(frames, height, width, 3)` by name, each shown at the end of the page.
     """
 
     title: str
     sections: Sequence[Section]
     figures: Mapping[str, Any] = field(default_factory=dict)
+    videos: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,7 @@ class Origin:
 def write_page(
     out: Path, report: Report, origin: Origin, layout: str = "study.html.jinja", **extra: Any
 ) -> Path:
-    """Write `report.html`, `tables.md`, and each figure as `figures/<name>.pdf` and `.svg`.
+    """Write `report.html`, `tables.md`, videos, and figures as `figures/<name>.pdf` and `.svg`.
 
     Args:
         out: Directory of the page.
@@ -137,6 +144,8 @@ def write_page(
         minutes=number(origin.seconds / 60, ".1f"),
         **extra,
     )
+    for name, pictures in report.videos.items():
+        write_video(pictures, out / f"{name}.mp4", FRAMES_PER_SECOND)
     write_text_atomically(out / "tables.md", markdown(report.sections))
     write_text_atomically(out / "report.html", page)
     return out / "report.html"

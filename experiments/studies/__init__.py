@@ -105,7 +105,8 @@ def run_study(
             )
         results = pd.DataFrame([line for lines in rows for line in lines])
         report = study.report(results)
-        write_text_atomically(run.out / "results.csv", results.to_csv(index=False))
+        plain = [name for name in results if not results[name].map(_is_list).any()]
+        write_text_atomically(run.out / "results.csv", results[plain].to_csv(index=False))
         origin = Origin(
             command_line(study, settings),
             {field.name: getattr(settings, field.name) for field in fields(settings)},
@@ -219,6 +220,10 @@ def _rows(
 
 def _name(study: Study) -> str:
     return str(cast(Any, study).__name__).rpartition(".")[2]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | dict)
 
 
 def _plain(value: Any) -> Any:

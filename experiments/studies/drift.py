@@ -1,353 +1,503 @@
-"""Does a policy stay good when it is trained for long on a reward that was learned once?
+"""What happens to a policy that is trained for long on a reward that was learned once?
 
-An agent acts passably. Some of its clips are compared, a reward model learns from the answers, and
-the agent goes on to be trained with PPO on the learned reward alone. Where the reward errs upwards,
-there the policy goes (Gao et al. 2023, arXiv 2210.10760). Arms start from the same agent, the same
-answers and the same reward:
+An agent is trained a little on the task's own reward. Some of its clips are compared, a reward
+model is fitted, and PPO goes on with the learned reward alone. Where that errs upwards, there the
+policy goes (Gao et al. 2023, arXiv 2210.10760). Arms start from the same agent, the same
+comparisons and the same reward:
 
-- **frozen**: nothing more is asked;
+- **frozen**: no further comparisons;
 - **continued**: more comparisons of what the policy does now, at a constant rate;
-- **when unsure**: the same, but only while the belief about it is worse than a level;
+- **when unsure**: the same, but only while the posterior about it is wider than a level;
 - **pessimistic**: as frozen, on the mean less kappa standard deviations;
-- **guarded**: as frozen, but watched. A detector knows the frames of the agent that the answers are
-  about; an alarm, whose false rate is promised, pauses training before the next update. The paused
-  policy plays; half its episodes are asked about, the others calibrate the guard anew, and training
-  goes on. Once the budget of comparisons is spent, an alarm ends it: the policy is kept as it is;
-- **zero**, **constant**, **random**: nothing is asked, and the reward says nothing. What these
-  lose is the cost of training alone; what another arm loses besides is its reward's.
+- **guarded**: as frozen, but with a guard. A detector is fitted to the frames that were compared;
+  an alarm, with a promised false-alarm rate, pauses training before the next update. Half of the
+  paused policy's episodes are compared, the others calibrate the guard anew, and training goes on.
+  Once the budget of comparisons is spent, an alarm ends training;
+- **zero**, **constant**, **random**: trivial rewards without comparisons. What these lose is the
+  cost of training alone.
 
-All arms that ask have the same budget, and ask with the same strategy. The agent is the same for
-every seed, which decides what is compared, the reward's initial weights and what the policy draws.
+All arms that ask have the same budget and strategy. The agent is the same for every seed; the seed
+decides the clips, the reward's initial weights and the policy's randomness.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
 from active import BALD, Constant, Schedule, SyntheticTeacher, WhenUnsure, all_pairs
-from experiments.analysis.old_page import about_study
+from experiments.analysis import plots
+from experiments.analysis.page import Report, Section
+from experiments.analysis.stats import bootstrap, interquartile_mean
 from experiments.envs.guard_episodes import train
+from experiments.envs.rendering import RenderingUnavailable, render_states
 from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
-from experiments.grid import Result, run_study
-from experiments.studies.drift_figures import SAYING_NOTHING, write_tables
-from experiments.studies.predictors import maker
-from experiments.studies.summary import Row
+from experiments.registry import find_class
+from experiments.studies import check_least, seed_range
 from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.evaluation import play
 from experiments.training.pausing import PauseOnAlarm
 from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward
 from ood import Mahalanobis, Monitor
-from rewardmodels import (
-    Clips,
-    Comparisons,
-    InvalidInput,
-    ReturnPosterior,
-    RewardModel,
-    UnknownName,
-    fit,
-)
+from rewardmodels import Clips, Comparisons, RewardModel, UnknownName, fit
 from rewardmodels.clips import cut
 
 Arm = Literal[
     "frozen", "continued", "when unsure", "pessimistic", "guarded", "zero", "constant", "random"
 ]
 ARMS: tuple[Arm, ...] = get_args(Arm)
+TRIVIAL = ("zero", "constant", "random")
+FILMED = ("frozen", "guarded")
 
-_EPOCHS = 100
-_CANDIDATES = 120  # clips among which pairs are chosen
-_PLAYED = 64  # episodes of a policy: half to ask about, half to calibrate on
-# With the settings below 4 of 5 Hoppers lost 30% or more. A HalfCheetah that was trained beforehand
-# got better even on a reward from 8 comparisons.
-_SHARE = 0.25  # of copies, whose alarms pause training: by chance in a fifth of episodes at most
-_LEARNING_RATE = 1e-3  # three times that of `learn`, so that long training takes fewer steps
+EPOCHS = 100
+CANDIDATES = 120  # clips among which pairs are chosen
+PLAYED = 64  # episodes of a policy: half to compare, half to calibrate on
+SHARE = 0.25  # of copies, whose alarms pause training: by chance in a fifth of episodes at most
+LEARNING_RATE = 1e-3  # three times that of `learn`, so that long training takes fewer steps
+SIDE, LINE = 320, 24  # pixels of a picture, and of a line of text above it
+
+GRID = ("arms", "seeds", "first_seed")
+QUICK = {
+    "arms": ("frozen", "guarded", "zero"), "before": 20_480, "steps": 4096, "horizon": 100,
+    "seeds": 1, "batch": 4, "more": 8, "predictor": "LaplaceHead",
+}  # fmt: skip
 
 
-def study_drift(
-    task: str = "Hopper",
-    arms: Sequence[Arm] = ARMS,
-    predictor: str = "DeepEnsemble",
-    comparisons: int = 6,
-    more: int = 100,
-    batch: int = 20,
-    length: int = 25,
-    kappa: float = 2.0,
-    level: float = 0.05,
-    alpha: float = 0.05,
-    before: int = 150_000,
-    steps: int = 65_536,
-    horizon: int = 250,
-    seeds: int = 5,
-    jobs: int = 1,
-    backend: Literal["loky", "ray", "dask"] = "loky",
-    address: str | None = None,
-    out: Path = Path("runs/study-drift"),
-) -> list[Row]:
-    """Measures what is left of a policy's true return after long training on a learned reward.
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
+
+    With the defaults 4 of 5 Hoppers lost 30% or more on the frozen reward; a HalfCheetah that was
+    trained beforehand improved even on a reward from 8 comparisons.
 
     Args:
         task: A MuJoCo task that `rewardmodels learn` takes.
-        arms: Any of `ARMS`.
+        arms: Any of frozen, continued, "when unsure", pessimistic, guarded, zero, constant, random.
         predictor: A name or an import path.
-        comparisons: Answers that the reward is first learned from.
+        comparisons: Comparisons that the reward is first fitted to.
         more: Comparisons in all that the arms that ask may add.
         batch: Comparisons at a time, for the guard.
         length: Frames per clip.
-        kappa: Standard deviations that the pessimistic arm takes off.
+        kappa: Standard deviations that the pessimistic arm subtracts.
         level: Nats of mean information above which the arm "when unsure" asks.
-        alpha: Promised chance of a false alarm in an episode, for each copy of the environment.
-        before: Steps for which the agent is trained on the task's own reward beforehand.
-        steps: For which it is then trained on the learned one.
+        alpha: Promised false alarms per episode, for each copy of the environment.
+        before: Steps that the agent is first trained for on the task's own reward.
+        steps: Steps that it is then trained for on the learned one.
         horizon: Steps per episode.
         seeds: Draws of everything but that agent.
-        jobs: Cells side by side.
-        backend: loky for this machine, or a cluster; as `experiments.grid` has it.
-        address: The cluster's; None starts one here.
-        out: Where results and the agent are kept; a second call goes on with those there.
-
-    Returns:
-        The cells of `drift_cell`; `out` has the curves as CSV, with `report.html`, its figures
-        and a video.
+        first_seed: The first of them.
+        agents: Directory of the trained agent.
 
     Raises:
         InvalidInput: A number out of range.
-        UnknownName: A task, predictor or arm that there isn't.
+        UnknownName: A task, predictor or arm that doesn't exist.
     """
-    settings = dict(locals())
-    for name, value, least in (
-        ("comparisons", comparisons, 2), ("batch", batch, 1), ("more", more, batch),
-        ("length", length, 1), ("horizon", horizon, length), ("before", before, 0),
-        ("steps", steps, 1), ("seeds", seeds, 1), ("jobs", jobs, 1), ("kappa", kappa, 0),
-    ):  # fmt: skip
-        if not value >= least:
-            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
-    for arm in arms:
-        if arm not in ARMS:
-            raise UnknownName("arm", arm, ARMS)
-    maker(predictor)
-    agent = out / f"{task.replace('/', '_')}-{before}-steps-of-{horizon}.safetensors"
-    if not agent.exists():
-        train(replace(find_task(task), horizon=horizon), before, agent)
-    cells = [
-        {"task": task, "arm": arm, "seed": seed, "predictor": predictor,
-         "comparisons": comparisons, "more": more, "batch": batch, "length": length,
-         "kappa": kappa, "level": level, "alpha": alpha, "steps": steps, "horizon": horizon,
-         "agent": str(agent)}
-        for seed in range(seeds) for arm in arms
-    ]  # fmt: skip
-    found = run_study(drift_cell, cells, out / "cells", jobs=jobs, backend=backend, address=address)
-    rows: list[Row] = [{**cell, **result} for cell, result in zip(cells, found, strict=True)]
-    about = about_study(study_drift, settings, rows, out)
-    print(write_tables(rows, out, about))
-    return rows
+
+    task: str = "Hopper"
+    arms: Sequence[str] = ARMS
+    predictor: str = "DeepEnsemble"
+    comparisons: int = 6
+    more: int = 100
+    batch: int = 20
+    length: int = 25
+    kappa: float = 2.0
+    level: float = 0.05
+    alpha: float = 0.05
+    before: int = 150_000
+    steps: int = 65_536
+    horizon: int = 250
+    seeds: int = 5
+    first_seed: int = 0
+    agents: Path = Path("runs/agents")
+
+    def __post_init__(self) -> None:
+        check_least(
+            self, comparisons=2, batch=1, more=self.batch, length=1, horizon=self.length, before=0,
+            steps=1, seeds=1, kappa=0,
+        )  # fmt: skip
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise UnknownName("arm", arm, ARMS)
+        find_class("model", self.predictor)
+        find_task(self.task)
+
+    @property
+    def agent(self) -> Path:
+        """Path of the agent that all arms start from."""
+        name = self.task.replace("/", "_")
+        return self.agents / f"{name}-{self.before}-steps-of-{self.horizon}.safetensors"
 
 
-def drift_cell(
-    task: str,
-    arm: Arm,
-    seed: int,
-    predictor: str,
-    comparisons: int,
-    more: int,
-    batch: int,
-    length: int,
-    kappa: float,
-    level: float,
-    alpha: float,
-    steps: int,
-    horizon: int,
-    agent: str,
-) -> Result:
-    """What becomes of one agent: its curves, its alarms, its final policy."""
+def prepare(settings: Settings) -> None:
+    """Train the agent that all arms start from."""
+    if not settings.agent.exists():
+        task = replace(find_task(settings.task), horizon=settings.horizon)
+        train(task, settings.before, settings.agent)
+
+
+def cells(settings: Settings) -> list[dict[str, Any]]:
+    """One cell for each arm and seed."""
+    return [{"arm": arm, "seed": seed} for seed in seed_range(settings) for arm in settings.arms]
+
+
+def cell(settings: Settings, arm: Arm, seed: int) -> list[dict[str, Any]]:
+    """Rows of each round of training; the first also holds the outcome and an episode's states."""
     torch.set_num_threads(1)
-    found = replace(find_task(task), horizon=horizon)
-    pessimism = kappa if arm == "pessimistic" else 0.0
-    training = _Training(found, seed, maker(predictor)(), length, pessimism, agent)
+    training = _Training(settings, seed, settings.kappa if arm == "pessimistic" else 0.0)
     with closing(training.env):
         first = training.play()
-        if arm in SAYING_NOTHING:
+        if arm in TRIVIAL:
             training.env.reward = baseline_reward(arm, seed)
         else:
-            training.ask(first[: _PLAYED // 2], comparisons)
+            training.ask(first[: PLAYED // 2], settings.comparisons)
         alarms: list[int] = []
         if arm == "guarded":
-            alarms = training.guarded(first, steps, comparisons + more, batch, alpha)
+            alarms = training.guarded(first, settings)
         else:
             schedules: dict[Arm, Schedule] = {
                 "continued": Constant(initial=0.0),
-                "when unsure": WhenUnsure(level, share=batch / more, initial=0.0),
+                "when unsure": WhenUnsure(
+                    settings.level, share=settings.batch / settings.more, initial=0.0
+                ),
             }
-            training.scheduled(schedules.get(arm), steps, more)
+            training.scheduled(schedules.get(arm), settings.steps, settings.more)
         last = training.play()
-    median = last.returns.argsort()[(_PLAYED - 1) // 2]
+    median = last.returns.argsort()[(PLAYED - 1) // 2]
     assert last.rewards is not None
-    return {
-        **training.curves,
+    outcome = {
         "alarms": alarms,
         "asked": training.asked,
         "start": float(first.returns.mean()),
         "final": float(last.returns.mean()),
+    }
+    episode = {
         "states": [] if last.states is None else last.states[median].tolist(),
         "rewards": last.rewards[median].tolist(),
     }
+    rows: list[dict[str, Any]] = [{**outcome, **row} for row in training.rounds]
+    rows[0] |= episode
+    return rows
 
 
 class _Training:
-    """An agent, its environments, and the reward that it is paid."""
+    """An agent, its environments, and the reward that it is trained on."""
 
-    def __init__(
-        self, task: Task, seed: int, model: RewardModel, length: int, pessimism: float, agent: str
-    ) -> None:
-        self.task, self.seed, self.model, self.length = task, seed, model, length
+    def __init__(self, settings: Settings, seed: int, pessimism: float) -> None:
+        task: Task = replace(find_task(settings.task), horizon=settings.horizon)
+        model: RewardModel = find_class("model", settings.predictor)()
+        self.task, self.seed, self.model, self.length = task, seed, model, settings.length
         self.pessimism = pessimism
         self.draw = torch.Generator().manual_seed(seed)
         self.clip_buffer = ClipBuffer(task.horizon, PPO_ENVS)
         self.env = RewardWrapper(make_vec_env(task, PPO_ENVS, seed), self.clip_buffer, None)
         self.normalised = VecNormalize(self.env)
-        self.agent = make_agent("PPO", self.normalised, task, seed, learning_rate=_LEARNING_RATE)
-        tensors = load_file(agent)
-        seen: Any = self.normalised.obs_rms
-        seen.mean, seen.var = (tensors.pop(name).numpy() for name in ("mean", "var"))
-        seen.count = 100 * PPO_ROLLOUT  # what is familiar isn't forgotten at the first step
+        self.agent = make_agent("PPO", self.normalised, task, seed, learning_rate=LEARNING_RATE)
+        tensors = load_file(settings.agent)
+        moments: Any = self.normalised.obs_rms
+        moments.mean, moments.var = (tensors.pop(name).numpy() for name in ("mean", "var"))
+        moments.count = 100 * PPO_ROLLOUT  # so that the first steps hardly change them
         self.agent.policy.load_state_dict(
             {k.removeprefix("policy."): v for k, v in tensors.items()}
         )
         set_random_seed(seed)
-        self.answers: list[Comparisons] = []
+        self.comparisons: list[Comparisons] = []
         self.familiar: list[Tensor] = []
-        self.curves: dict[str, list[float]] = {}  # an entry a round
+        self.rounds: list[dict[str, float]] = []
         self.played = 0
         self.round_steps = task.horizon * PPO_ENVS  # in which every copy ends an episode
 
     @property
     def asked(self) -> int:
-        """Comparisons so far."""
-        return sum(map(len, self.answers))
+        """Number of comparisons so far."""
+        return sum(map(len, self.comparisons))
 
     def play(self) -> Clips:
-        """Whole episodes of the policy as it is, in environments of their own."""
+        """Play whole episodes of the current policy, in environments of their own."""
         self.played += 1
         (own,) = np.random.SeedSequence([self.seed, self.played]).generate_state(1)
         seed = int(own % 2**30)  # EnvPool's are 32 bits
-        return play(self.agent, self.normalised, self.task, episodes=_PLAYED, seed=seed)
+        return play(self.agent, self.normalised, self.task, episodes=PLAYED, seed=seed)
 
     def ask(self, episodes: Clips, n: int) -> None:
-        """Asks n questions about clips of these episodes, fits the reward, and pays it."""
-        clips = cut(episodes, self.length, _CANDIDATES, generator=self.draw)
+        """Compare n pairs of clips of these episodes, and refit the reward."""
+        clips = cut(episodes, self.length, CANDIDATES, generator=self.draw)
         pairs = all_pairs(len(clips))
-        if self.answers:
-            belief = self.model.posterior(clips)
-            pairs = pairs[BALD().select(belief, pairs, n, generator=self.draw)]
+        if self.comparisons:
+            posterior = self.model.posterior(clips)
+            pairs = pairs[BALD().select(posterior, pairs, n, generator=self.draw)]
         else:
             pairs = pairs[torch.randperm(len(pairs), generator=self.draw)[:n]]
-        said = SyntheticTeacher().answer(clips, pairs, self.draw)
-        self.answers.append(Comparisons(clips, pairs, said).compact())
+        preference = SyntheticTeacher().answer(clips, pairs, self.draw)
+        self.comparisons.append(Comparisons(clips, pairs, preference).compact())
         old = self.env.reward
         moments = old.moments(clips) if isinstance(old, LearnedReward) else (0.0, 1.0)
-        fit(self.model, Comparisons.cat(self.answers), epochs=_EPOCHS, seed=self.seed)
+        fit(self.model, Comparisons.cat(self.comparisons), epochs=EPOCHS, seed=self.seed)
         self.env.reward = LearnedReward(self.model, self.pessimism).rescaled(clips, *moments)
 
     def scheduled(self, schedule: Schedule | None, steps: int, more: int) -> None:
-        """Trains, and asks after each round as many as a schedule wants."""
+        """Train, and after each round ask for the comparisons that a schedule wants."""
         first = self.asked
         while self.agent.num_timesteps < steps:
             self.agent.learn(self.round_steps, reset_num_timesteps=False)
-            self.note()
+            self.record()
             if schedule is None:
                 continue
-            answered = self.asked - first
+            received = self.asked - first
             latest = self.latest()
-
-            def belief(clips: Clips = latest) -> ReturnPosterior:
-                return self.model.posterior(clips)
 
             due = schedule.comparisons_by(
                 self.agent.num_timesteps,
                 total_steps=max(1, steps - self.round_steps),  # the last round asks nothing
                 budget=more,
-                answered=answered,
-                belief=belief,
+                answered=received,
+                belief=partial(self.model.posterior, latest),
             )
-            if due > answered and self.agent.num_timesteps < steps:
-                self.ask(latest, due - answered)
+            if due > received and self.agent.num_timesteps < steps:
+                self.ask(latest, due - received)
 
-    def guarded(self, first: Clips, steps: int, budget: int, batch: int, alpha: float) -> list[int]:
-        """Trains until an alarm, asks about what the policy does now, and goes on.
-
-        An alarm once the budget is spent ends training.
-
-        Returns:
-            Steps at which there were alarms.
-        """
-        pause = PauseOnAlarm(self.monitor(first, alpha), share=_SHARE)
-        alarms = []
-        while self.agent.num_timesteps < steps:
+    def guarded(self, first: Clips, settings: Settings) -> list[int]:
+        """Train, and ask about the current policy at each alarm; return the alarms' steps."""
+        pause = PauseOnAlarm(self.monitor(first, settings.alpha), share=SHARE)
+        budget = settings.comparisons + settings.more
+        alarms: list[int] = []
+        while self.agent.num_timesteps < settings.steps:
             self.agent.learn(self.round_steps, callback=pause, reset_num_timesteps=False)
             if not pause.paused:
-                self.note()
+                self.record()
                 continue
             now = self.play()
-            self.note(now)
+            self.record(now)
             alarms.append(self.agent.num_timesteps)
-            if self.asked + batch > budget:
+            if self.asked + settings.batch > budget:
                 break
-            self.ask(now[: _PLAYED // 2], batch)
-            pause.watch(self.monitor(now, alpha))
+            self.ask(now[: PLAYED // 2], settings.batch)
+            pause.watch(self.monitor(now, settings.alpha))
             self.agent.set_env(self.normalised)  # which begins its episodes anew
         return alarms
 
     def monitor(self, episodes: Clips, alpha: float) -> Monitor:
-        """Knows all frames asked about so far, and the usual course of half of these episodes."""
+        """Fit a monitor to the frames asked about, and calibrate it on half of these episodes."""
         features = torch.cat([episodes.observations, episodes.actions], -1)
-        half = _PLAYED // 2
+        half = PLAYED // 2
         self.familiar.append(features[:half].flatten(0, 1))
         monitor = Monitor(Mahalanobis().fit(torch.cat(self.familiar)))
         monitor.calibrate(list(features[half:]), alpha)
         return monitor
 
     def latest(self) -> Clips:
-        """Clips of the episodes that have just ended."""
+        """Cut clips of the episodes that have just ended."""
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=self.draw)))
-        return self.clip_buffer.sample(self.length, _CANDIDATES, rng)
+        return self.clip_buffer.sample(self.length, CANDIDATES, rng)
 
-    def note(self, played: Clips | None = None) -> None:
-        """Keeps means over episodes played, or those that ended in training since last time."""
+    def record(self, played: Clips | None = None) -> None:
+        """Add a round: means over episodes played, or those that ended since the last round."""
         if played is None:
             true, predicted = np.mean(self.env.episode_returns, 0).tolist()
             clips = self.latest()
         else:
-            true, predicted = float(played.returns.mean()), self.paid(played)
-            clips = cut(played, self.length, _CANDIDATES, generator=self.draw)
+            true, predicted = float(played.returns.mean()), self.predicted_return(played)
+            clips = cut(played, self.length, CANDIDATES, generator=self.draw)
         self.env.episode_returns.clear()
         std = 0.0  # of a reward that isn't learned
-        if self.answers:
-            belief = self.model.frame_posterior(
+        if self.comparisons:
+            posterior = self.model.frame_posterior(
                 clips.observations.flatten(0, 1), clips.actions.flatten(0, 1)
             )
-            std = float(belief.variance.sqrt().mean())
-        values = {
-            "step": self.agent.num_timesteps,
-            "true": true,
-            "predicted": predicted,
-            "std": std,
-            "comparisons": self.asked,
-        }
-        for name, value in values.items():
-            self.curves.setdefault(name, []).append(value)
+            std = float(posterior.variance.sqrt().mean())
+        self.rounds.append(
+            {
+                "step": self.agent.num_timesteps,
+                "true": true,
+                "predicted": predicted,
+                "std": std,
+                "comparisons": self.asked,
+            }
+        )
 
-    def paid(self, episodes: Clips) -> float:
-        """Mean return of episodes by the learned reward."""
+    def predicted_return(self, episodes: Clips) -> float:
+        """Mean return of episodes under the learned reward."""
         assert isinstance(self.env.reward, LearnedReward)
         return self.task.horizon * self.env.reward.moments(episodes)[0]
+
+
+def report(results: pd.DataFrame) -> Report:
+    """Returns during training, what each arm keeps, and a video of two final policies."""
+    outcomes = _outcomes(results)
+    kept = outcomes.groupby("arm", sort=False)["kept"].agg(interquartile_mean)
+    figures = {f"drift_kept.{arm}": float(value) for arm, value in kept.items()}
+    if "guarded" in kept:
+        figures["drift_kept"] = float(kept["guarded"])
+    if "frozen" in kept:
+        figures["drift_lost"] = 1 - float(kept["frozen"])
+    sections = [
+        Section(
+            "Return during training on the learned reward",
+            "Above, the return that the reward predicts; below, the true return. Thick lines are "
+            "interquartile means over seeds, thin ones the seeds; dots are alarms, the dotted line "
+            "is the return before. Predicted returns are those of each arm's own reward at the "
+            "time, whose scale is one standard deviation of a frame.",
+            _curves(results),
+        ),
+        Section(
+            "After training on the learned reward",
+            "True return of the final policy, also as a share of the best that it had at any time, "
+            "and of the frozen arm's best; shares of the seeds that lost 30% or more of their "
+            "best, and whose predicted return rose. What an arm loses beyond the trivial rewards "
+            "(zero, constant, random) is its reward's doing.",
+            table=_table(outcomes),
+            digits=2,
+        ),
+    ]
+    videos, note = _videos(results)
+    if note:
+        sections.append(Section("Final policies", note))
+    return Report("Does a policy stay good on a reward that was learned once?", sections, figures,
+                  videos)  # fmt: skip
+
+
+def _outcomes(results: pd.DataFrame) -> pd.DataFrame:
+    """One row for each arm and seed; `kept` is the final over the best true return.
+
+    NaN where the best isn't above zero.
+    """
+    rounds = results.groupby(["arm", "seed"], sort=False)
+    found = rounds.first(skipna=False).assign(
+        most=rounds["true"].max(), rose=rounds["predicted"].last() > rounds["predicted"].first()
+    )
+    found["best"] = found[["start", "most", "final"]].max(axis="columns")
+    found["kept"] = (found["final"] / found["best"]).where(found["best"] > 0)
+    return found.reset_index()
+
+
+def _table(outcomes: pd.DataFrame) -> pd.DataFrame:
+    best = outcomes[outcomes["arm"] == "frozen"].set_index("seed")["best"]
+    rows = []
+    for arm, of in outcomes.groupby("arm", sort=False):
+        against = of.set_index("seed")["final"].div(best).dropna()
+        rows.append(
+            {
+                "arm": arm,
+                "true return": bootstrap(interquartile_mean, of["final"]),
+                "of its best": bootstrap(interquartile_mean, of["kept"]),
+                "of the frozen arm's best": bootstrap(interquartile_mean, against)
+                if len(against)
+                else "",
+                "lost 30%": float((of["kept"] <= 0.7).mean()),
+                "predicted rose": float(of["rose"].mean()) if arm not in TRIVIAL else "",
+                "comparisons": float(interquartile_mean(of["asked"])),
+                "alarms": float(interquartile_mean(of["alarms"].map(len))),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _curves(results: pd.DataFrame) -> Figure:
+    look = plots.looks([*ARMS[:5]])
+    ends: dict[Any, list[plots.End]] = {}
+    with plots.style():
+        figure, (above, below) = plots.panels(2, width=6.4, height=3.1, sharex=True)
+        for arm, of in results.groupby("arm", sort=False):
+            trivial = arm in TRIVIAL
+            colour = plots.GREY if trivial else look[str(arm)]["color"]
+            line = plots.ARMS[str(arm)].line if trivial else "-"
+            for axes, column in ((below, "true"), (above, "predicted"))[: 1 if trivial else 2]:
+                steps, values = on_one_grid(of, column)
+                middle = interquartile_mean(values)
+                axes.plot(steps, values.T, color=colour, linewidth=0.5, alpha=0.35)
+                axes.plot(steps, middle, line, color=colour, linewidth=2.4)
+                end = (float(steps[-1]), float(middle[-1]), str(arm), colour)
+                ends.setdefault(axes, []).append(end)
+            for _, run in of.groupby("seed"):
+                at = np.array(run["alarms"].iloc[0], float)
+                below.plot(
+                    at, np.interp(at, run["step"], run["true"]), "o", color=colour,
+                    markersize=3.5, markeredgecolor="white", markeredgewidth=0.4,
+                )  # fmt: skip
+        below.axhline(results["start"].mean(), color=plots.GREY, linestyle=":", linewidth=1.2)
+        above.set_ylabel("predicted return\n(the learned reward's units)")
+        below.set_ylabel("true return\n(the task's reward units)")
+        below.set_xlabel("environment steps on the learned reward")
+        below.xaxis.set_major_formatter(EngFormatter(sep=""))
+        return plots.label_lines(figure, ends)
+
+
+def on_one_grid(results: pd.DataFrame, column: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return `(M,)` steps and `(seeds, M)` values at them, linear in between.
+
+    Runs that ended early keep their last value; true returns begin with the one before training
+    and end with the final policy's.
+
+    Example:
+        >>> rows = pd.DataFrame({"seed": [0, 0, 1, 1], "step": [1, 3, 1, 2],
+        ...                      "predicted": [5.0, 7.0, 1.0, 2.0]})
+        >>> steps, values = on_one_grid(rows, "predicted")
+        >>> steps.tolist(), values.tolist()
+        ([1.0, 2.0, 3.0], [[5.0, 6.0, 7.0], [1.0, 2.0, 2.0]])
+    """
+    lines = []
+    for _, run in results.groupby("seed", sort=False):
+        x, y = run["step"].to_numpy(float), run[column].to_numpy(float)
+        if column == "true":
+            x = np.concatenate([[0], x, [x[-1] + 1]])
+            y = np.concatenate([run["start"][:1], y, run["final"][:1]])
+        lines.append((x, y))
+    steps = np.unique(np.concatenate([x for x, _ in lines]))
+    return steps, np.stack([np.interp(steps, x, y) for x, y in lines])
+
+
+def _videos(results: pd.DataFrame) -> tuple[dict[str, NDArray[np.uint8]], str]:
+    """Pictures of two final policies side by side, and what they show or why there are none."""
+    films = []
+    for arm in FILMED:
+        of = results[(results["arm"] == arm) & results["states"].notna()].sort_values("final")
+        if len(of):
+            try:
+                films.append(_captioned(arm, of.iloc[(len(of) - 1) // 2]))
+            except RenderingUnavailable as error:
+                return {}, f"No video: {error}"
+    if not films:
+        return {}, ""
+    note = (
+        "Whole episodes: of each arm the seed of median return, and of that policy's episodes the "
+        "one of median true return."
+    )
+    return {"-".join(FILMED[: len(films)]): np.concatenate(films, axis=2)}, note
+
+
+def _captioned(arm: str, row: pd.Series) -> NDArray[np.uint8]:
+    """Pictures of an episode, with the arm, the step and the true return so far above them."""
+    if not row["states"]:
+        raise RenderingUnavailable(f"{row['task']} doesn't show the simulator's state.")
+    colour = plots.looks([*ARMS[:5]])[arm]["color"]
+    states = np.array(row["states"], np.float32)
+    pictures = render_states(find_task(row["task"]), states, SIDE, SIDE)
+    font, frames = ImageFont.load_default(LINE * 2 // 3), []
+    for step, (picture, so_far) in enumerate(
+        zip(pictures, np.cumsum(row["rewards"]), strict=True), start=1
+    ):
+        frame = Image.new("RGB", (SIDE, SIDE + 2 * LINE), "white")
+        frame.paste(Image.fromarray(picture), (0, 2 * LINE))
+        draw = ImageDraw.Draw(frame)
+        draw.text((8, 3), arm, colour, font, stroke_width=0.3)
+        draw.text((8, LINE), f"step {step}", "black", font)
+        draw.text((SIDE // 3, LINE), f"true return {so_far:.0f}", "black", font)
+        frames.append(np.asarray(frame))
+    return np.stack(frames)

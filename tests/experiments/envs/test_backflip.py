@@ -6,7 +6,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from experiments.benchmarks import backflips as benchmark
 from experiments.envs.backflip import _MASS, backflips, clearances, progress
 from experiments.envs.tasks import find_task, make_env
 from experiments.envs.vector import make_vec_env
@@ -217,27 +216,3 @@ def test_a_run_says_how_many_flips_there_are(tmp_path, monkeypatch):
     assert result["backflips_per_1000_steps"] == 3
     page = (config.out / "report.html").read_text()
     assert "In 1,000 steps of evaluation it does 3 backflips on average, from 1 to 5" in page
-
-
-def test_the_benchmark_is_the_interquartile_mean_over_seeds(tmp_path, monkeypatch, capsys):
-    ran = []
-
-    def made_up(config, *, resume, progress):
-        ran.append((config.task, config.seed, config.comparisons, config.steps, resume))
-        return {
-            "backflips_per_1000_steps": config.seed**2,
-            "comparisons": 900 - config.seed,
-            "wall_seconds": 2.0,
-        }
-
-    monkeypatch.setattr(benchmark, "learn", made_up)
-    (tmp_path / "seed-1").mkdir()
-    (tmp_path / "seed-1" / "config.yaml").touch()
-    figures = benchmark.benchmark_backflips(tmp_path / "figures.json", tmp_path)
-    assert ran == [("backflip", seed, 900, 1_000_000, seed == 1) for seed in range(5)]
-    assert figures["backflips"] == pytest.approx((1 + 4 + 9) / 3)
-    low, high = figures["backflips_interval"]
-    assert 0 <= low < figures["backflips"] < high <= 16
-    assert figures["backflips_comparisons"] == 900
-    assert figures["backflips_wall_seconds"] == 10
-    assert json.loads((tmp_path / "figures.json").read_text())["backflips_by_seed"][4] == 16

@@ -1,0 +1,41 @@
+"""The study of backflips: its figures over seeds, and runs that resume."""
+
+import pytest
+
+from experiments import studies
+from experiments.studies import backflip as study
+from rewardmodels import InvalidInput
+
+
+def test_figures_are_interquartile_means_over_seeds(tmp_path, monkeypatch):
+    made = []
+
+    def learn(config, *, resume, progress):
+        made.append((config.task, config.seed, config.comparisons, config.steps, resume))
+        return {
+            "backflips_per_1000_steps": config.seed**2,
+            "comparisons": 900 - config.seed,
+            "reward_correlation": 0.9,
+            "wall_seconds": 2.0,
+        }
+
+    monkeypatch.setattr(study, "learn", learn)
+    started = tmp_path / "runs" / "seed-1-900-comparisons-default-steps"
+    started.mkdir(parents=True)
+    (started / "config.yaml").touch()
+    settings = study.Settings(runs=tmp_path / "runs")
+    run = studies.Run(tmp_path / "study")
+    figures = studies.run_study(study, settings, run, progress=False).figures
+    assert made == [("backflip", seed, 900, 1_000_000, seed == 1) for seed in range(5)]
+    assert figures["backflips"] == pytest.approx((1 + 4 + 9) / 3)
+    low, high = figures["backflips_interval"]
+    assert 0 <= low < figures["backflips"] < high <= 16
+    assert figures["backflips_comparisons"] == 900
+    assert figures["backflips_wall_seconds"] == 10
+    assert figures["backflips_by_seed"][4] == 16
+
+
+@pytest.mark.parametrize("change", [{"comparisons": 7}, {"seeds": 0}, {"steps": 0}])
+def test_bad_settings_are_refused(change):
+    with pytest.raises(InvalidInput, match=next(iter(change))):
+        study.Settings(**change)
