@@ -49,6 +49,8 @@ def _markdown(app, what, name, obj, options, lines):
         ]
         return f"{indent}.. list-table::\n{indent}   :header-rows: 1\n\n" + "\n".join(cells) + "\n"
 
+    # An indented block after a colon is code.
+    text = re.sub(r"(?m)^( *)(.*[^:\s]):\n\n(?=\1 {2,}[^ >*-])", r"\1\2::\n\n", text)
     text = re.sub(r"(?m)^([ ]*)\$\$(.+?)\$\$", formula, text, flags=re.DOTALL)
     text = re.sub(r"\$([^$`]+?)\$", lambda m: f":math:`{' '.join(m[1].split())}`", text)
     text = re.sub(r"(?m)^([ ]*)\|.*\|\n[ ]*\|[-| :]+\|(\n[ ]*\|.*\|)+$", table, text)

@@ -73,7 +73,7 @@ def default_model() -> DeepEnsemble:
     """Return an ensemble of leaky ReLU networks with little weight decay.
 
     Smooth activations with more decay predict better (`rewardmodels study predictors`), but
-    policies get further on these: see docs/settings.md.
+    policies get further on these: see docs/results/settings.md.
     """
     return DeepEnsemble(activation="leaky_relu", weight_decay=0.01)
 
