@@ -1,10 +1,11 @@
-"""Reward models that learn from comparisons, and know how sure they are."""
+"""Reward models learned from comparisons, with a posterior over returns."""
 
 from rewardmodels.calibrated import ActivelyChosenWarning, Calibrated
 from rewardmodels.clips import Clips, cut, transitions
 from rewardmodels.comparisons import Comparisons, Marks, Ratings
 from rewardmodels.dropout import MCDropout
 from rewardmodels.ensemble import DeepEnsemble
+from rewardmodels.epic import epic_distance
 from rewardmodels.epinet import Epinet
 from rewardmodels.errors import (
     FitDiverged,
@@ -26,10 +27,11 @@ from rewardmodels.posterior import (
     ReturnPosterior,
     SampledPosterior,
 )
-from rewardmodels.saving import load, save
+from rewardmodels.saving import PREDICTORS, load, save
 from rewardmodels.scoring import FrameScorer
 
 __all__ = [
+    "PREDICTORS",
     "ActivelyChosenWarning",
     "Calibrated",
     "Clips",
@@ -59,6 +61,7 @@ __all__ = [
     "UnknownName",
     "UnreadableFile",
     "cut",
+    "epic_distance",
     "fit",
     "load",
     "negative_log_likelihood",

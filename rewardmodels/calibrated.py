@@ -1,4 +1,4 @@
-"""Calibrated: any fitted model, its probabilities set right on comparisons that it hasn't seen."""
+"""Recalibration of a fitted model on held-out comparisons."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ from rewardmodels.posterior import (
 )
 
 _LOWEST, _HIGHEST = 1e-2, 1e2  # temperatures
-# Of log T about 0: a factor of e. Of 60 held-out answers only a few are wrong, and without a prior
-# these few, or their absence, would decide.
+# Of log T about 0: a factor of e. Of 60 held-out comparisons only a few are predicted wrongly, and
+# without a prior these few, or their absence, would decide.
 _PRIOR_SD = 1.0
 _METHODS = ("temperature", "isotonic")
 
 
 class ActivelyChosenWarning(UserWarning):
-    """Calibrated on comparisons that were chosen, not drawn: the result is right for their like."""
+    """Calibration on actively chosen comparisons, which holds only for others like them."""
 
 
-class BelievesReturns(Protocol):
-    """What is calibrated: a fitted RewardModel, or anything else that answers as one."""
+class HasPosterior(Protocol):
+    """Model that can be calibrated: a fitted RewardModel, or another with the same methods."""
 
     def posterior(self, clips: Clips) -> ReturnPosterior:
-        """The joint belief about the returns of N clips."""
+        """Joint posterior over the returns of N clips."""
 
     def frame_posterior(self, observations: Tensor, actions: Tensor) -> ReturnPosterior:
-        """The joint belief about the rewards of B frames."""
+        """Joint posterior over the rewards of B frames."""
 
 
 class Calibrated:
-    r"""Holds a fitted model, and answers as it does but for how sure it is.
+    r"""A fitted model with calibrated preferences and prediction sets of guaranteed coverage.
 
-    First every function that may be drawn is divided by one temperature, $R / T$: the belief stays
-    one joint distribution, clips and pairs keep their order by mean, and `preference` integrates it
-    as before. T is the most probable one given the held-out answers (Guo et al. 2017, §4.2, take
+    First every function of the posterior is divided by one temperature, $R / T$: it stays one joint
+    distribution, clips and pairs keep their order by mean, and `preference` integrates over it as
+    before. T is the most probable one given the held-out comparisons (Guo et al. 2017, §4.2, use
     their likelihood alone) and a log-normal prior about 1 with $\log T$ of standard deviation 1.
-    With "isotonic", `preference` then goes through an increasing step-wise linear map (Zadrozny &
-    Elkan 2002) that keeps $f(1 - p) = 1 - f(p)$ and stays as far from certainty as one answer more
-    each way would; samples and differences know nothing of that map.
+    With "isotonic", `preference` then goes through an increasing piecewise linear map (Zadrozny &
+    Elkan 2002) with $f(1 - p) = 1 - f(p)$, which stays as far from 0 and 1 as one more comparison
+    each way would; samples and differences don't depend on that map.
 
-    What is calibrated is `preference(pairs)`, answers as they were given, mistakes included; a
-    `random_answer_rate` in the question is mixed in on top. The model is never changed.
+    `preference(pairs)` is calibrated for comparisons as they were given, random answers included; a
+    `random_answer_rate` passed to it is mixed in on top. The model is never changed.
 
     Args:
         model: A fitted model.
-        method: "temperature", or "isotonic" for the map as well, which wants hundreds of
-            answers.
+        method: "temperature", or "isotonic" for the map as well, which needs hundreds of
+            comparisons.
 
     Attributes:
-        temperature: T; 1 before `calibrate`, above 1 for a model that was too sure.
+        temperature: T; 1 before `calibrate`, above 1 for an overconfident model.
 
     Raises:
         InvalidInput: Another method.
@@ -74,17 +74,17 @@ class Calibrated:
         >>> draw = torch.Generator().manual_seed(0)
         >>> clips = Clips(torch.randn(80, 5, 2, generator=draw), torch.zeros(80, 5, 1))
         >>> pairs = torch.arange(80).view(40, 2)
-        >>> worth = clips.observations[..., 0].sum(1)
-        >>> better = (worth[pairs[:, 1]] > worth[pairs[:, 0]]).float()
-        >>> said = Comparisons(clips, pairs, better)
-        >>> model = fit(DeepEnsemble(members=3), said[:20], epochs=5)
-        >>> belief = Calibrated(model).calibrate(said[20:], random=True).posterior(clips)
-        >>> belief.prediction_set(pairs[:3], coverage=0.9).shape  # may be first, may be second
+        >>> returns = clips.observations[..., 0].sum(1)
+        >>> better = (returns[pairs[:, 1]] > returns[pairs[:, 0]]).float()
+        >>> comparisons = Comparisons(clips, pairs, better)
+        >>> model = fit(DeepEnsemble(members=3), comparisons[:20], epochs=5)
+        >>> calibrated = Calibrated(model).calibrate(comparisons[20:], random=True)
+        >>> calibrated.posterior(clips).prediction_set(pairs[:3], coverage=0.9).shape
         torch.Size([3, 2])
     """
 
     def __init__(
-        self, model: BelievesReturns, method: Literal["temperature", "isotonic"] = "temperature"
+        self, model: HasPosterior, method: Literal["temperature", "isotonic"] = "temperature"
     ) -> None:
         if method not in _METHODS:
             raise InvalidInput(f"method: expected one of {', '.join(_METHODS)}; got {method!r}.")
@@ -95,16 +95,16 @@ class Calibrated:
         self._scores: NDArray[np.float64] | None = None
 
     def calibrate(self, comparisons: Comparisons, *, random: bool) -> Calibrated:
-        """Sets temperature, map and prediction sets from answers that the model hasn't seen.
+        """Fit temperature, map and prediction sets to held-out comparisons.
 
         Args:
-            comparisons: Held-out answers, of pairs like those that will be asked about. A tie
-                counts as half an answer each way, and not at all for prediction sets.
-            random: Whether their pairs were drawn at random. Those that a query strategy chose
-                are the hard ones: calibrated on them, a model is too unsure of all others.
+            comparisons: Held-out comparisons, of pairs like those to be predicted. A tie counts
+                half each way, and not at all for prediction sets.
+            random: True if their pairs were drawn at random. Those that a query strategy chose are
+                the hard ones: calibrated on them, a model is underconfident on all others.
 
         Returns:
-            The same object; what an earlier call set is forgotten.
+            The same object; an earlier calibration is replaced.
 
         Raises:
             InvalidInput: No comparisons, or clips of other shapes than the model's.
@@ -113,85 +113,77 @@ class Calibrated:
             ActivelyChosenWarning: `random` is False.
         """
         if len(comparisons) == 0:
-            raise InvalidInput("comparisons: expected held-out answers to calibrate on, got none.")
+            raise InvalidInput(
+                "comparisons: expected held-out comparisons to calibrate on, got none."
+            )
         if not random:
             warnings.warn(
                 "comparisons: expected pairs drawn at random, got actively chosen ones; those are "
-                "harder than others, so temperature, map and coverage hold for pairs chosen in "
-                "the same way only. Keep some random comparisons back for calibration.",
+                "harder than others, so temperature, map and coverage hold only for pairs chosen "
+                "in the same way. Hold some random comparisons out for calibration.",
                 ActivelyChosenWarning,
                 stacklevel=2,
             )
         used = comparisons.compact()
         base = self.model.posterior(used.clips)
         pairs = used.pairs.to(base.mean.device)
-        said = used.preference.double().cpu()
+        preference = used.preference.double().cpu()
 
-        # The model's own probabilities: a set's coverage holds for scores that the same answers
-        # had no part in, and any increasing map of them gives the same sets.
-        right = _both_ways(base, pairs)[torch.arange(len(said)), (said > 0.5).long()]
-        self._scores = np.sort((1 - right)[said != 0.5].numpy())
+        # The model's own probabilities: a set's coverage holds for scores that don't depend on the
+        # held-out comparisons, and any increasing map of them gives the same sets.
+        p = _both_ways(base, pairs)[torch.arange(len(preference)), (preference > 0.5).long()]
+        self._scores = np.sort((1 - p)[preference != 0.5].numpy())
 
-        self.temperature = _best_temperature(base, pairs, said)
+        self.temperature = _best_temperature(base, pairs, preference)
         self._map = None
         if self.method == "isotonic":
             p = _both_ways(_scaled(base, self.temperature), pairs)
-            edge = 1 / (len(said) + 2)
+            edge = 1 / (len(preference) + 2)
             isotonic = IsotonicRegression(y_min=edge, y_max=1 - edge)
-            isotonic.fit(p.T.flatten().numpy(), torch.cat([1 - said, said]).numpy())
+            isotonic.fit(p.T.flatten().numpy(), torch.cat([1 - preference, preference]).numpy())
             self._map = np.stack([isotonic.X_thresholds_, isotonic.y_thresholds_])
         return self
 
     def state(self) -> dict[str, Tensor]:
-        """What `calibrate` set, as tensors, for `rewardmodels.save`.
+        """Result of `calibrate` as tensors, for `rewardmodels.save`.
 
         Raises:
-            NotFitted: It wasn't called yet.
+            NotFitted: `calibrate` wasn't called yet.
         """
-        if self._scores is None:
-            raise NotFitted("Calibrated: expected a calibrated model; call calibrate first.")
         state = {
             "temperature": torch.tensor(self.temperature, dtype=torch.double),
-            "scores": torch.from_numpy(self._scores),
+            "scores": torch.from_numpy(self._calibrated_scores()),
         }
         return state if self._map is None else state | {"map": torch.from_numpy(self._map)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes up what `state` gave."""
+        """Restore what `state` returned."""
         self.temperature = float(state["temperature"])
         self._scores = state["scores"].numpy()
         self._map = state["map"].numpy() if "map" in state else None
 
     def posterior(self, clips: Clips) -> CalibratedPosterior:
-        """The calibrated joint belief about the returns of N clips, in reward units.
+        """Calibrated joint posterior over the returns of N clips, in reward units.
 
         Raises:
             NotFitted: `calibrate` wasn't called yet, or the model isn't fitted.
-            InvalidInput: Clips whose frames have other shapes than those learned from.
+            InvalidInput: Clips whose frames have other shapes than the training data's.
         """
-        return self._calibrated(self.model.posterior(clips))
+        scores = self._calibrated_scores()
+        return CalibratedPosterior(self.model.posterior(clips), self.temperature, self._map, scores)
 
     def frame_posterior(self, observations: Tensor, actions: Tensor) -> CalibratedPosterior:
-        """The calibrated joint belief about the rewards of B single frames.
+        """Calibrated joint posterior over the rewards of B frames `(B, *obs)` and `(B, *act)`."""
+        return self.posterior(Clips(observations[:, None], actions[:, None]))
 
-        Args:
-            observations: `(B, *obs)`.
-            actions: `(B, *act)`.
-
-        Raises:
-            NotFitted: `calibrate` wasn't called yet, or the model isn't fitted.
-            InvalidInput: Frames of other shapes than those learned from.
-        """
-        return self._calibrated(self.model.frame_posterior(observations, actions))
-
-    def _calibrated(self, base: ReturnPosterior) -> CalibratedPosterior:
+    def _calibrated_scores(self) -> NDArray[np.float64]:
         if self._scores is None:
             raise NotFitted("Calibrated: expected a calibrated model; call calibrate first.")
-        return CalibratedPosterior(base, self.temperature, self._map, self._scores)
+        return self._scores
 
 
 class CalibratedPosterior(ReturnPosterior):
-    """A belief divided by a temperature, with calibrated preferences and prediction sets.
+    """Posterior divided by a temperature, with calibrated preferences and prediction sets.
 
     Made by `Calibrated.posterior`.
     """
@@ -235,13 +227,13 @@ class CalibratedPosterior(ReturnPosterior):
         return (1 - random_answer_rate) * p + random_answer_rate / 2
 
     def prediction_set(self, pairs: Tensor, coverage: float = 0.9) -> Tensor:
-        r"""Which answers can't be ruled out: {first}, {second} or {both}.
+        r"""Sets that contain the teacher's preference with at least the given probability.
 
-        Split conformal prediction (Vovk et al. 2005; Angelopoulos & Bates 2021, §1): an answer is
-        in the set if 1 - P(answer) is at most the $\lceil (n + 1) \cdot \text{coverage} \rceil$-th
-        smallest of the n held-out answers'. A new pair's true answer is in its set with at
-        least that probability, however wrong the model, over the draw of both the held-out pairs
-        and the new one; not for each pair by itself. A set is never empty: the likelier answer is
+        Split conformal prediction (Vovk et al. 2005; Angelopoulos & Bates 2021, §1): a clip is in
+        the set if 1 - P(it is preferred) is at most the $\lceil (n + 1) \cdot \text{coverage}
+        \rceil$-th smallest of the n held-out comparisons'. The guarantee holds however wrong the
+        model, over the draw of both the held-out pairs and the new one (which must be
+        exchangeable); not for each pair by itself. A set is never empty: the likelier clip is
         always in it.
 
         Args:
@@ -249,10 +241,10 @@ class CalibratedPosterior(ReturnPosterior):
             coverage: Between 0 and 1.
 
         Returns:
-            `(Q, 2)` bool, whether the first may be preferred, and whether the second may.
+            `(Q, 2)` bool, True for each clip in the set: first, second or both.
 
         Raises:
-            InvalidInput: A coverage out of range, or one that needs more held-out answers.
+            InvalidInput: A coverage out of range, or one that needs more held-out comparisons.
         """
         if not 0 < coverage < 1:
             raise InvalidInput(f"coverage: expected a number between 0 and 1, got {coverage}.")
@@ -261,8 +253,8 @@ class CalibratedPosterior(ReturnPosterior):
         if place > n:
             raise InvalidInput(
                 f"coverage: expected at least {_at_least(coverage / (1 - coverage))} held-out "
-                f"answers (ties aside) for a coverage of {coverage:g}, got {n}; calibrate on more, "
-                f"or ask for {n / (n + 1):.3g} or less."
+                f"comparisons (ties aside) for a coverage of {coverage:g}, got {n}; calibrate on "
+                f"more, or take a coverage of {n / (n + 1):.3g} or less."
             )
         p = _both_ways(self._base, pairs)
         # The same subtraction as in the scores, so that equal numbers stay equal.
@@ -270,31 +262,31 @@ class CalibratedPosterior(ReturnPosterior):
         return (possible | (p >= p.max(1, keepdim=True).values)).to(pairs.device)
 
 
-def _both_ways(belief: ReturnPosterior, pairs: Tensor) -> Tensor:
-    """`(Q, 2)` probabilities of the first and of the second, each from its own tail."""
-    both = [belief.preference(some).double().cpu() for some in (pairs.flip(1), pairs)]
+def _both_ways(posterior: ReturnPosterior, pairs: Tensor) -> Tensor:
+    """Probabilities `(Q, 2)` of the first and of the second, each from its own tail."""
+    both = [posterior.preference(some).double().cpu() for some in (pairs.flip(1), pairs)]
     return torch.stack(both, 1)
 
 
-def _scaled(belief: ReturnPosterior, temperature: float) -> ReturnPosterior:
-    if isinstance(belief, SampledPosterior):
-        return SampledPosterior(belief.samples / temperature)
-    if isinstance(belief, GaussianPosterior):
-        return GaussianPosterior(belief.mean / temperature, belief.root / temperature)
+def _scaled(posterior: ReturnPosterior, temperature: float) -> ReturnPosterior:
+    if isinstance(posterior, SampledPosterior):
+        return SampledPosterior(posterior.samples / temperature)
+    if isinstance(posterior, GaussianPosterior):
+        return GaussianPosterior(posterior.mean / temperature, posterior.root / temperature)
     raise InvalidInput(
-        "model: expected one whose belief is a SampledPosterior or a GaussianPosterior, got "
-        f"{type(belief).__name__}."
+        "model: expected one whose posterior is a SampledPosterior or a GaussianPosterior, got "
+        f"{type(posterior).__name__}."
     )
 
 
-def _best_temperature(belief: ReturnPosterior, pairs: Tensor, said: Tensor) -> float:
+def _best_temperature(posterior: ReturnPosterior, pairs: Tensor, mu: Tensor) -> float:
     def loss(log_temperature: float) -> float:
-        p = _both_ways(_scaled(belief, math.exp(log_temperature)), pairs)
+        p = _both_ways(_scaled(posterior, math.exp(log_temperature)), pairs)
         log_p = p.clamp_min(torch.finfo(torch.double).tiny).log()
-        nll = -float(((1 - said) * log_p[:, 0] + said * log_p[:, 1]).sum())
+        nll = -float(((1 - mu) * log_p[:, 0] + mu * log_p[:, 1]).sum())
         return nll + (log_temperature / _PRIOR_SD) ** 2 / 2
 
-    # With the belief integrated out the loss may have more than one valley: a grid finds the one.
+    # Averaged over the posterior, the loss may have several minima: a grid finds the lowest.
     grid = np.linspace(math.log(_LOWEST), math.log(_HIGHEST), 41)
     best = int(np.argmin([loss(x) for x in grid]))
     bracket = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]

@@ -1,8 +1,8 @@
-"""Scores that say whether a belief means what it says, as pure functions of its answers.
+"""Calibration scores of predicted preferences, as pure functions.
 
-`probability` is always `(Q,)`, the probability that a pair's second clip is preferred, and
-`preference` `(Q,)` what was answered, as in `Comparisons`. Which clip is written first means
-nothing, so each score counts every pair both ways round: it is the same for swapped pairs.
+`probability` is always `(Q,)`, the predicted probability that a pair's second clip is preferred,
+and `preference` `(Q,)`, as in `Comparisons`. Which clip is written first has no meaning, so each
+score counts every pair both ways round: it is the same for swapped pairs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rewardmodels.likelihood import negative_log_likelihood
 
 
 def log_loss(probability: Tensor, preference: Tensor) -> float:
-    r"""Mean negative log likelihood of the answers, in nats per comparison; a coin has log 2.
+    r"""Mean negative log likelihood, in nats per comparison; log 2 for a probability of 1/2.
 
-    $-[\mu \log p + (1 - \mu) \log (1 - p)]$ for an answer $\mu$: a tie is half an answer each way.
+    $-[\mu \log p + (1 - \mu) \log (1 - p)]$ for a preference $\mu$: a tie counts half each way.
     A probability of exactly 0 or 1 that is wrong costs 100 nats, not infinity.
 
     Args:
@@ -38,14 +38,13 @@ def log_loss(probability: Tensor, preference: Tensor) -> float:
         >>> round(log_loss(torch.tensor([0.9, 0.5]), torch.tensor([1.0, 0.0])), 4)
         0.3993
     """
-    p, said = _checked(probability, preference)
-    return float(F.binary_cross_entropy(p, said))
+    return float(F.binary_cross_entropy(*_checked(probability, preference)))
 
 
 def brier_score(probability: Tensor, preference: Tensor) -> float:
-    r"""Mean squared error of the probability, from 0 to 1; a coin has 0.25 (Brier 1950).
+    r"""Mean squared error of the probability, from 0 to 1; 0.25 for one of 1/2 (Brier 1950).
 
-    $\mu (1 - p)^2 + (1 - \mu) p^2$ for an answer $\mu$: a tie is half an answer each way, so its
+    $\mu (1 - p)^2 + (1 - \mu) p^2$ for a preference $\mu$: a tie counts half each way, so its
     score is at least 0.25.
 
     Args:
@@ -53,21 +52,21 @@ def brier_score(probability: Tensor, preference: Tensor) -> float:
         preference: `(Q,)`.
 
     Raises:
-        InvalidInput: No pairs, shapes that don't agree, or numbers outside [0, 1].
+        InvalidInput: As `log_loss`.
 
     Example:
         >>> round(brier_score(torch.tensor([0.9, 0.5]), torch.tensor([1.0, 0.0])), 4)
         0.13
     """
-    p, said = _checked(probability, preference)
-    return float((said * (1 - p).square() + (1 - said) * p.square()).mean())
+    p, mu = _checked(probability, preference)
+    return float((mu * (1 - p).square() + (1 - mu) * p.square()).mean())
 
 
 def sharpness(probability: Tensor) -> float:
-    r"""How far from a coin the answers are: mean of $|2p - 1|$, from 0 (coin) to 1 (certain).
+    r"""Mean of $|2p - 1|$, from 0 (all probabilities 1/2) to 1 (all certain).
 
-    Calibration alone is had by always answering one half; the aim is sharpness subject to
-    calibration (Gneiting et al. 2007).
+    Probabilities that are all 1/2 are calibrated; the aim is sharpness subject to calibration
+    (Gneiting et al. 2007).
 
     Args:
         probability: `(Q,)`.
@@ -84,12 +83,12 @@ def sharpness(probability: Tensor) -> float:
 
 
 class Reliability(NamedTuple):
-    """What was said and what came true, bin by bin; empty bins are left out.
+    """Predicted probabilities and observed frequencies, bin by bin; empty bins are left out.
 
     Attributes:
-        probability: `(B,)`, mean of what was said.
-        frequency: `(B,)`, how often it came true.
-        weight: `(B,)`, share of the answers, summing to 1.
+        probability: `(B,)`, mean predicted probability.
+        frequency: `(B,)`, observed frequency.
+        weight: `(B,)`, share of the comparisons, summing to 1.
     """
 
     probability: NDArray[np.float64]
@@ -104,31 +103,30 @@ def reliability_curve(
     bins: int = 10,
     binning: Literal["width", "mass"] = "width",
 ) -> Reliability:
-    """What was said against what came true, of pairs counted both ways round.
+    """Predicted probability against observed frequency, of pairs counted both ways round.
 
     Equal probabilities always share a bin, so that no score depends on the order of pairs. A tie
-    is half an answer each way.
+    counts half each way.
 
     Args:
         probability: `(Q,)`.
         preference: `(Q,)`.
-        bins: How many, at most.
-        binning: "width" for bins `[i/B, (i+1)/B)`, "mass" for as many answers in each.
+        bins: Maximum number of bins.
+        binning: "width" for bins `[i/B, (i+1)/B)`, "mass" for as many comparisons in each.
 
     Raises:
-        InvalidInput: No pairs, shapes that don't agree, numbers outside [0, 1], less than one
-            bin, or an unknown binning.
+        InvalidInput: As `log_loss`; less than one bin, or an unknown binning.
 
     Example:
         >>> curve = reliability_curve(torch.tensor([0.9, 0.8]), torch.tensor([1.0, 0.0]), bins=2)
         >>> curve.probability.round(2).tolist(), curve.frequency.tolist()
         ([0.15, 0.85], [0.5, 0.5])
     """
-    one_way, said = _checked(probability, preference)
+    one_way, mu = _checked(probability, preference)
     if bins < 1:
         raise InvalidInput(f"bins: expected at least 1, got {bins}.")
     p = torch.cat([one_way, 1 - one_way]).numpy()
-    outcome = torch.cat([said, 1 - said]).numpy()
+    outcome = torch.cat([mu, 1 - mu]).numpy()
     if binning == "width":
         place = p
     elif binning == "mass":
@@ -137,56 +135,43 @@ def reliability_curve(
         place = (scipy.stats.rankdata(p.round(12)) - 0.5) / len(p)
     else:
         raise InvalidInput(f"binning: expected 'width' or 'mass', got {binning!r}.")
-    which = np.minimum((place * bins).astype(int), bins - 1)
-    count = np.bincount(which, minlength=bins)
+    bin_of = np.minimum((place * bins).astype(int), bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
     used = count > 0
-    said_sum, came_sum = (np.bincount(which, x, bins)[used] for x in (p, outcome))
-    return Reliability(said_sum / count[used], came_sum / count[used], count[used] / len(p))
+    predicted, observed = (np.bincount(bin_of, x, bins)[used] for x in (p, outcome))
+    return Reliability(predicted / count[used], observed / count[used], count[used] / len(p))
 
 
-def expected_calibration_error(probability: Tensor, preference: Tensor, *, bins: int = 10) -> float:
-    r"""Mean distance of what was said from what came true, over bins of equal width.
+def expected_calibration_error(
+    probability: Tensor,
+    preference: Tensor,
+    *,
+    bins: int = 10,
+    binning: Literal["width", "mass"] = "width",
+) -> float:
+    r"""Mean distance of predicted probability from observed frequency, over bins.
 
     $\sum_b w_b |p_b - f_b|$ over the `reliability_curve` (Naeini et al. 2015; Guo et al. 2017,
-    eq. 3). It is biased upwards by about $1/\sqrt{\text{answers per bin}}$, so compare it only
-    between equal numbers of answers.
+    eq. 3); with bins of equal mass the adaptive calibration error (Nguyen & O'Connor 2015), less
+    noisy where most probabilities are near 0 and 1. It is biased upwards by about
+    $1/\sqrt{\text{comparisons per bin}}$, so compare it only between equal numbers of comparisons.
 
     Args:
         probability: `(Q,)`.
         preference: `(Q,)`.
-        bins: How many.
+        bins: Maximum number of bins.
+        binning: "width" or "mass".
 
     Raises:
         InvalidInput: As `reliability_curve`.
 
     Example:
-        >>> said = torch.tensor([0.8, 0.8, 0.8, 0.8])
-        >>> round(expected_calibration_error(said, torch.tensor([1.0, 1.0, 1.0, 0.0])), 4)
+        >>> p = torch.tensor([0.8, 0.8, 0.8, 0.8])
+        >>> round(expected_calibration_error(p, torch.tensor([1.0, 1.0, 1.0, 0.0])), 4)
         0.05
     """
-    return _calibration_error(reliability_curve(probability, preference, bins=bins))
-
-
-def adaptive_calibration_error(probability: Tensor, preference: Tensor, *, bins: int = 10) -> float:
-    """`expected_calibration_error` over bins of equal mass (Nguyen & O'Connor 2015).
-
-    Less noisy where most probabilities are near 0 and 1.
-
-    Args:
-        probability: `(Q,)`.
-        preference: `(Q,)`.
-        bins: How many.
-
-    Raises:
-        InvalidInput: As `reliability_curve`.
-
-    Example:
-        >>> said = torch.tensor([0.8, 0.8, 0.8, 0.8])
-        >>> round(adaptive_calibration_error(said, torch.tensor([1.0, 1.0, 1.0, 0.0])), 4)
-        0.05
-    """
-    curve = reliability_curve(probability, preference, bins=bins, binning="mass")
-    return _calibration_error(curve)
+    curve = reliability_curve(probability, preference, bins=bins, binning=binning)
+    return float((curve.weight * np.abs(curve.probability - curve.frequency)).sum())
 
 
 def joint_log_loss(
@@ -197,12 +182,12 @@ def joint_log_loss(
     group_size: int = 10,
     random_answer_rate: float = 0.0,
 ) -> float:
-    r"""Negative log likelihood of groups of answers taken together, in nats per comparison.
+    r"""Negative log likelihood of groups of comparisons taken jointly, in nats per comparison.
 
     $-\log \frac{1}{S} \sum_s \prod_{q \in g} P_s(\mu_q)$ summed over groups g, divided by Q (Osband
-    et al. 2022, "The neural testbed", and 2023, "Epistemic neural networks"). Marginal
-    scores can't tell what a belief doesn't know from what nobody could; this one rewards a belief
-    whose functions each explain all of a group. Groups whose pairs share few clips tell more. With
+    et al. 2022, "The neural testbed", and 2023, "Epistemic neural networks"). Marginal scores
+    can't tell epistemic from aleatoric uncertainty; this one rewards a posterior whose functions
+    each explain all of a group. Groups whose pairs share few clips are more informative. With
     `group_size=1` it is the `log_loss` of the marginals. Fewer samples make it larger (Jensen), so
     compare only equal S.
 
@@ -210,19 +195,19 @@ def joint_log_loss(
         samples: `(S, N)` returns, from `ReturnPosterior.rsample`.
         pairs: `(Q, 2)` indices of clips; each run of `group_size` rows is a group, the last may
             be smaller.
-        preference: `(Q,)`; a tie is half an answer each way.
+        preference: `(Q,)`; a tie counts half each way.
         group_size: Comparisons per group.
-        random_answer_rate: How often the teacher is taken to answer at random.
+        random_answer_rate: Probability that the teacher answers at random.
 
     Raises:
         InvalidInput: No pairs, shapes that don't agree, or a group size below 1.
 
     Example:
         >>> samples = torch.tensor([[0.0, 9.0, 0.0, 9.0], [9.0, 0.0, 9.0, 0.0]])
-        >>> pairs, said = torch.tensor([[0, 1], [2, 3]]), torch.ones(2)
-        >>> round(joint_log_loss(samples, pairs, said, group_size=1), 3)  # either way, each
+        >>> pairs, preference = torch.tensor([[0, 1], [2, 3]]), torch.ones(2)
+        >>> round(joint_log_loss(samples, pairs, preference, group_size=1), 3)  # each uncertain
         0.693
-        >>> round(joint_log_loss(samples, pairs, said, group_size=2), 3)  # but both the same way
+        >>> round(joint_log_loss(samples, pairs, preference, group_size=2), 3)  # but together
         0.347
     """
     if samples.ndim != 2 or len(samples) == 0:
@@ -234,22 +219,21 @@ def joint_log_loss(
         )
     if group_size < 1:
         raise InvalidInput(f"group_size: expected at least 1, got {group_size}.")
-    samples, said = samples.detach().double(), preference.double()
+    samples = samples.detach().double()
     total = 0.0
-    for some, answers in zip(pairs.split(group_size), said.split(group_size), strict=True):
+    groups = zip(pairs.split(group_size), preference.double().split(group_size), strict=True)
+    for some, mu in groups:
         difference = samples[:, some[:, 1]] - samples[:, some[:, 0]]
-        nll = negative_log_likelihood(
-            difference, answers, random_answer_rate=random_answer_rate
-        ).sum(1)
+        nll = negative_log_likelihood(difference, mu, random_answer_rate=random_answer_rate).sum(1)
         total -= float(torch.logsumexp(-nll, 0)) - float(np.log(len(samples)))
     return total / len(pairs)
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's correlation of ranks; equal values share their mean rank.
+    """Spearman's rank correlation; equal values share their mean rank.
 
-    Of predicted and true return: whether clips are put in order. Of uncertainty and error
-    (the variance of a difference, and its squared error): whether a belief knows where it errs.
+    Use it for predicted and true returns, or for the variance of a difference and its squared
+    error.
 
     Args:
         one: `(N,)`.
@@ -277,31 +261,30 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
 
 
 def error_detection_auroc(uncertainty: Tensor, probability: Tensor, preference: Tensor) -> float:
-    """Chance that a wrong answer is more uncertain than a right one; 0.5 is a coin.
+    """Probability that a wrong prediction is more uncertain than a right one; 0.5 is chance.
 
-    Ties (answers of exactly 0.5) are left out; a probability of exactly 0.5 is wrong one
+    Ties (preferences of exactly 0.5) are left out; a probability of exactly 0.5 is wrong one
     way round and right the other. The variance of a difference tends to grow with the difference
-    itself, so taken alone it may do worse than a coin: weigh it against the mean, or take
-    $-|p - 1/2|$.
+    itself, so alone it may do worse than chance: divide it by the mean, or take $-|p - 1/2|$.
 
     Args:
-        uncertainty: `(Q,)`, higher is less sure: the spread of a difference over its mean, say.
+        uncertainty: `(Q,)`, higher is less certain, e.g. a difference's spread over its mean.
         probability: `(Q,)`.
         preference: `(Q,)`.
 
     Returns:
-        From 0 to 1; NaN where no answer is wrong, or none is right.
+        From 0 to 1; NaN where no prediction is wrong, or none is right.
 
     Raises:
         InvalidInput: No decided pairs, shapes that don't agree, or numbers outside [0, 1].
 
     Example:
-        >>> said, p = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.9, 0.6, 0.8])
-        >>> error_detection_auroc(torch.tensor([1.0, 5.0, 2.0]), p, said)
+        >>> preference, p = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.9, 0.6, 0.8])
+        >>> error_detection_auroc(torch.tensor([1.0, 5.0, 2.0]), p, preference)
         1.0
     """
     uncertainty, wrong = _errors(uncertainty, probability, preference)
-    # A half-wrong answer is one that is wrong and one that is right.
+    # A half-wrong prediction counts as one that is wrong and one that is right.
     label = torch.cat([(wrong > 0).int(), (wrong == 1).int()])
     if label.min() == label.max():
         return float("nan")
@@ -309,10 +292,10 @@ def error_detection_auroc(uncertainty: Tensor, probability: Tensor, preference: 
 
 
 class RiskCoverage(NamedTuple):
-    """What goes wrong when only the surest answers are used.
+    """Errors among the most certain predictions, at each coverage.
 
     Attributes:
-        coverage: `(Q,)`, share of answers that are used: 1/Q, 2/Q, ..., 1.
+        coverage: `(Q,)`, share of predictions that are used: 1/Q, 2/Q, ..., 1.
         risk: `(Q,)`, share of those that are wrong (selective risk).
         generalised_risk: `(Q,)`, share of all that are used and wrong: coverage times risk.
         aurc: Mean of the risk over all coverages (Geifman & El-Yaniv 2017); lower is better.
@@ -330,14 +313,15 @@ class RiskCoverage(NamedTuple):
 def risk_coverage(uncertainty: Tensor, probability: Tensor, preference: Tensor) -> RiskCoverage:
     r"""Selective risk at each coverage, with the areas under both curves.
 
-    Answers of equal uncertainty come in random order: the curve is the mean over all of those. AURC
-    weighs the surest answers most; AUGRC is the chance that an answer is wrong and used when the
-    coverage is drawn at random, $(1 - \text{AUROC})\,a (1 - a) + (1 - a)^2 / 2$ for an accuracy a
-    (Traub et al. 2024, "Overcoming common flaws in the evaluation of selective classification
-    systems"). Ties are left out; a probability of exactly 0.5 is half wrong.
+    Predictions of equal uncertainty come in random order: the curve is the mean over all orders.
+    AURC weighs the most certain predictions most; AUGRC is the probability that a prediction is
+    wrong and used when the coverage is drawn at random, $(1 - \text{AUROC})\,a (1 - a) +
+    (1 - a)^2 / 2$ for an accuracy a (Traub et al. 2024, "Overcoming common flaws in the evaluation
+    of selective classification systems"). Ties are left out; a probability of exactly 0.5 is half
+    wrong.
 
     Args:
-        uncertainty: `(Q,)`, higher is less sure.
+        uncertainty: `(Q,)`, higher is less certain.
         probability: `(Q,)`.
         preference: `(Q,)`.
 
@@ -345,25 +329,20 @@ def risk_coverage(uncertainty: Tensor, probability: Tensor, preference: Tensor) 
         InvalidInput: No decided pairs, shapes that don't agree, or numbers outside [0, 1].
 
     Example:
-        >>> said, p = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.9, 0.6, 0.8])
-        >>> curve = risk_coverage(torch.tensor([1.0, 5.0, 2.0]), p, said)
+        >>> preference, p = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.9, 0.6, 0.8])
+        >>> curve = risk_coverage(torch.tensor([1.0, 5.0, 2.0]), p, preference)
         >>> curve.risk.round(3).tolist(), round(curve.augrc, 4)
         ([0.0, 0.0, 0.333], 0.0556)
     """
-    uncertainty, wrong_tensor = _errors(uncertainty, probability, preference)
-    wrong = wrong_tensor.numpy()
+    uncertainty, errors = _errors(uncertainty, probability, preference)
+    wrong = errors.numpy()
     _, group, count = np.unique(uncertainty.numpy(), return_inverse=True, return_counts=True)
     expected = np.repeat(np.bincount(group, wrong) / count, count)  # in order of uncertainty
     used = np.arange(1, len(wrong) + 1)
-    mistakes = expected.cumsum()
-    generalised = mistakes / len(wrong)
-    risk = mistakes / used
+    generalised = expected.cumsum() / len(wrong)
+    risk = expected.cumsum() / used
     augrc = float(np.trapezoid(np.append(0.0, generalised), dx=1 / len(wrong)))
     return RiskCoverage(used / len(wrong), risk, generalised, float(risk.mean()), augrc)
-
-
-def _calibration_error(curve: Reliability) -> float:
-    return float((curve.weight * np.abs(curve.probability - curve.frequency)).sum())
 
 
 def _checked(probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
@@ -387,16 +366,16 @@ def _checked(probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _errors(uncertainty: Tensor, probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
-    """Uncertainty of the decided answers, and whether each is wrong: 0, 1, or 1/2."""
-    p, said = _checked(probability, preference)
+    """Uncertainty of the pairs without a tie, and error of each prediction: 0, 1, or 1/2."""
+    p, mu = _checked(probability, preference)
     if uncertainty.shape != p.shape:
         raise InvalidInput(
             f"uncertainty: expected shape (Q,) = ({len(p)},) as probability, got "
             f"{tuple(uncertainty.shape)}."
         )
-    decided = said != 0.5
+    decided = mu != 0.5
     if not bool(decided.any()):
-        raise InvalidInput("preference: expected an answer that isn't a tie, got none.")
-    p, said = p[decided], said[decided]
-    wrong = torch.where(p == 0.5, 0.5, ((p > 0.5) != (said > 0.5)).double())
+        raise InvalidInput("preference: expected a preference that isn't a tie, got none.")
+    p, mu = p[decided], mu[decided]
+    wrong = torch.where(p == 0.5, 0.5, ((p > 0.5) != (mu > 0.5)).double())
     return uncertainty.detach().double().cpu()[decided], wrong

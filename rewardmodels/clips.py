@@ -1,4 +1,4 @@
-"""Clips: stretches of behaviour, the things that teachers compare and models value."""
+"""Clips of behaviour, which teachers compare and models predict returns of."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from rewardmodels.errors import InvalidInput
 class Clips:
     """N clips of up to T frames each; indexable like a tensor along N.
 
-    A whole trajectory is simply a long clip, so the same type holds both (see `cut`).
-    Clips of different lengths share one T: `mask` is False past a clip's end, and
-    what stands there is never looked at (and set to 0 where it is a fraction, so that no
-    gradient meets it).
+    A frame is an action and the observation *after* it. A whole trajectory is a long clip (see
+    `cut`). Clips of different lengths share one T: `mask` is False past a clip's end, and values
+    there are ignored (and set to 0 where they are floating-point, for the gradients' sake).
 
     Clips of different lengths may be compared, but then the constant per frame that comparisons
     of equal lengths leave free counts once for each frame more (see `RewardModel`).
 
     Args:
-        observations: `(N, T, *obs)`, what the agent saw around each action.
-        actions: `(N, T, *act)`, what it did.
+        observations: `(N, T, *obs)`, observation after each action.
+        actions: `(N, T, *act)`.
         mask: `(N, T)` bool, True for real frames. Defaults to all True.
         rewards: `(N, T)`, the task's own reward; for synthetic teachers and evaluation only.
         states: `(N, T, s)`, simulator state, so that a clip can be rendered.
@@ -54,9 +53,9 @@ class Clips:
                     "torch.as_tensor makes one of most things."
                 )
         if self.observations.ndim < 2 or self.length == 0:
-            came = tuple(self.observations.shape)
             raise InvalidInput(
-                f"observations: expected shape (N, T, *obs) with T of at least 1, got {came}."
+                "observations: expected shape (N, T, *obs) with T of at least 1, got "
+                f"{tuple(self.observations.shape)}."
             )
         shape = self.observations.shape[:2]
         whole = self.mask is None
@@ -96,31 +95,31 @@ class Clips:
 
     @property
     def length(self) -> int:
-        """T, frames of the longest clip."""
+        """Frames of the longest clip, T."""
         return self.observations.shape[1]
 
     @property
     def lengths(self) -> Tensor:
-        """`(N,)` long, real frames of each clip."""
+        """Real frames of each clip, `(N,)` long."""
         return self.mask.sum(1)
 
     @property
     def returns(self) -> Tensor:
-        """`(N,)`, sum of the task's own rewards over a clip's real frames, in reward units."""
+        """Sum `(N,)` of the task's own rewards over a clip's real frames, in reward units."""
         if self.rewards is None:
             raise InvalidInput(
                 "clips.rewards: expected the task's own reward, got None; these clips were "
-                "recorded without it, so there is no true return to compare with."
+                "recorded without it, so they have no true return."
             )
         return self.rewards.masked_fill(~self.mask, 0).sum(1)
 
     def to(self, device: torch.device | str) -> Clips:
-        """Returns the same clips on another device."""
+        """Return the same clips on another device."""
         return self._trusted({name: value.to(device) for name, value in self._tensors()})
 
     @classmethod
     def cat(cls, parts: Sequence[Clips]) -> Clips:
-        """Joins clips along N; shorter ones are padded to the longest.
+        """Join clips along N; shorter ones are padded to the longest.
 
         `rewards` and `states` are kept where every part has them.
 
@@ -143,10 +142,10 @@ class Clips:
 
     @classmethod
     def of_items(cls, features: Tensor) -> Clips:
-        """Makes a clip of one frame of each of N items, such as embedded texts or offers.
+        """Make a clip of one frame of each of N items, such as embedded texts or offers.
 
         Args:
-            features: `(N, *features)`, what is known of each item. There are no actions.
+            features: `(N, *features)`. There are no actions.
 
         Example:
             >>> Clips.of_items(torch.zeros(4, 384)).observations.shape
@@ -176,10 +175,10 @@ _FIELDS = tuple(field.name for field in fields(Clips))
 def cut(
     trajectories: Clips, length: int, n: int, *, generator: torch.Generator | None = None
 ) -> Clips:
-    """Cuts n clips of `length` frames from trajectories, each place equally likely.
+    """Cut n clips of `length` frames from trajectories, each place equally likely.
 
-    A trajectory shorter than `length` has one place and yields its whole self, padded to the
-    others. Draws are with replacement between clips, so two clips may overlap.
+    A trajectory shorter than `length` has one place, and is cut whole and padded. Draws are with
+    replacement between clips, so two clips may overlap.
 
     Args:
         trajectories: N trajectories, held as clips whose real frames come first.
@@ -214,14 +213,14 @@ def cut(
 
 
 def transitions(clips: Clips) -> Clips:
-    """Puts before each observation the one that came before it, for rewards of transitions.
+    """Stack each observation with the one before it, for rewards of transitions.
 
     Args:
         clips: N clips of T frames, each an action and the observation it led to.
 
     Returns:
         N clips of T - 1 frames: observations `(N, T - 1, 2, *obs)`, before and after the action.
-        The first frame of each, whose observation before isn't in the clip, is left out.
+        The first frame of each is left out, since the clip lacks the observation before it.
 
     Raises:
         InvalidInput: A clip of one frame.
@@ -239,7 +238,7 @@ def transitions(clips: Clips) -> Clips:
 
 
 def as_rows(index: int | slice | Tensor | Sequence[int]) -> slice | Tensor:
-    """Returns an index that keeps the first axis, whatever was given: `x[3]` has length 1."""
+    """Return an index that keeps the first axis, so that `x[3]` has length 1."""
     if isinstance(index, slice):
         return index
     rows = torch.as_tensor(index)

@@ -1,4 +1,4 @@
-"""EPIC: how far apart two reward functions are, whatever their scale, constant and shaping."""
+"""EPIC distance between two reward functions, invariant to scale, constant and shaping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rewardmodels.errors import InvalidInput
 
 Reward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-_AT_ONCE = 1 << 16  # transitions that a reward is asked about at once
+_AT_ONCE = 1 << 16  # transitions per call of a reward function
 
 
 def epic_distance(
@@ -35,22 +35,22 @@ def epic_distance(
     The expectation is over `draws` pairs of an action and a next observation, drawn independently
     of each other from those given and shared by all terms, so that potential shaping cancels
     exactly. It is 0 for rewards that differ by shaping and a positive scale, 1 for a reward and its
-    negative, and $1/\sqrt 2$ for uncorrelated ones. The last term is a constant, which a
-    correlation doesn't see, and is left out.
+    negative, and $1/\sqrt 2$ for uncorrelated ones. The last term is a constant, which doesn't
+    change a correlation, and is left out.
 
     Args:
-        one: Maps `(B, *obs)`, `(B, *act)` and `(B, *obs)` to `(B,)` rewards. For a model,
-            `lambda o, a, _: model.frame_posterior(o, a).mean`.
+        one: Maps states, actions and next states `(B, *obs)`, `(B, *act)` and `(B, *obs)` to
+            rewards `(B,)`. For a model, `lambda s, a, t: model.frame_posterior(t, a).mean`.
         other: The same, of another reward.
-        observations: `(M, *obs)`.
+        observations: `(M, *obs)`, state before each action.
         actions: `(M, *act)`.
-        next_observations: `(M, *obs)`.
+        next_observations: `(M, *obs)`, state after each action.
         discount: $\gamma$ of the shaping, from 0 to 1.
-        draws: How many the expectation is over; M times as many rewards are computed, twice.
+        draws: Size of the expectation; each reward is evaluated at 2 M `draws` transitions.
         generator: Source of randomness.
 
     Returns:
-        From 0 to 1; NaN where a reward is constant once it is in canonical form.
+        From 0 to 1; NaN if a reward in canonical form is constant.
 
     Raises:
         InvalidInput: Fewer than two transitions, numbers of them that don't agree, or a discount

@@ -1,4 +1,4 @@
-"""The library's exceptions: one small family, so that one `except` catches what we refuse."""
+"""Exceptions of the library, with one base class."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class RewardModelsError(Exception):
-    """Base of every error the library raises on purpose."""
+    """Base class of all errors that the library raises on purpose."""
 
 
 class InvalidInput(RewardModelsError, ValueError):
@@ -15,12 +15,12 @@ class InvalidInput(RewardModelsError, ValueError):
 
 
 class UnknownName(RewardModelsError, ValueError):
-    """A name that isn't among the ones known here.
+    """A name that isn't among the known ones; the message suggests a close one.
 
     Args:
-        what: What the name should have named, e.g. `"task"`.
-        name: The name that came.
-        known: The names that would have done.
+        what: Kind of thing that is named, e.g. `"task"`.
+        name: The unknown name.
+        known: The known names.
 
     Example:
         >>> print(UnknownName("task", "Hoper", ["Ant", "Hopper"]))
@@ -37,7 +37,7 @@ class UnknownName(RewardModelsError, ValueError):
 
 
 class NotFitted(RewardModelsError, RuntimeError):
-    """A reward model was asked about clips before it was fitted."""
+    """A reward model was used before it was fitted."""
 
 
 class UnreadableFile(RewardModelsError):
@@ -45,4 +45,4 @@ class UnreadableFile(RewardModelsError):
 
 
 class FitDiverged(RewardModelsError, RuntimeError):
-    """A fit's loss stopped being a finite number; the last good model was kept."""
+    """The loss of a fit stopped being finite; the last good weights were kept."""

@@ -1,4 +1,4 @@
-"""Single frames: their shapes, and how they become the inputs of a network."""
+"""Single frames: their shapes, and their normalised inputs to a network."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch.nn import functional as F
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
 
-# Dividing by less would only add noise. A constant isn't divided at all: what first differs after
-# the training would else enter a thousandfold.
+# Dividing by less would only add noise. A constant isn't divided at all: a first difference after
+# training would else be multiplied by a thousand.
 _SMALLEST_SCALE = 1e-3
 _CONSTANT = 1e-6  # of its size
 
 
 @dataclass(frozen=True)
 class FrameSpec:
-    """Shapes of one frame, known once the first data has been seen.
+    """Shapes of one frame, as of the first training data.
 
     Args:
         observation: Shape of an observation, without N and T. Three axes or more are an image
             `(C, H, W)`, or several of one size, such as those before and after an action.
         action: Shape of an action, without N and T.
-        discrete_actions: How many actions there are to choose from; 0 where an action is a vector.
+        discrete_actions: Number of actions to choose from; 0 where an action is a vector.
     """
 
     observation: tuple[int, ...]
@@ -34,13 +34,13 @@ class FrameSpec:
 
     @classmethod
     def of(cls, clips: Clips, discrete_actions: int = 0) -> FrameSpec:
-        """Returns the shapes of these clips' frames.
+        """Return the shapes of these clips' frames.
 
-        Actions are discrete if each is one whole number, of an integer type.
+        Actions are discrete if each is one number of an integer type.
 
         Args:
             clips: N clips.
-            discrete_actions: How many there are; 0 for one more than the largest in the clips.
+            discrete_actions: Number of actions; 0 for one more than the largest in the clips.
         """
         shapes = tuple(clips.observations.shape[2:]), tuple(clips.actions.shape[2:])
         if clips.actions.is_floating_point() or clips.actions.ndim != 2:
@@ -50,37 +50,37 @@ class FrameSpec:
 
     @property
     def image(self) -> tuple[int, int, int] | None:
-        """`(C, H, W)`, several images of one size on top of each other; None for vectors."""
+        """Shape `(C, H, W)`, several images of one size stacked along C; None for vectors."""
         if len(self.observation) < 3:
             return None
         *several, height, width = self.observation
         return torch.Size(several).numel(), height, width
 
     def check(self, clips: Clips) -> None:
-        """Raises InvalidInput unless the clips' frames have these shapes."""
-        came = FrameSpec.of(clips, self.discrete_actions)
-        if came != self:
+        """Raise InvalidInput unless the clips' frames have these shapes."""
+        found = FrameSpec.of(clips, self.discrete_actions)
+        if found != self:
             raise InvalidInput(
-                f"clips: expected the frame shapes that were learned from, {self}; got {came}."
+                f"clips: expected the frame shapes of the training data, {self}; got {found}."
             )
         if self.discrete_actions and clips.actions.numel():
             least, most = (int(x) for x in clips.actions.aminmax())
             if least < 0 or most >= self.discrete_actions:
                 raise InvalidInput(
                     f"actions: expected numbers from 0 to {self.discrete_actions - 1}, got "
-                    f"{least if least < 0 else most}. How many there are was taken from the first "
-                    "clips unless the model was made with discrete_actions=."
+                    f"{least if least < 0 else most}. Their number was taken from the first clips "
+                    "unless the model was made with discrete_actions=."
                 )
 
 
 class FrameInputs(nn.Module):
-    """Makes one vector of a frame: normalised numbers first, then a discrete action as one-hot.
+    """Input vector of a frame: normalised numbers, then a discrete action as one-hot.
 
     Images are normalised by channel, all else number by number.
 
     Args:
         spec: Shapes of a frame.
-        actions: Whether actions are part of it.
+        actions: Include the action.
 
     Attributes:
         size: D, numbers in a vector.
@@ -105,11 +105,11 @@ class FrameInputs(nn.Module):
         self.size = len(numbers) + self.choices
 
     def update(self, observations: Tensor, actions: Tensor) -> None:
-        """Adds B frames to what inputs are normalised by."""
+        """Add B frames to the normalisation's statistics."""
         self.norm.update(self._numbers(observations, actions))
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """Returns `(B, D)` inputs for B frames."""
+        """Return inputs `(B, D)` of B frames."""
         numbers: Tensor = self.norm(self._numbers(observations, actions))
         if not self.choices:
             return numbers
@@ -122,12 +122,11 @@ class FrameInputs(nn.Module):
 
 
 class RunningNorm(nn.Module):
-    """Standardises inputs by the mean and variance of every frame it was shown.
+    """Standardisation by the mean and variance of all frames passed to `update`.
 
-    A frame shown again, as at each further fit, counts again.
-
-    The statistics are buffers, so they are saved with the model; they change only in `update`
-    (Chan et al. 1979, parallel variance), never in `forward`.
+    A frame passed again, as at each further fit, counts again. The statistics are buffers, so they
+    are saved with the model; they change only in `update` (Chan et al. 1979, parallel variance),
+    never in `forward`.
 
     Args:
         inputs: D, numbers per frame; or `(D,)` groups from 0, for inputs that share a mean and a
@@ -149,7 +148,7 @@ class RunningNorm(nn.Module):
 
     @torch.no_grad()
     def update(self, frames: Tensor) -> None:
-        """Takes `(B, D)` more frames into account."""
+        """Update the statistics with `(B, D)` more frames."""
         n, total = len(frames), self.count + len(frames)
         each = frames.mean(0)
         mean = self._shared(each)
@@ -160,17 +159,17 @@ class RunningNorm(nn.Module):
         self.count.copy_(total)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Returns `(..., D)` standardised frames."""
+        """Return standardised frames `(..., D)`."""
         return (frames - self.mean) / self.scale
 
     @property
     def scale(self) -> Tensor:
-        """`(D,)`, what inputs are divided by."""
+        """Divisor `(D,)` of the inputs."""
         std = self.variance.sqrt()
         constant = std <= _CONSTANT * (1 + self.mean.abs())
         return std.clamp_min(_SMALLEST_SCALE).masked_fill(constant, 1)
 
     def _shared(self, values: Tensor) -> Tensor:
-        """`(D,)`, each value's mean over its group."""
+        """Mean over its group for each of `(D,)` values."""
         sums = values.new_zeros(len(values)).index_add(0, self.groups, values)
         return (sums / self.groups.bincount(minlength=len(values)))[self.groups]

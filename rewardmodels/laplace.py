@@ -123,36 +123,6 @@ class LaplaceHead(RewardModel):
         self.precision.fill_(chosen)
         self.root.copy_(vectors / (chosen + values).sqrt())
 
-    @torch.no_grad()
-    def add(self, comparisons: Comparisons) -> LaplaceHead:
-        r"""Update the covariance for new comparisons, by updates of rank one and without a fit.
-
-        $H^{-1} = W W^\top$ and $v = \sqrt i\, W^\top z$ give
-        $W \leftarrow W - W v v^\top / (1 + |v|^2 + \sqrt{1 + |v|^2})$ (Potter's square root,
-        in Bierman 1977, §5.2), as if the Hessian had included these comparisons too, at the same
-        weights. The mean changes at the next fit only, which has to be given these comparisons as
-        well, since it computes its Hessian anew.
-
-        Args:
-            comparisons: New comparisons.
-
-        Returns:
-            The same model.
-
-        Raises:
-            NotFitted: The model has not been fitted yet.
-            InvalidInput: Clips whose frames have other shapes than the training data's.
-        """
-        self.check_fitted()
-        self.check(comparisons.clips)
-        root = self.root.cpu().double()
-        for row in self._rows(comparisons):
-            v = root.T @ row
-            grown = 1 + v @ v
-            root -= torch.outer(root @ v, v) / (grown + grown.sqrt())
-        self.root.copy_(root)
-        return self
-
     def compute_posterior(self, clips: Clips) -> GaussianPosterior:
         """Gaussian posterior of rank F."""
         features = torch.cat([self.features(part) for part in clip_chunks(clips)])

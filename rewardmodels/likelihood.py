@@ -1,7 +1,7 @@
-"""How a teacher's answer depends on the returns of the two clips.
+"""Likelihood of a preference, given the returns of the two clips.
 
-Every kind of answer has this likelihood: a mark of a part of a clip and a rating of a clip are
-comparisons, too, of clips that `rewardmodels.comparisons` makes of them.
+Marks and ratings have the same likelihood, since `rewardmodels.comparisons` turns them into
+comparisons.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rewardmodels.errors import InvalidInput
 
 
 def preference_probability(difference: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
-    r"""Probability that the second clip is preferred (Bradley-Terry with mistakes).
+    r"""Probability that the second clip is preferred (Bradley-Terry with random answers).
 
     $P = (1 - \epsilon)\,\sigma(R_2 - R_1) + \epsilon / 2$: with probability $\epsilon$ the
     teacher answers at random (Christiano et al. 2017, §2.2.1 and §2.2.3).
@@ -29,7 +29,7 @@ def preference_probability(difference: Tensor, *, random_answer_rate: float = 0.
         Probabilities of the same shape.
 
     Raises:
-        InvalidInput: A mistake rate out of range.
+        InvalidInput: A rate out of range.
 
     Example:
         >>> preference_probability(torch.tensor([0.0, 100.0]), random_answer_rate=0.1)
@@ -42,7 +42,7 @@ def preference_probability(difference: Tensor, *, random_answer_rate: float = 0.
 def negative_log_likelihood(
     difference: Tensor, preference: Tensor, *, random_answer_rate: float = 0.0
 ) -> Tensor:
-    r"""Cross-entropy of each answer under `preference_probability`, in nats.
+    r"""Cross-entropy of each preference under `preference_probability`, in nats.
 
     $-[\mu \log P + (1 - \mu) \log (1 - P)]$ for a preference $\mu$; a tie is $\mu = 1/2$
     (Christiano et al. 2017, eq. 1). Computed in log space, so it stays finite and has a
@@ -54,10 +54,10 @@ def negative_log_likelihood(
         random_answer_rate: $\epsilon$, from 0 to below 1.
 
     Returns:
-        One number per answer, in the broadcast shape.
+        One number per comparison, in the broadcast shape.
 
     Raises:
-        InvalidInput: A mistake rate out of range.
+        InvalidInput: A rate out of range.
 
     Example:
         >>> negative_log_likelihood(torch.tensor([0.0]), torch.tensor([1.0]))
@@ -75,7 +75,7 @@ def negative_log_likelihood(
 
 
 def check_random_answer_rate(random_answer_rate: float) -> None:
-    """Raises InvalidInput unless 0 <= random_answer_rate < 1."""
+    """Raise InvalidInput unless 0 <= random_answer_rate < 1."""
     if not 0 <= random_answer_rate < 1:
         raise InvalidInput(
             "random_answer_rate: expected a probability from 0 to below 1 of a random answer, got "

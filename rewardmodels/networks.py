@@ -1,4 +1,4 @@
-"""Networks over single frames: of vectors, of images, and several members of one shape."""
+"""Networks over single frames: of vectors, of images, and of several members."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from torch.nn.utils.parametrizations import spectral_norm
 from rewardmodels.errors import InvalidInput
 
 # Numbers in a layer of all members up to which one batched product is quicker than a product per
-# member: above, it no longer stays in a processor's cache. Five members of 64 (of 256), a training
-# step on one thread, batched against one by one: 32 frames 0.4 against 0.7 ms (1.9 against 2.3),
-# 512 frames 2.1 against 2.5 (16.1 against 16.0), 3,200 frames 16.4 against 10.3 (122 against 97).
+# member: above, it no longer fits in a processor's cache. Training step of five members of 64 units
+# on one thread, batched against one by one: 32 frames 0.4 against 0.7 ms, 512 frames 2.1 against
+# 2.5, 3,200 frames 16.4 against 10.3.
 _TOGETHER = 1 << 18
 _CHANNELS = (16, 32, 32, 64, 64)
 BRANCH = 0.9  # Lipschitz constant of a residual branch; below 1, the map keeps points apart
-_SMALLEST_SIDE = 4  # pixels; smaller than that an image isn't halved any more
+_SMALLEST_SIDE = 4  # pixels; a smaller image isn't halved
 
 PRIOR_GAIN = 2.5
-"""Of initial weights, so that outputs of SiLU layers are about one for inputs of about one."""
+"""Gain of initial weights for which SiLU layers keep inputs of about one at about one."""
 
 Activation = Literal["silu", "leaky_relu"]
 
 MakeNetwork = Callable[[int], nn.Module]
-"""From the number of inputs to a module from `(B, D)` inputs to `(B, H)` features."""
+"""Function from D to a module from `(B, D)` inputs to `(B, H)` features."""
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:
-    """Returns hidden units, written over what goes into them."""
+    """Apply an activation in place."""
     if activation == "silu":
         return F.silu(hidden, inplace=True)
     return F.leaky_relu(hidden, inplace=True)
 
 
 class MLP(nn.Module):
-    """The hidden layers of a multilayer perceptron, with SiLU units (Elfwing et al. 2018).
+    """Hidden layers of a multilayer perceptron, with SiLU units (Elfwing et al. 2018).
 
-    Smooth units and PyTorch's own small initial weights are what few comparisons want: learned
-    from 210 of them, the last-layer Laplace model's held-out log loss was 0.17 on average over
-    six draws from three MuJoCo tasks, with leaky ReLUs 0.25.
+    Smooth units and PyTorch's own small initial weights suit few comparisons: with 210 of them,
+    the last-layer Laplace model's held-out log loss was 0.17 on average over six draws from three
+    MuJoCo tasks, and 0.25 with leaky ReLUs.
 
     Args:
         inputs: D, numbers per frame.
         hidden: Widths of the hidden layers.
-        activation: "silu", or "leaky_relu", whose weights start as Glorot & Bengio (2010) have it.
+        activation: "silu", or "leaky_relu", with initial weights as in Glorot & Bengio (2010).
 
     Example:
         >>> MLP(inputs=3, hidden=(8, 4))(torch.zeros(10, 3)).shape
@@ -69,11 +69,11 @@ class MLP(nn.Module):
                     nn.init.zeros_(parameter)
 
     def forward(self, frames: Tensor, scales: Sequence[Tensor] | None = None) -> Tensor:
-        """Returns `(..., H)`, the last hidden layer for frames `(..., D)`.
+        """Return the last hidden layer `(..., H)` for frames `(..., D)`.
 
         Args:
             frames: Normalised inputs.
-            scales: What each hidden layer's units are multiplied by, such as a dropout mask.
+            scales: Factors of each hidden layer's units, such as a dropout mask.
         """
         hidden = frames
         for i, layer in enumerate(self.layers):
@@ -121,7 +121,7 @@ class CNN(nn.Module):
         self.head = MLP(torch.Size([before, *sides]).numel() + inputs - self.pixels, hidden)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Returns `(..., H)` features for frames `(..., D)`."""
+        """Return features `(..., H)` of frames `(..., D)`."""
         image, rest = frames.split([self.pixels, frames.shape[-1] - self.pixels], -1)
         seen = self.convolutions(image.reshape(-1, *self.image)).flatten(1)
         features: Tensor = self.head(torch.cat([seen.unflatten(0, rest.shape[:-1]), rest], -1))
@@ -129,12 +129,12 @@ class CNN(nn.Module):
 
 
 class ResidualFeatures(nn.Module):
-    r"""A map of frames that keeps distances: $x \leftarrow x + c\, V \rho(U x + a) + b$.
+    r"""Distance-preserving map of frames: $x \leftarrow x + c\, V \rho(U x + a) + b$.
 
     With the spectral norms of U and V held at 1, a leaky ReLU $\rho$ and $c = 0.9$, each block's
     branch is c-Lipschitz, so that L blocks change no distance by more than a factor between
     $(1 - c)^L$ and $(1 + c)^L$ (Liu et al. 2020, arXiv:2006.10108; Behrmann et al. 2019,
-    arXiv:1811.00995): what is far from the data stays far from it. The norms are estimates by
+    arXiv:1811.00995): frames far from the data stay far from it. The norms are estimates by
     power iteration (Miyato et al. 2018, arXiv:1802.05957), a few per cent off while weights move.
 
     Args:
@@ -153,18 +153,18 @@ class ResidualFeatures(nn.Module):
         self.outer = nn.ModuleList(_normed(width, inputs) for width in hidden)
 
     def blocks(self) -> list[tuple[nn.Linear, nn.Linear]]:
-        """The two linear layers of each block."""
+        """Two linear layers of each block."""
         return list(zip(self.inner, self.outer, strict=True))  # type: ignore[arg-type]  # made so
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Returns `(..., D)` features of frames `(..., D)`."""
+        """Return features `(..., D)` of frames `(..., D)`."""
         for inner, outer in self.blocks():
             frames = frames + BRANCH * outer(F.leaky_relu(inner(frames)))
         return frames
 
 
 class FrameNetwork(nn.Module):
-    """A network of features, and a last layer that is linear in them.
+    """Features with a linear layer behind them.
 
     Args:
         body: From `(B, D)` inputs to `(B, H)` features.
@@ -189,21 +189,21 @@ class FrameNetwork(nn.Module):
         self.last = nn.Linear(self.width, 1)
 
     def features(self, frames: Tensor) -> Tensor:
-        """Returns `(..., H)` for frames `(..., D)`."""
+        """Return features `(..., H)` of frames `(..., D)`."""
         features: Tensor = self.body(frames)
         return features
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Returns `(...)` outputs for frames `(..., D)`."""
+        """Return outputs `(...)` for frames `(..., D)`."""
         outputs: Tensor = self.last(self.features(frames))
         return outputs.squeeze(-1)
 
 
 class Members(nn.ModuleList):
-    """K networks of any kind, asked one after the other."""
+    """K networks of any kind, evaluated one after the other."""
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Returns `(K, B)` outputs for frames `(B, D)`."""
+        """Return outputs `(K, B)` for frames `(B, D)`."""
         return torch.stack([member(frames) for member in self])
 
 
@@ -214,8 +214,8 @@ class MemberMLP(nn.Module):
         members: K.
         inputs: D, numbers per frame.
         hidden: Widths of the hidden layers.
-        gain: What initial weights are multiplied by, from those of `torch.nn.Linear`.
-        activation: As `MLP` has it; with "leaky_relu" the gain doesn't count.
+        gain: Factor of the initial weights of `torch.nn.Linear`; unused with "leaky_relu".
+        activation: As for `MLP`.
 
     Example:
         >>> MemberMLP(members=5, inputs=3, hidden=(8,))(torch.zeros(10, 3)).shape
@@ -246,7 +246,7 @@ class MemberMLP(nn.Module):
                     nn.init.xavier_uniform_(member)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Returns `(K, B)` outputs for frames `(B, D)`."""
+        """Return outputs `(K, B)` for frames `(B, D)`."""
         layers = list(zip(self.weights, self.biases, strict=True))
         widest = max(bias.shape[:2].numel() for bias in self.biases)
         if frames.is_cuda or len(frames) * widest <= _TOGETHER:
@@ -273,10 +273,10 @@ class MemberMLP(nn.Module):
 
 
 def network_maker(network: nn.Module | MakeNetwork) -> MakeNetwork:
-    """A function from the number of inputs to a network of the caller's, new at each call.
+    """Return a function from the number of inputs to a new network.
 
     Args:
-        network: A function, or a module, of which each call gives a copy.
+        network: Such a function, or a module, which is copied at each call.
 
     Raises:
         InvalidInput: Neither.
@@ -292,27 +292,27 @@ def network_maker(network: nn.Module | MakeNetwork) -> MakeNetwork:
 
 
 def feature_count(body: nn.Module, inputs: int) -> int:
-    """H, of a network from `(B, D)` inputs to `(B, H)` features.
+    """Number of features H of a network from `(B, D)` inputs to `(B, H)` features.
 
     Raises:
-        InvalidInput: It doesn't make such features.
+        InvalidInput: The network doesn't return such features.
     """
     training = body.training
     body.eval()
-    came: object
+    output: object
     try:
         with torch.no_grad():
-            came = body(torch.zeros(2, inputs))
+            output = body(torch.zeros(2, inputs))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        came = error
+        output = error
     finally:
         body.train(training)
-    if isinstance(came, Tensor) and came.ndim == 2 and len(came) == 2:
-        return came.shape[1]
-    what = tuple(came.shape) if isinstance(came, Tensor) else repr(came)
+    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == 2:
+        return output.shape[1]
+    found = tuple(output.shape) if isinstance(output, Tensor) else repr(output)
     raise InvalidInput(
         f"network: expected a module from (B, {inputs}) inputs to (B, H) features; for (2, "
-        f"{inputs}) zeros it gave {what}."
+        f"{inputs}) zeros it gave {found}."
     )
 
 

@@ -1,8 +1,9 @@
-"""A joint belief over the returns of N clips: the one thing a predictor hands to the outside."""
+"""Joint posteriors over the returns of N clips: the output of every predictor."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ _LOGISTIC_SCALES = (
 
 
 class Difference(NamedTuple):
-    """Belief about the return of each pair's second clip minus that of its first.
+    """Posterior moments of the return of each pair's second clip minus that of its first.
 
     Attributes:
         mean: `(Q,)`, reward units.
@@ -38,69 +39,70 @@ class Difference(NamedTuple):
 
 
 class ReturnPosterior(ABC):
-    """A belief over the returns of N clips, joint because only differences are ever observed.
+    """Joint posterior over the returns of N clips.
 
-    Two forms exist: `SampledPosterior` (ensembles, dropout, epinets) and `GaussianPosterior`
-    (Laplace, Gaussian processes). What asks for a belief needn't know which it got.
+    It is joint because comparisons inform differences only. `SampledPosterior` (ensembles, dropout,
+    epinets) and `GaussianPosterior` (Laplace, Gaussian processes) have the same interface.
     """
 
     @property
     @abstractmethod
     def mean(self) -> Tensor:
-        """`(N,)`, reward units."""
+        """Posterior mean `(N,)`, reward units."""
 
     @property
     @abstractmethod
     def variance(self) -> Tensor:
-        """`(N,)`, reward units²; epistemic: of the return, not of a teacher's answer."""
+        """Posterior variance `(N,)` of the returns, reward units²."""
 
     @property
     @abstractmethod
     def covariance(self) -> Tensor:
-        """`(N, N)`, reward units²; formed at each access, and by nothing else in here."""
+        """Posterior covariance `(N, N)`, reward units²; formed at each access, and only then."""
 
     @abstractmethod
     def rsample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws `(n, N)`: each row is one function's view of all N clips, in reward units.
+        """Draw `(n, N)` returns; each row is one reward function's returns of all N clips.
 
         Args:
-            n: How many, at least 1.
-            generator: Source of randomness, on the CPU whatever the belief's device.
+            n: Number of draws, at least 1.
+            generator: Source of randomness, on the CPU whatever the posterior's device.
         """
 
     @abstractmethod
     def difference(self, pairs: Tensor) -> Difference:
-        """Mean and variance of second minus first, for pairs `(Q, 2)` of clip indices."""
+        """Mean and variance of second minus first return, for pairs `(Q, 2)` of clip indices."""
 
     @abstractmethod
     def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
-        """`(Q,)` probability that the second is preferred, the belief integrated out.
+        """Posterior mean probability `(Q,)` that the second clip is preferred.
 
         Args:
             pairs: `(Q, 2)` indices of clips.
-            random_answer_rate: How often the teacher is taken to answer at random.
+            random_answer_rate: Probability that the teacher answers at random.
         """
 
 
 class SampledPosterior(ReturnPosterior):
-    """The belief that the returns are one of S equally likely rows.
+    """Posterior of S equally likely reward functions.
 
     Moments are those of the S rows themselves (population, not the unbiased estimate), so
-    that samples, variances and preferences all speak of one distribution.
+    that samples, variances and preferences belong to one distribution.
 
     Args:
         samples: `(S, N)`, reward units.
 
     Example:
-        >>> belief = SampledPosterior(torch.tensor([[0.0, 1.0], [0.0, 3.0]]))
-        >>> belief.difference(torch.tensor([[0, 1]]))
+        >>> posterior = SampledPosterior(torch.tensor([[0.0, 1.0], [0.0, 3.0]]))
+        >>> posterior.difference(torch.tensor([[0, 1]]))
         Difference(mean=tensor([2.]), variance=tensor([1.]))
     """
 
     def __init__(self, samples: Tensor) -> None:
         if samples.ndim != 2 or len(samples) == 0:
-            came = tuple(samples.shape)
-            raise InvalidInput(f"samples: expected shape (S, N) with S >= 1, got {came}.")
+            raise InvalidInput(
+                f"samples: expected shape (S, N) with S >= 1, got {tuple(samples.shape)}."
+            )
         self.samples = samples
 
     @property
@@ -117,37 +119,38 @@ class SampledPosterior(ReturnPosterior):
         return centred.T @ centred / len(centred)
 
     def rsample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws n rows, as evenly as can be: none comes twice before each has come once."""
+        """Draw n rows without replacement, over again once each has been drawn."""
         _check_draws(n)
         size = len(self.samples)
         draws = [torch.randperm(size, generator=generator) for _ in range(-(-n // size))]
         return self.samples[torch.cat(draws)[:n].to(self.samples.device)]
 
     def difference(self, pairs: Tensor) -> Difference:
-        parts = []
-        for some in _chunks(pairs, len(self.samples)):
-            d = self.samples[:, some[:, 1]] - self.samples[:, some[:, 0]]
-            parts.append(_moments(d))
-        return _join(parts)
+        return _join([_moments(differences) for differences in self._differences(pairs)])
 
     def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
-        parts = []
+        return torch.cat(
+            [
+                preference_probability(differences, random_answer_rate=random_answer_rate).mean(0)
+                for differences in self._differences(pairs)
+            ]
+        )
+
+    def _differences(self, pairs: Tensor) -> Iterator[Tensor]:
         for some in _chunks(pairs, len(self.samples)):
-            d = self.samples[:, some[:, 1]] - self.samples[:, some[:, 0]]
-            parts.append(preference_probability(d, random_answer_rate=random_answer_rate).mean(0))
-        return torch.cat(parts)
+            yield self.samples[:, some[:, 1]] - self.samples[:, some[:, 0]]
 
 
 class GaussianPosterior(ReturnPosterior):
-    r"""A normal belief with covariance $L L^\top$, held as its root L.
+    r"""Gaussian posterior with covariance $L L^\top$, held as its root L.
 
     Args:
         mean: `(N,)`, reward units.
         root: `(N, R)`, reward units; R may be far below N (the width of a last layer, say).
 
     Example:
-        >>> belief = GaussianPosterior(torch.tensor([0.0, 1.0]), torch.tensor([[1.0], [1.0]]))
-        >>> belief.difference(torch.tensor([[0, 1]]))  # what both clips share cancels
+        >>> posterior = GaussianPosterior(torch.tensor([0.0, 1.0]), torch.tensor([[1.0], [1.0]]))
+        >>> posterior.difference(torch.tensor([[0, 1]]))  # shared uncertainty cancels
         Difference(mean=tensor([1.]), variance=tensor([0.]))
     """
 
@@ -185,7 +188,7 @@ class GaussianPosterior(ReturnPosterior):
         return _join(parts)
 
     def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
-        r"""`(Q,)` probability that the second is preferred, the belief integrated out.
+        r"""Posterior mean probability `(Q,)` that the second clip is preferred.
 
         $\sigma(x) = \sum_i p_i \Phi(s_i x)$ turns the integral of the logistic against a normal
         into $\sum_i p_i \Phi(m / \sqrt{s_i^{-2} + v})$ (Monahan & Stefanski 1989), within

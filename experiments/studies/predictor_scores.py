@@ -78,7 +78,7 @@ def of_answers(p: Tensor, said: Tensor) -> dict[str, float]:
         "log loss": score.log_loss(p, said),
         "Brier": score.brier_score(p, said),
         "ECE": score.expected_calibration_error(p, said),
-        "ACE": score.adaptive_calibration_error(p, said),
+        "ACE": score.expected_calibration_error(p, said, binning="mass"),
         "sharpness": score.sharpness(p),
     }
 

@@ -22,7 +22,7 @@ from rewardmodels import (
     fit,
 )
 from rewardmodels.calibrated import ActivelyChosenWarning, Calibrated
-from rewardmodels.calibration import adaptive_calibration_error, log_loss
+from rewardmodels.calibration import expected_calibration_error, log_loss
 
 
 class Fake:
@@ -39,9 +39,6 @@ class Fake:
             return GaussianPosterior(self.scale * mean, self.scale * root)
         wiggle = self.spread * torch.stack([(7 * mean).sin(), -(7 * mean).sin()])
         return SampledPosterior(self.scale * (mean + wiggle))
-
-    def frame_posterior(self, observations, actions) -> ReturnPosterior:
-        return self.posterior(Clips(observations[:, None], actions[:, None]))
 
 
 def clips_of(returns: torch.Tensor) -> Clips:
@@ -160,7 +157,7 @@ def test_isotonic_mends_what_a_temperature_cannot():
     for method in ("temperature", "isotonic"):
         belief = Calibrated(Fake(), method).calibrate(said, random=True).posterior(fresh.clips)
         p = belief.preference(fresh.pairs)
-        error[method] = adaptive_calibration_error(p, fresh.preference)
+        error[method] = expected_calibration_error(p, fresh.preference, binning="mass")
         loss[method] = log_loss(p, fresh.preference)
     assert error["temperature"] > 0.05 > 0.03 > error["isotonic"]
     assert loss["isotonic"] < loss["temperature"] - 0.02

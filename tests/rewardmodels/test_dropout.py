@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from rewardmodels import Clips, Comparisons, InvalidInput, MCDropout, PairBatch, fit
+from rewardmodels import Clips, Comparisons, MCDropout, PairBatch, fit
 
 CLIPS = Clips(torch.randn(20, 4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(20, 4))
 ANSWERS = Comparisons(CLIPS, torch.arange(20).view(10, 2), torch.tensor([1.0, 0.0]).repeat(5))
@@ -112,19 +112,3 @@ def test_in_training_too_a_clip_does_not_differ_from_itself(model):
 def test_without_dropout_all_samples_are_the_network():
     model = fit(MCDropout(samples=3, rate=0.0), ANSWERS, epochs=1)
     assert float(model.posterior(CLIPS).variance.max()) < 1e-10
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"samples": 0}, "samples: .*got 0"),
-        ({"hidden": ()}, "hidden: .*at least one hidden layer"),
-        ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
-        ({"rate": 1.0}, "rate: .*1.0"),
-        ({"rate": float("nan")}, "rate: .*nan"),
-        ({"random_answer_rate": -0.1}, "random_answer_rate: .*-0.1"),
-    ],
-)
-def test_refuses_hyper_parameters(setting, message):
-    with pytest.raises(InvalidInput, match=message):
-        MCDropout(**setting)

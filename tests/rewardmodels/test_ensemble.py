@@ -12,11 +12,9 @@ from rewardmodels import (
     Comparisons,
     DeepEnsemble,
     InvalidInput,
-    NotFitted,
     PairBatch,
     fit,
 )
-from rewardmodels import model as model_module
 
 
 def world(n: int = 120, length: int = 6, seed: int = 0) -> tuple[Clips, torch.Tensor]:
@@ -46,17 +44,6 @@ def model() -> DeepEnsemble:
     return fit(model, answers(clips, returns, 200), epochs=40)
 
 
-def test_learns_a_linear_reward(model):
-    clips, returns = world(seed=7)
-    belief = model.posterior(clips)
-    rank = scipy.stats.spearmanr(belief.mean, returns).statistic
-    fresh = answers(clips, returns, 1000)
-    right = ((belief.preference(fresh.pairs) > 0.5) == (fresh.preference > 0.5)).float().mean()
-    # What a coin says is right 0.5 +- 0.05 of the time, and has no rank correlation.
-    assert rank > 0.93
-    assert right > 0.87
-
-
 def test_the_report_says_how_well(model):
     report = model.fit_report
     assert 15 <= report.held_out <= 45
@@ -64,21 +51,6 @@ def test_the_report_says_how_well(model):
     assert report.held_out_accuracy > 0.8
     assert 0 < report.held_out_log_loss < math.log(2)
     assert 0 < report.train_log_loss < math.log(2)
-
-
-def test_members_differ_and_less_so_where_they_have_seen_more(model):
-    clips, _ = world(seed=3)
-    rewards = model.posterior(clips).samples
-    assert rewards.shape == (4, 120)
-    assert len({tuple(row) for row in rewards.tolist()}) == 4
-    far = Clips(clips.observations * 20, clips.actions * 20)
-    assert model.posterior(far).variance.median() > 10 * model.posterior(clips).variance.median()
-
-
-def test_every_member_is_worth_nothing_on_the_reference(model):
-    rewards = model.frame_posterior(model.reference_observations, model.reference_actions).samples
-    assert rewards.std(1).min() > 0.1
-    np.testing.assert_allclose(rewards.mean(1), 0, atol=1e-5)
 
 
 def test_a_constant_per_member_changes_no_answer(model):
@@ -106,46 +78,6 @@ def test_a_constant_per_member_changes_no_answer(model):
         model.after_epoch()
 
 
-def test_a_clip_is_the_sum_of_its_frames(model):
-    clips, _ = world(n=5)
-    came = model.posterior(clips).samples
-    for clip in range(5):
-        frames = model.frame_posterior(clips.observations[clip], clips.actions[clip])
-        torch.testing.assert_close(frames.samples.sum(1), came[:, clip], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("at_once", [1, 17, 10**6])
-def test_a_belief_does_not_depend_on_neighbours_order_or_chunks(model, monkeypatch, at_once):
-    clips, _ = world(n=30)
-    whole = model.posterior(clips).samples
-    monkeypatch.setattr(model_module, "_FRAMES_AT_ONCE", at_once)
-    order = torch.randperm(30)
-    torch.testing.assert_close(model.posterior(clips[order]).samples, whole[:, order])
-    for clip in range(3):
-        torch.testing.assert_close(model.posterior(clips[clip]).samples, whole[:, [clip]])
-
-
-@pytest.mark.parametrize("padding", [float("nan"), 1e30])
-def test_padding_changes_nothing(model, padding):
-    clips, _ = world(n=4)
-
-    def padded(value: torch.Tensor) -> torch.Tensor:
-        return torch.cat([value, torch.full((4, 5, value.shape[2]), padding)], 1)
-
-    mask = torch.arange(11).expand(4, 11) < 6
-    longer = Clips(padded(clips.observations), padded(clips.actions), mask)
-    torch.testing.assert_close(model.posterior(longer).samples, model.posterior(clips).samples)
-    gradients = []
-    for some in (clips, longer):
-        model.zero_grad()
-        model.loss(
-            PairBatch(some[:2], some[2:], torch.tensor([1.0, 0.0]), torch.arange(2))
-        ).backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-
 def test_lengths_that_differ_keep_the_constant(model):
     clips, _ = world(n=2)
     mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
@@ -155,53 +87,12 @@ def test_lengths_that_differ_keep_the_constant(model):
     assert float(came) == pytest.approx(float(frames[2:].sum()), abs=1e-4)
 
 
-def test_frame_posterior_of_one_and_of_none(model):
-    clips, _ = world(n=1)
-    frame = clips.observations[0, :1], clips.actions[0, :1]
-    assert model.frame_posterior(*frame).mean.shape == (1,)
-    assert model.frame_posterior(*(part[:0] for part in frame)).mean.shape == (0,)
-    assert model.posterior(clips[[]]).samples.shape == (4, 0)
-
-
-def test_asking_needs_no_gradient_and_leaves_the_mode_as_it_was(model):
-    clips, _ = world(n=2)
-    for mode in (True, False):
-        model.train(mode)
-        assert not model.posterior(clips).mean.requires_grad
-        assert model.training is mode
-        assert model.network.training is mode
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_refuses_frames_that_are_not_numbers(model, bad):
     observations, actions = torch.zeros(4, 3), torch.zeros(4, 2)
     actions[2, 1] = bad
     with pytest.raises(InvalidInput, match=r"actions: .*clip 2, frame 0"):
         model.frame_posterior(observations, actions)
-
-
-def test_refuses_other_shapes_and_early_questions(model):
-    with pytest.raises(InvalidInput, match=r"observation=\(3,\).*got .*observation=\(7,\)"):
-        model.frame_posterior(torch.zeros(1, 7), torch.zeros(1, 2))
-    with pytest.raises(NotFitted, match=r"DeepEnsemble: .*call fit first"):
-        DeepEnsemble().frame_posterior(torch.zeros(1, 3), torch.zeros(1, 2))
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"members": 0}, "members: .*got 0"),
-        ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
-        ({"learning_rate": -1.0}, "learning_rate: .*-1.0"),
-        ({"weight_decay": float("nan")}, "weight_decay: .*nan"),
-        ({"random_answer_rate": 1.0}, "random_answer_rate: .*1.0"),
-        ({"prior_scale": -1.0}, "prior_scale: .*-1.0"),
-        ({"prior_scale": float("inf")}, "prior_scale: .*inf"),
-    ],
-)
-def test_refuses_hyper_parameters(setting, message):
-    with pytest.raises(InvalidInput, match=message):
-        DeepEnsemble(**setting)
 
 
 def test_bootstrap_counts_are_poisson_of_mean_one():
@@ -305,19 +196,6 @@ def test_the_reference_is_spread_over_real_frames():
     assert chosen.unique().numel() == 1024
     assert set(chosen.tolist()) <= set(observations[mask].flatten().tolist())
     assert (chosen.min(), chosen.max()) == (0, observations[mask].max())
-
-
-@pytest.mark.slow
-def test_spread_covers_the_error_on_differences():
-    """An ensemble of few answers is uncertain where it errs: spread and error correlate."""
-    clips, returns = world(n=300)
-    model = fit(DeepEnsemble(members=8, learning_rate=3e-3), answers(clips, returns, 60), epochs=60)
-    pairs = torch.arange(300).view(150, 2)
-    came = model.posterior(clips).difference(pairs)
-    truth = returns[pairs[:, 1]] - returns[pairs[:, 0]]
-    wrong = (came.mean > 0) != (truth > 0)
-    unsure = came.mean.abs() / came.variance.sqrt()
-    assert scipy.stats.mannwhitneyu(unsure[wrong], unsure[~wrong], alternative="less").pvalue < 1e-3
 
 
 @pytest.mark.slow

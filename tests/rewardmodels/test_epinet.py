@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from rewardmodels import Clips, Comparisons, Epinet, InvalidInput, PairBatch, fit
+from rewardmodels import Clips, Comparisons, Epinet, PairBatch, fit
 
 CLIPS = Clips(torch.randn(20, 4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(20, 4))
 ANSWERS = Comparisons(CLIPS, torch.arange(20).view(10, 2), torch.tensor([1.0, 0.0]).repeat(5))
@@ -132,19 +132,3 @@ def test_a_larger_prior_is_less_sure_far_out():
         for scale in (0.0, 0.3, 3.0)
     ]  # fmt: skip
     assert spread[0] < spread[1] < spread[2]
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
-        ({"index_dim": 0}, "index_dim: .*got 0"),
-        ({"samples": 0}, "samples: .*got 0"),
-        ({"epinet_width": 0}, "epinet_width: .*got 0"),
-        ({"training_indices": 0}, "training_indices: .*got 0"),
-        ({"prior_scale": -1.0}, "prior_scale: .*-1.0"),
-    ],
-)
-def test_refuses_hyper_parameters(setting, message):
-    with pytest.raises(InvalidInput, match=message):
-        Epinet(**setting)

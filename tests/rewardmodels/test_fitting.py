@@ -400,3 +400,16 @@ def test_groups_are_kept_back_together_and_stay_so():
     assert torch.equal(kept_back(60, each), kept_back(60, None))
     with pytest.raises(InvalidInput, match="groups: expected a number for each of 60"):
         fit(small(), some(60), options=FitOptions(groups=groups[:3]))
+
+
+def test_a_minibatch_is_the_rows_it_says():
+    draw = torch.Generator().manual_seed(0)
+    clips = Clips(torch.randn(20, 4, 3, generator=draw), torch.randn(20, 4, 1, generator=draw))
+    pairs = torch.randperm(20, generator=draw).view(10, 2)
+    answers = Comparisons(clips, pairs, torch.rand(10, generator=draw))
+    data = TrainingSet.gather(answers, None, None, FitOptions(), seed=0)
+    batch = data.batch(torch.tensor([9, 2]))
+    assert batch.index.tolist() == [9, 2]
+    assert torch.equal(batch.first.observations, clips.observations[pairs[[9, 2], 0]])
+    assert torch.equal(batch.second.observations, clips.observations[pairs[[9, 2], 1]])
+    assert torch.equal(batch.preference, answers.preference[[9, 2]])

@@ -16,7 +16,6 @@ from rewardmodels import (
     Comparisons,
     FitDiverged,
     GPHead,
-    InvalidInput,
     PairBatch,
     fit,
     negative_log_likelihood,
@@ -309,17 +308,3 @@ def test_decay_shrinks_the_network_alone():
     for name, value in model.named_parameters():
         left = 0.95 if name.startswith("network") else 1.0
         torch.testing.assert_close(value.detach(), left * before[name])
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
-        ({"inducing": 0}, "inducing: .*0"),
-        ({"random_features": 0}, "random_features: .*0"),
-        ({"random_features": 7}, "random_features: .*7"),
-    ],
-)
-def test_refuses_hyper_parameters(setting, message):
-    with pytest.raises(InvalidInput, match=message):
-        GPHead(**setting)

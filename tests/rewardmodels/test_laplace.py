@@ -11,9 +11,7 @@ from rewardmodels import (
     Clips,
     Comparisons,
     FitOptions,
-    InvalidInput,
     LaplaceHead,
-    NotFitted,
     fit,
     negative_log_likelihood,
     preference_probability,
@@ -153,54 +151,6 @@ def test_fisher_information_is_the_expected_second_derivative(random_answer_rate
     assert extreme.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("random_answer_rate", [0.0, 0.1])
-def test_added_answers_are_those_of_a_batch(random_answer_rate):
-    early, late = some(40), some(25, seed=1, ragged=True)
-    model = fitted(early, prior_precision=0.5, random_answer_rate=random_answer_rate)
-    other = fitted(early, prior_precision=0.5, random_answer_rate=random_answer_rate)
-    other.after_fit(Comparisons.cat([early, late]))
-    mean = model.posterior(late.clips).mean
-    assert model.add(late[:10]).add(late[10:]) is model
-    one, batch = model.posterior(late.clips), other.posterior(late.clips)
-    torch.testing.assert_close(one.covariance, batch.covariance, rtol=1e-9, atol=1e-11)
-    assert torch.equal(one.mean, mean)
-
-
-def test_an_added_answer_lowers_the_variance_by_the_closed_form():
-    model = fit(LaplaceHead(hidden=(8,)), some(20), epochs=3)
-    new = some(1, seed=3)
-    mean, before = model.posterior(new.clips).difference(new.pairs)
-    after = model.add(new).posterior(new.clips).difference(new.pairs).variance
-    # Sherman & Morrison, in the pair's own direction.
-    expected = before / (1 + fisher_information(mean) * before)
-    torch.testing.assert_close(after, expected, rtol=1e-4, atol=0)
-
-
-def test_many_added_answers_stay_those_of_a_batch_in_single_precision():
-    model = fit(
-        LaplaceHead(hidden=(32,), prior_precision=0.1),
-        some(20),
-        epochs=3,
-        options=FitOptions(held_out=0.0),
-    )
-    new = some(500, seed=4)
-    for row in range(500):
-        model.add(new[row])
-    one = model.posterior(new.clips).difference(new.pairs).variance
-    model.after_fit(Comparisons.cat([some(20), new]))
-    batch = model.posterior(new.clips).difference(new.pairs).variance
-    torch.testing.assert_close(one, batch, rtol=1e-3, atol=0)
-
-
-def test_adding_is_refused_where_asking_would_be():
-    with pytest.raises(NotFitted, match=r"LaplaceHead: .*call fit first"):
-        LaplaceHead().add(some(3))
-    model = fit(LaplaceHead(hidden=(4,)), some(10), epochs=1)
-    clips = Clips(torch.zeros(2, 5, 7), torch.zeros(2, 5, 1))
-    with pytest.raises(InvalidInput, match=r"observation=\(7,\)"):
-        model.add(Comparisons(clips, torch.tensor([[0, 1]]), torch.ones(1)))
-
-
 class Spy(LaplaceHead):
     concluded: tuple[Comparisons, ...] = ()
 
@@ -250,16 +200,3 @@ def test_another_fit_takes_another_hessian_and_a_stopped_one_keeps_the_old():
     fewer = fit(LaplaceHead(hidden=(8,)), some(50), epochs=2).posterior(clips)
     more = model.posterior(clips)
     assert more.difference(pairs).variance.median() < fewer.difference(pairs).variance.median()
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"hidden": (8, 0)}, r"hidden: .*\(8, 0\)"),
-        ({"prior_precision": 0.0}, "prior_precision: .*0.0"),
-        ({"prior_precision": float("nan")}, "prior_precision: .*nan"),
-    ],
-)
-def test_refuses_hyper_parameters(setting, message):
-    with pytest.raises(InvalidInput, match=message):
-        LaplaceHead(**setting)

@@ -6,18 +6,15 @@ import pytest
 import torch
 
 from rewardmodels import (
+    PREDICTORS,
     Clips,
     Comparisons,
     DeepEnsemble,
-    Epinet,
     FitOptions,
-    GPHead,
     InvalidInput,
     LaplaceHead,
     Marks,
-    MCDropout,
     Ratings,
-    RewardModel,
     fit,
     negative_log_likelihood,
 )
@@ -167,19 +164,9 @@ def test_ratings_that_cannot_be_are_refused(which, rating, said):
         Ratings(drawn(), which, rating)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        DeepEnsemble(members=3, hidden=(16,), learning_rate=1e-2),
-        MCDropout(hidden=(16,), learning_rate=1e-2),
-        Epinet(hidden=(16,), learning_rate=1e-2),
-        LaplaceHead(hidden=(16,), learning_rate=1e-2),
-        GPHead(hidden=(), inducing=16, random_features=64),
-    ],
-    ids=lambda model: type(model).__name__,
-)
-def test_every_predictor_learns_from_marks_alone(model: RewardModel):
-    fit(model, marks=best_and_worst(drawn(40)), epochs=30)
+@pytest.mark.parametrize("cls", PREDICTORS.values(), ids=PREDICTORS)
+def test_every_predictor_learns_from_marks_alone(cls):
+    model = fit(cls(hidden=(16,), learning_rate=1e-2), marks=best_and_worst(drawn(40)), epochs=30)
     fresh = drawn(100, seed=1)
     frames = fresh.observations.flatten(0, 1)
     believed = model.frame_posterior(frames, torch.zeros(len(frames), 1)).mean

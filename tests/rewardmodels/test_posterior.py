@@ -111,31 +111,6 @@ def test_gaussian_preference_keeps_the_tail():
     assert came == pytest.approx(-14, abs=5e-3)
 
 
-def test_swapping_a_pair_swaps_the_answer(belief):
-    there, back = belief.difference(PAIRS), belief.difference(PAIRS.flip(1))
-    torch.testing.assert_close(there.mean, -back.mean)
-    torch.testing.assert_close(there.variance, back.variance)
-    both = belief.preference(PAIRS) + belief.preference(PAIRS.flip(1))
-    torch.testing.assert_close(both, torch.ones(len(PAIRS)).double(), atol=1e-8, rtol=0)
-
-
-def permuted(belief: ReturnPosterior, order: torch.Tensor) -> ReturnPosterior:
-    if isinstance(belief, SampledPosterior):
-        return SampledPosterior(belief.samples[:, order])
-    return GaussianPosterior(belief.mean[order], belief.root[order])
-
-
-def test_permuting_clips_permutes_the_answer(belief):
-    order = torch.tensor([3, 0, 4, 1, 2])
-    other = permuted(belief, order)
-    torch.testing.assert_close(other.mean, belief.mean[order])
-    torch.testing.assert_close(other.variance, belief.variance[order])
-    torch.testing.assert_close(other.covariance, belief.covariance[order][:, order])
-    torch.testing.assert_close(other.preference(PAIRS), belief.preference(order[PAIRS]))
-    draws = [b.rsample(9, torch.Generator().manual_seed(4)) for b in (belief, other)]
-    torch.testing.assert_close(draws[1], draws[0][:, order])
-
-
 @pytest.mark.parametrize("chunk", [1, 14, 15, 10**6])
 def test_chunks_change_nothing(belief, monkeypatch, chunk):
     before = (*belief.difference(PAIRS), belief.preference(PAIRS))
@@ -155,13 +130,6 @@ def test_draws_depend_on_their_generator_alone(belief):
     first = belief.rsample(4, torch.Generator().manual_seed(2))
     torch.manual_seed(99)
     assert torch.equal(belief.rsample(4, torch.Generator().manual_seed(2)), first)
-
-
-def test_what_both_clips_share_cancels():
-    shared = SampledPosterior(torch.randn(9, 1, dtype=torch.double) * 100 + torch.arange(2.0))
-    came = shared.difference(torch.tensor([[0, 1]]))
-    assert float(came.mean) == pytest.approx(1)
-    assert float(came.variance) == pytest.approx(0, abs=1e-20)
 
 
 def test_refuses_other_shapes(belief):

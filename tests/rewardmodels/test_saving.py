@@ -4,6 +4,7 @@ import json
 import pickle
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from rewardmodels import (
     fit,
     load,
     save,
-    saving,
 )
 from rewardmodels.networks import MemberMLP
+from rewardmodels.saving import atomic_path
 
 CLIPS = Clips(torch.randn(12, 3, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(12, 3))
 ANSWERS = Comparisons(CLIPS, torch.arange(12).view(6, 2), torch.tensor([0, 1, 1, 0, 0.5, 1]))
@@ -97,29 +98,6 @@ def test_nothing_to_save(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_other(model, file, monkeypatch):
-    before = file.read_bytes()
-
-    def half(tensors: Any, path: Path, about: Any) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(saving, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
-        save(model, file)
-    assert file.read_bytes() == before
-    assert list(file.parent.iterdir()) == [file]
-
-
-def test_a_write_replaces_the_old_file_and_leaves_no_other(model, file):
-    file.write_bytes(b"old")
-    with file.open("rb") as reading:
-        save(model, file)
-        assert reading.read() == b"old"  # who had it open sees the whole old one
-    assert load(file).fitted
-    assert list(file.parent.iterdir()) == [file]
-
-
 class Bomb:
     def __reduce__(self) -> tuple[Any, ...]:
         return pytest.fail, ("a file's code was run",)
@@ -173,11 +151,6 @@ def rewritten(file: Path, about: Any = None, **tensors: torch.Tensor | None) -> 
         file,
         {"rewardmodels": json.dumps(header if about is None else about)},
     )
-
-
-def test_rewriting_alone_does_no_harm(file, model):
-    rewritten(file, {})
-    assert torch.equal(load(file).posterior(CLIPS).samples, model.posterior(CLIPS).samples)
 
 
 @pytest.mark.parametrize(
@@ -249,3 +222,82 @@ def test_a_calibration_that_is_missing_is_noticed(model, tmp_path):
     rewritten(tmp_path / "model", **{"calibration.scores": None})
     with pytest.raises(UnreadableFile, match="expected the tensors"):
         load(tmp_path / "model")
+
+
+# Atomic writes.
+
+
+def test_the_old_file_stands_until_the_new_one_is_atomic_path(tmp_path):
+    path = tmp_path / "notes"
+    path.write_text("old")
+    with atomic_path(str(path)) as temporary:
+        assert temporary.parent == path.parent  # elsewhere may be another disk, to which none moves
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("stood", [True, False])
+def test_what_fails_leaves_the_old_file_and_no_other(tmp_path, error, stood):
+    path = tmp_path / "notes"
+    if stood:
+        path.write_text("old")
+
+    def write():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert [file.read_text() for file in tmp_path.iterdir()] == stood * ["old"]
+
+
+def test_writers_at_once_do_not_share_a_file(tmp_path):
+    path = tmp_path / "notes"
+    with atomic_path(path) as one, atomic_path(path) as other:
+        one.write_text("first")
+        other.write_text("second, and longer")
+    assert path.read_text() == "first"  # the outer one ends last
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_overwriting_a_file_that_exists_is_an_error(tmp_path):
+    path = tmp_path / "notes"
+    with atomic_path(path, overwrite=False) as temporary:
+        temporary.write_text("first")
+    with pytest.raises(FileExistsError), atomic_path(path, overwrite=False) as temporary:
+        temporary.write_text("second")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["first"]
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    for fails in (True, False):
+        with suppress(OSError), atomic_path(tmp_path / "folder") as temporary:
+            temporary.mkdir()
+            (temporary / "notes").write_text("all")
+            if fails:
+                raise OSError
+        assert len(list(tmp_path.rglob("*"))) == (0 if fails else 2)
+
+
+def test_a_model_of_the_first_format_is_read(model, file):
+    """That format had other names, of which a file of today's has these instead."""
+    with safetensors.safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["rewardmodels"])
+    settings = header["hyper_parameters"]
+    settings["mistake_rate"] = settings.pop("random_answer_rate")
+    rewritten(file, {"format": 1, "hyper_parameters": settings})
+    again = load(file)
+    assert again.random_answer_rate == model.random_answer_rate
+    assert torch.equal(again.posterior(CLIPS).samples, model.posterior(CLIPS).samples)
+
+
+def test_nothing_written_is_an_error_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "notes"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_path(path):
+        pass
+    assert path.read_text() == "old"

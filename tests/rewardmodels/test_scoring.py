@@ -189,15 +189,6 @@ def test_is_a_snapshot(model):
         model.load_state_dict(state)
 
 
-def test_a_refit_changes_the_next_scorer_only():
-    model = fit(DeepEnsemble(members=2), answers(), epochs=2)
-    seen, done = frames(1)
-    scorer = model.frame_scorer()
-    before = scorer(seen[0], done[0])
-    fit(model, answers(seed=3), epochs=2)
-    assert scorer(seen[0], done[0]) == before != model.frame_scorer()(seen[0], done[0])
-
-
 def test_making_one_changes_nothing(model):
     model.train()
     generator, training = torch.get_rng_state(), model.training
