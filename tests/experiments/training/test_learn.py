@@ -1,6 +1,5 @@
 """The training loop: schedule, comparisons, rewards, evaluation, and resuming after a kill."""
 
-import csv
 import json
 import math
 import multiprocessing
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -67,9 +67,10 @@ def finished(tmp_path_factory) -> Path:
     return out
 
 
-def metrics(out):
-    with open(out / "metrics.csv", newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+def metrics(out, *columns):
+    """Columns of the run's metrics, as lists."""
+    table = pd.read_csv(out / "metrics.csv")
+    return [table[name].tolist() for name in columns]
 
 
 def due(round):
@@ -83,12 +84,12 @@ def test_comparisons_follow_the_schedule(finished):
         by_round = [len(answers.queries(round)) for round in range(ROUNDS)]
         assert answers.counts() == (COMPARISONS, COMPARISONS, 0)
     assert np.cumsum(by_round).tolist() == [due(round) for round in range(ROUNDS)]
-    rows = metrics(finished)
-    assert [row["comparisons"] for row in rows] == [due(round) for round in range(ROUNDS)]
+    comparisons, steps = metrics(finished, "comparisons", "step")
+    assert comparisons == [due(round) for round in range(ROUNDS)]
     # PPO goes on to the end of a rollout of 64 steps in each of 32 copies.
     rollout = 64 * 32
-    steps = [rollout * math.ceil((r + 1) * STEPS / ROUNDS / rollout) for r in range(ROUNDS)]
-    assert [row["step"] for row in rows] == steps
+    by_round = [(r + 1) * STEPS / ROUNDS for r in range(ROUNDS)]
+    assert steps == [rollout * math.ceil(step / rollout) for step in by_round]
 
 
 def test_comparisons_are_the_teachers_of_the_clips(finished):
@@ -129,13 +130,13 @@ def test_the_policys_reward_is_the_models(finished):
 
 def test_the_result_agrees_with_the_files(finished):
     result = json.loads((finished / "result.json").read_text())
-    rows = metrics(finished)
-    assert result["steps"] == rows[-1]["step"]
+    steps, seconds = metrics(finished, "step", "seconds")
+    assert result["steps"] == steps[-1]
     assert result["comparisons"] == result["queries"] == COMPARISONS
     assert result["final_return"] == pytest.approx(np.mean(result["final_returns"]))
     assert len(result["final_returns"]) == 2
     assert all(-3260 < value < 0 for value in result["final_returns"])
-    assert result["wall_seconds"] == pytest.approx(rows[-1]["seconds"])
+    assert result["wall_seconds"] == pytest.approx(seconds[-1])
     assert result["steps_per_second"] == pytest.approx(result["steps"] / result["wall_seconds"])
     with np.load(finished / "frames.npz") as frames:
         naive = np.corrcoef(frames["predicted"], frames["true"])[0, 1]
@@ -148,24 +149,25 @@ def test_baselines_get_zero_or_the_tasks_reward(arm, tmp_path):
     out = tmp_path / "run"
     result = learn(tiny(out, reward=arm, rounds=1, steps=8192), progress=False)
     assert result["comparisons"] == result["queries"] == 0
-    rows = [row for row in metrics(out) if "task_return" in row]
-    assert rows
-    for row in rows:
-        assert row["task_return"] < -300
-        assert row["learned_return"] == (0 if arm == "zero" else pytest.approx(row["task_return"]))
+    own, replaced = np.array(metrics(out, "task_return", "learned_return"))
+    assert (own < -300).all()
+    np.testing.assert_allclose(replaced, 0 if arm == "zero" else own)
     assert not (out / "model.safetensors").exists()
+
+
+def command(out):
+    return ["learn", *(["--resume"] if RunDirectory(out).exists else FLAGS), "--out", str(out)]
 
 
 def _start(out):
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    resume = ["--resume"] if (out / "config.yaml").exists() else FLAGS
-    os._exit(main(["learn", *resume, "--out", str(out)]))
+    os._exit(main(command(out)))
 
 
-def answered(out):
-    """The answers of a run that nobody works on, by query."""
+def compared(out):
+    """The comparisons of a run that no process works on, by query."""
     if not (out / "answers.sqlite").exists():
         return {}
     with FeedbackStore(out / "answers.sqlite") as answers:
@@ -173,25 +175,21 @@ def answered(out):
 
 
 def check_kills(finished, out, start, kills, last, seed):
-    """Kills a run at random moments, resumes it, and compares with one that ran through."""
+    """Kill a run at random moments, resume it, and compare it with an uninterrupted one."""
     luck, before = random.Random(seed), {}
     for _ in range(kills):
         process = start()
         time.sleep(luck.uniform(0, last))
         os.kill(process.pid, signal.SIGKILL)
         getattr(process, "join", getattr(process, "wait", None))()
-        now = answered(out)
-        assert before.items() <= now.items(), "no answer is lost or changed"
+        now = compared(out)
+        assert before.items() <= now.items(), "no comparison is lost or changed"
         before = now
-        if not (out / "config.yaml").exists():
-            assert not list(out.glob("[!c]*"))
-    flags = ["--resume"] if (out / "config.yaml").exists() else FLAGS
-    assert main(["learn", *flags, "--out", str(out)]) == 0
-    assert before.items() <= answered(out).items()
+        assert RunDirectory(out).exists or not list(out.glob("[!c]*"))
+    assert main(command(out)) == 0
+    assert before.items() <= compared(out).items()
     counted = ("step", "comparisons", "queries", "skipped")
-    assert [[row[name] for name in counted] for row in metrics(out)] == [
-        [row[name] for name in counted] for row in metrics(finished)
-    ]
+    assert metrics(out, *counted) == metrics(finished, *counted)
     with sqlite3.connect(out / "answers.sqlite") as db:
         rounds = db.execute("SELECT round, count(*) FROM queries GROUP BY round").fetchall()
         assert rounds == [(r, due(r) - (due(r - 1) if r else 0)) for r in range(ROUNDS)]
@@ -222,18 +220,13 @@ def test_a_killed_run_resumes_without_loss(finished, tmp_path):
 @pytest.mark.slow
 def test_a_killed_command_resumes_without_loss(finished, tmp_path):
     out = tmp_path / "run"
-    command = Path(sys.executable).with_name("rewardmodels")
+    program, null = Path(sys.executable).with_name("rewardmodels"), subprocess.DEVNULL
 
     def start():
-        flags = ["--resume"] if (out / "config.yaml").exists() else FLAGS
-        return subprocess.Popen(
-            [command, "learn", *flags, "--out", out],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        return subprocess.Popen([program, *command(out)], stdout=null, stderr=null)
 
     started = time.monotonic()
-    start_up = subprocess.run([command, "learn", "--help"], capture_output=True)
+    start_up = subprocess.run([program, "learn", "--help"], capture_output=True)
     assert start_up.returncode == 0
     whole = time.monotonic() - started
     seconds = json.loads((finished / "result.json").read_text())["wall_seconds"]
@@ -252,7 +245,7 @@ def test_a_round_killed_between_query_and_comparison_is_completed(finished, tmp_
     with FeedbackStore(out / "answers.sqlite") as answers:
         assert answers.counts() == (due(0), 0, 0)
     assert main(["learn", "--resume", "--out", str(out)]) == 0
-    assert [row["queries"] for row in metrics(out)] == [due(round) for round in range(ROUNDS)]
+    assert metrics(out, "queries") == [[due(round) for round in range(ROUNDS)]]
 
 
 def test_seconds_add_up_across_interruptions(tmp_path, monkeypatch):
@@ -272,7 +265,8 @@ def test_seconds_add_up_across_interruptions(tmp_path, monkeypatch):
     (out / "checkpoints" / "0000" / "rows.json").write_text(json.dumps(rows))
     result = learn(tiny(out, reward="zero"), resume=True, progress=False)
     assert 1000 < result["wall_seconds"] < 1100
-    assert [row["seconds"] > 1000 for row in metrics(out)] == [False, True, True]
+    (seconds,) = metrics(out, "seconds")
+    assert [value > 1000 for value in seconds] == [False, True, True]
 
 
 def test_settings_out_of_range_raise():
@@ -325,10 +319,8 @@ def test_warm_up_splits_the_initial_comparisons(tmp_path):
     settings = {"warm_up": 3, "rounds": 2, "steps": 6000, "comparisons": 24}
     out = tmp_path / "run"
     learn(tiny(out, schedule=Constant(initial=0.5), **settings), progress=False)
-    rows = metrics(out)
     # Half of 24 in three parts, then the rest by the last round of training.
-    assert [row["comparisons"] for row in rows] == [4, 8, 12, 24]
-    assert [row["step"] for row in rows] == [0, 0, 4096, 6144]
+    assert metrics(out, "comparisons", "step") == [[4, 8, 12, 24], [0, 0, 4096, 6144]]
     with FeedbackStore(out / "answers.sqlite") as answers:
         assert [len(answers.queries(round)) for round in range(4)] == [4, 4, 4, 12]
 
@@ -398,32 +390,40 @@ def test_discrete_actions_stay_discrete(algorithm, tmp_path):
     assert set(actions.unique().tolist()) == {0, 1, 2}
 
 
-def test_scores_and_frames_of_the_reward_are_those_of_a_naive_loop(tmp_path):
+class FirstNumber:
+    """A model whose reward is the first number of an observation, times a factor."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def frame_posterior(self, observations, actions):
+        return self.around(observations[:, 0])
+
+    def posterior(self, clips):
+        return self.around(clips.observations[:, :, 0].sum(1))
+
+    def around(self, reward):
+        return SampledPosterior(self.factor * torch.stack([reward, reward + 2]))
+
+
+def episodes(reward, noise):
     draw = torch.Generator().manual_seed(0)
-    clips = Clips(
-        torch.randn(4, 50, 3, generator=draw),
-        torch.randn(4, 50, 1, generator=draw),
-        rewards=torch.randn(4, 50, generator=draw),
-    )
+    observations = torch.randn(4, 50, 3, generator=draw)
+    rewards = reward * observations[:, :, 0] + noise * torch.randn(4, 50, generator=draw)
+    return Clips(observations, torch.zeros(4, 50, 1), rewards=rewards)
 
-    class Model:
-        def frame_posterior(self, observations, actions):
-            first = observations[:, 0]
-            return SampledPosterior(torch.stack([first, first + 2]))
 
-        def posterior(self, clips):
-            first = clips.observations[:, :, 0].sum(1)
-            return SampledPosterior(torch.stack([first, first + 2]))
-
-    scores = score_reward(Model(), clips, tmp_path / "frames.npz", 10, frames=100)
+def test_scores_and_frames_of_the_reward_agree_with_a_naive_loop(tmp_path):
+    clips = episodes(reward=1, noise=2)
+    scores = score_reward(FirstNumber(1), clips, tmp_path / "frames.npz", 10, frames=100)
     with np.load(tmp_path / "frames.npz") as file:
         predicted, std, true = file["predicted"], file["std"], file["true"]
     rows = [round(k) for k in np.floor(np.linspace(0, 199, 100))]
     naive = [float(clips.observations[r // 50, r % 50, 0]) + 1 for r in rows]
     np.testing.assert_allclose(predicted, naive, rtol=1e-5)
-    spread = float(SampledPosterior(torch.tensor([[0.0], [2.0]])).variance.sqrt())
-    np.testing.assert_allclose(std, spread, rtol=1e-5)
     np.testing.assert_array_equal(true, [float(clips.rewards[r // 50, r % 50]) for r in rows])
+    spread = SampledPosterior(torch.tensor([[0.0], [2.0]])).variance.sqrt()
+    np.testing.assert_allclose(std, float(spread), rtol=1e-5)
     correlation = np.corrcoef(predicted, true)[0, 1]
     assert scores["reward_correlation"] == pytest.approx(correlation, abs=1e-5)
     assert scores["epic_distance"] == pytest.approx(np.sqrt((1 - correlation) / 2), abs=1e-5)
@@ -431,25 +431,11 @@ def test_scores_and_frames_of_the_reward_are_those_of_a_naive_loop(tmp_path):
     assert 0 < scores["aurc"] < 1
 
 
-def test_a_perfect_reward_is_at_no_distance_and_a_constant_one_has_no_score(tmp_path):
-    draw = torch.Generator().manual_seed(0)
-    observations = torch.randn(4, 50, 3, generator=draw)
-    clips = Clips(observations, torch.zeros(4, 50, 1), rewards=3 * observations[:, :, 0] - 1)
-
-    class Model:
-        def __init__(self, factor):
-            self.factor = factor
-
-        def frame_posterior(self, observations, actions):
-            return SampledPosterior(self.factor * observations[None, :, 0])
-
-        def posterior(self, clips):
-            return SampledPosterior(self.factor * clips.observations[None, :, :, 0].sum(2))
-
-    scores = score_reward(Model(100.0), clips, tmp_path / "frames.npz", 10)
-    assert scores == pytest.approx(
+def test_scores_of_a_perfect_and_of_a_constant_reward(tmp_path):
+    clips, file = episodes(reward=3, noise=0), tmp_path / "frames.npz"
+    assert score_reward(FirstNumber(100), clips, file, 10) == pytest.approx(
         {"reward_correlation": 1, "epic_distance": 0, "calibration_error": 0, "aurc": 0}, abs=0.02
     )
-    scores = score_reward(Model(0.0), clips, tmp_path / "frames.npz", 10)
-    assert scores["epic_distance"] is scores["reward_correlation"] is None
-    assert scores["aurc"] == pytest.approx(0.5, abs=0.01)
+    constant = score_reward(FirstNumber(0), clips, file, 10)
+    assert constant["epic_distance"] is constant["reward_correlation"] is None
+    assert constant["aurc"] == pytest.approx(0.5, abs=0.01)
