@@ -213,14 +213,11 @@ def best_clip(run: Path, frames: int = BEST_FRAMES) -> NDArray[np.floating[Any]]
     newest = checkpoints[-1]
     try:
         model = load(newest / "model.safetensors")
-        with np.load(newest / "history.npz", allow_pickle=False) as file:
-            capacity, envs = file["ends"].shape
-        buffer = ClipBuffer(capacity, envs)
-        buffer.load(newest / "history.npz")
+        buffer = ClipBuffer.load(newest / "clip_buffer.npz")
     except FileNotFoundError:
         return None
     # 300 candidates are enough: neighbouring clips share nearly all of their frames.
-    clips = buffer.sample(min(frames, buffer.steps, capacity), 300, np.random.default_rng(0))
+    clips = buffer.sample(min(frames, buffer.steps, buffer.capacity), 300, np.random.default_rng(0))
     if clips.states is None:
         return None
     with torch.no_grad():

@@ -101,8 +101,12 @@ class ClipBuffer:
         """Write the buffer to an `.npz` file."""
         np.savez(path, allow_pickle=False, steps=self.steps, **self._columns)
 
-    def load(self, path: Path) -> None:
-        """Replace the content by a saved one."""
+    @classmethod
+    def load(cls, path: Path) -> ClipBuffer:
+        """Read a saved buffer."""
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            self.steps = int(file["steps"])
-            self._columns = {name: file[name] for name in file.files if name != "steps"}
+            columns = {name: file[name] for name in file.files}
+        buffer = cls(*columns["ends"].shape)
+        buffer.steps = int(columns.pop("steps"))
+        buffer._columns = columns
+        return buffer

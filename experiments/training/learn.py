@@ -350,7 +350,7 @@ class Learner:
     def _write(self, folder: Path) -> None:
         self.agent.save(folder / "agent.zip")
         self.normalised.save(str(folder / "normalise.pkl"))
-        self.clip_buffer.save(folder / "history.npz")
+        self.clip_buffer.save(folder / "clip_buffer.npz")
         if isinstance(self.agent, OffPolicyAlgorithm):
             self.agent.save_replay_buffer(folder / "replay.pkl")
         if isinstance(reward := self.env.reward, LearnedReward):
@@ -359,7 +359,7 @@ class Learner:
 
     def _read(self, folder: Path, number: int) -> None:
         self.rounds_done, self.seconds = number + 1, self.run.rows[-1]["seconds"]
-        self.clip_buffer.load(folder / "history.npz")
+        self.clip_buffer = self.env.clip_buffer = ClipBuffer.load(folder / "clip_buffer.npz")
         self.normalised = VecNormalize.load(str(folder / "normalise.pkl"), self.env)
         self.agent = type(self.agent).load(folder / "agent.zip", self.normalised)
         if isinstance(self.agent, OffPolicyAlgorithm):

@@ -272,7 +272,7 @@ def test_a_finished_run_is_shown_again_and_not_overwritten(finished, capsys):
         ("answers.sqlite", "answers.sqlite: expected a feedback store"),
         ("checkpoints/0000/agent.zip", "0000: expected a whole checkpoint"),
         ("checkpoints/0000/rows.json", "0000: expected a whole checkpoint"),
-        ("checkpoints/0000/history.npz", "0000: expected a whole checkpoint"),
+        ("checkpoints/0000/clip_buffer.npz", "0000: expected a whole checkpoint"),
         ("checkpoints/0000/model.safetensors", "0000: expected a whole checkpoint"),
         ("checkpoints/0000/normalise.pkl", "0000: expected a whole checkpoint"),
     ],

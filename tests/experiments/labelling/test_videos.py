@@ -161,7 +161,7 @@ def test_the_best_clip_has_the_highest_learned_return(tmp_path, monkeypatch):
     frame_rewards[17:22, 1] = 1.0
     states = np.arange(steps * envs, dtype=np.float32).reshape(steps, envs, 1)
     np.savez(
-        folder / "history.npz", steps=steps, observations=frame_rewards, actions=frame_rewards,
+        folder / "clip_buffer.npz", steps=steps, observations=frame_rewards, actions=frame_rewards,
         rewards=-frame_rewards[..., 0], ends=np.zeros((steps, envs), bool), states=states,
     )  # fmt: skip
 

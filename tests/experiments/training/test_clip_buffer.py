@@ -1,4 +1,4 @@
-"""Clips are cut from one episode each, at places that are all as likely, against a plain log."""
+"""Sampled clips are within one episode and uniform, against a plain log."""
 
 import numpy as np
 import pytest
@@ -73,14 +73,14 @@ def test_no_clip_crosses_a_reset():
     assert sorted(set(starts.tolist())) == [0, 1, 2, 7, 8, 9]
 
 
-def test_it_comes_back_as_it_went(tmp_path):
-    clip_buffer, other = ClipBuffer(20, 3), ClipBuffer(20, 3)
-    record(clip_buffer, 31)
-    clip_buffer.save(tmp_path / "history.npz")
-    other.load(tmp_path / "history.npz")
-    for each in clip_buffer, other:
+def test_a_saved_buffer_is_read_back(tmp_path):
+    one = ClipBuffer(20, 3)
+    record(one, 31)
+    one.save(tmp_path / "clip_buffer.npz")
+    two = ClipBuffer.load(tmp_path / "clip_buffer.npz")
+    for each in one, two:
         record(each, 5, seed=1, from_step=31)
-    one, two = (each.sample(3, 50, np.random.default_rng(1)) for each in (clip_buffer, other))
+    one, two = (each.sample(3, 50, np.random.default_rng(1)) for each in (one, two))
     assert (one.observations == two.observations).all()
     assert (one.rewards == two.rewards).all()
 
