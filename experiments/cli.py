@@ -174,13 +174,15 @@ def _expand_classes(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _call(path: str, *, quick: str = "", positional: bool = False) -> Command:
+def _call(path: str, *, quick: str = "", positional: bool = False, config: str = "") -> Command:
     """Make a command that calls the function at `module:name`.
 
     Args:
         path: Of the function; its parameters become flags.
         quick: Help of the command's `--quick`; empty if it has none.
         positional: Parameters without a default are positional.
+        config: Dataclass of the same module that is the function's only parameter; its fields
+            become the flags.
     """
 
     def command(words: str, arguments: list[str]) -> None:
@@ -190,11 +192,15 @@ def _call(path: str, *, quick: str = "", positional: bool = False) -> Command:
         if quick:
             parser.add_argument("--quick", action="store_true", help=quick)
         skip: set[str | int] | None = {"quick"} if quick else None
-        parser.add_function_arguments(function, as_positional=positional, skip=skip)
+        if config:
+            cls = getattr(import_module(module), config)
+            parser.add_class_arguments(cls, as_positional=positional)
+        else:
+            parser.add_function_arguments(function, as_positional=positional, skip=skip)
         settings = _parse(parser, arguments)
         again = shlex.join(["rewardmodels", *words.split(), *arguments])
         with _interruptible(lambda: f"The same command goes on: {again}"):
-            function(**settings)
+            function(cls(**settings)) if config else function(**settings)
 
     return command
 
@@ -323,7 +329,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "guard": (
         "run a trained agent under a guard, which is calibrated once and kept beside it",
-        _call("experiments.deploy:guard_run", positional=True),
+        _call("experiments.deploy:guard_run", positional=True, config="GuardConfig"),
     ),
     "export": (
         "write all answers, marks and ratings of a run as CSV or Parquet",

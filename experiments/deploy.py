@@ -1,9 +1,10 @@
-"""A guard for the agent of a finished run: fitted, calibrated, kept beside it, and put to work."""
+"""Guard the agent of a finished run: fit and calibrate a monitor, keep it, and run both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +12,12 @@ import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch
-import yaml
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 
 from experiments.envs.guard_episodes import Act, acting, play
 from experiments.envs.shifts import Severity, shifted
-from experiments.envs.tasks import Task, find_task, make_env
+from experiments.envs.tasks import find_task, make_env
 from experiments.envs.vector import make_vec_env
 from experiments.registry import find_class, make_detector
 from experiments.studies.limits import check_least
@@ -27,8 +27,6 @@ from ood import (
     EventLog,
     Guard,
     Monitor,
-    OODDetector,
-    Statistic,
     agent_fingerprint,
     load_monitor,
     save_monitor,
@@ -38,162 +36,167 @@ from rewardmodels import Clips, InvalidInput, RewardModel, UnreadableFile, load
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.scoring import FrameScorer
 
-FEATURES = "transition"
+_FEATURES = "transition"
 _AGENT = ("agent.zip", "normalise.pkl")
 
 
-def guard_run(
-    run: Path,
-    alpha: float = 0.05,
-    detector: str = "DynamicsEnsemble",
-    statistic: str = "MEWMA",
-    on_alarm: Literal["halt", "ask", "watch"] = "halt",
-    episodes: int = 5,
-    familiar: int = 20,
-    calibration: int = 100,
-    shift: str | None = None,
-    severity: Severity = "middle",
-    onset: int | None = None,
-    again: bool = False,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Runs a trained agent under a guard, which is made at the first call and kept beside it.
-
-    The guard is `guard.safetensors` in the run's directory, and what it did is appended to
-    `guard.jsonl` there. It belongs to this agent: after more training it is refused.
+@dataclass(frozen=True)
+class GuardConfig:
+    """Settings of a guarded agent.
 
     Args:
         run: Directory of a finished run of `rewardmodels learn`.
-        alpha: Promised chance of a false alarm in an episode.
-        detector: One of ours by name, or an import path.
-        statistic: One of ours by name, or an import path.
-        on_alarm: "halt" for the rest of the episode, "ask" here in the terminal whether to go on,
-            or "watch", which only writes alarms down.
-        episodes: To run under the guard.
-        familiar: Episodes that the detector learns from.
-        calibration: Episodes that the threshold is taken from.
-        shift: A change of the world to try the guard on, such as gravity; None for none.
+        alpha: Largest chance of a false alarm in an episode.
+        detector: Registered name or import path.
+        statistic: Registered name or import path.
+        on_alarm: "halt" for the rest of the episode, "ask" in the terminal whether to go on, or
+            "watch", which only logs alarms.
+        episodes: Episodes to run under the guard.
+        familiar: Episodes that the detector is fitted to.
+        calibration: Episodes that the threshold is calibrated on.
+        shift: Change of the environment to try the guard on, such as gravity; None for none.
         severity: Of the shift.
         onset: Steps before the shift; None for half of the episode.
-        again: Make the guard anew, in place of the one that is there.
-        seed: Of the episodes, and of the detector.
+        again: Replace the guard that was kept by a new one.
+        seed: Of the episodes and of the detector.
+
+    Raises:
+        InvalidInput: A number out of range.
+    """
+
+    run: Path
+    alpha: float = 0.05
+    detector: str = "DynamicsEnsemble"
+    statistic: str = "MEWMA"
+    on_alarm: Literal["halt", "ask", "watch"] = "halt"
+    episodes: int = 5
+    familiar: int = 20
+    calibration: int = 100
+    shift: str | None = None
+    severity: Severity = "middle"
+    onset: int | None = None
+    again: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_least(
+            ("episodes", self.episodes, 1), ("familiar", self.familiar, 1),
+            ("seed", self.seed, 0), ("onset", self.onset or 0, 0),
+        )  # fmt: skip
+        if self.calibration < (needed := episodes_needed(self.alpha, standardise=0.25)):
+            raise InvalidInput(
+                f"calibration: expected at least {needed} episodes, since fewer can't promise "
+                f"alpha = {self.alpha}, got {self.calibration}. Record more, or allow more alarms."
+            )
+
+
+def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
+    """Run a trained agent under a guard, which is made once and kept beside it.
+
+    The monitor is `guard.safetensors` in the run's directory, and events are appended to
+    `guard.jsonl` there. It belongs to this agent, and is refused after more training.
 
     Returns:
-        A row for each episode, which is printed too: `return` by the task's own reward, `learned`
-        by the model's, its `doubt` (the mean standard deviation of a frame's reward), `alarm`, the
-        step of the first (None without one), and `reason`.
+        A row for each episode, printed too: `return` by the task's own reward, `learned` by the
+        model's, `doubt` (the mean standard deviation of a frame's reward), `alarm` (the step of the
+        first, or None) and its `reason`.
 
     Raises:
         InvalidInput: A directory that isn't a run's, a run that isn't finished or has no model, a
-            guard of other settings, a shift that the task can't feel, or a number out of range.
-        UnknownName: A detector, statistic or shift that there isn't.
-        UnreadableFile: A guard that is damaged.
+            guard of other settings, or a shift that doesn't change the task.
+        UnknownName: No such detector, statistic or shift.
+        UnreadableFile: A damaged guard, or a missing agent.
         StaleThreshold: A guard of another agent, such as this one before more training.
     """
-    check_least(
-        ("episodes", episodes, 1), ("familiar", familiar, 1), ("seed", seed, 0),
-        ("onset", onset or 0, 0),
-    )  # fmt: skip
-    if calibration < (needed := episodes_needed(alpha, standardise=0.25)):
-        raise InvalidInput(
-            f"calibration: expected at least {needed} episodes, of which none fewer can promise "
-            f"alpha = {alpha}, got {calibration}. Record more, or allow more alarms."
-        )
     torch.set_num_threads(1)
-    task, folder, model = _read(Path(run))
-    onset = task.horizon // 2 if onset is None else onset
+    run = RunDirectory(config.run)
+    _check_finished(run)
+    task, seed = find_task(run.settings["task"]), config.seed
+    model: RewardModel = load(run.path / "model.safetensors")
+    scorer = model.frame_scorer()
     make: Callable[[], gym.Env[Any, Any]] = lambda: make_env(task)  # noqa: E731
     (size,) = make().observation_space.shape or (0,)
-    if shift is not None:
-        # Before any work: whether there is such a shift, and the task can feel it.
-        shifted(make(), shift, severity, onset, seed, observation_std=np.ones(size))
-    act = _load_agent(task, folder)
-    file, mark = Path(run) / "guard.safetensors", agent_fingerprint(*_files(folder))
-    wanted = Monitor(make_detector(detector, size, seed), _statistic(statistic))
-    if file.exists() and not again:
-        monitor = load_monitor(file, agent=mark)
-        _check_same(file, monitor, wanted, alpha)
+
+    def make_shifted(std: Any) -> gym.Env[Any, Any]:
+        if config.shift is None:
+            return make()
+        onset = task.horizon // 2 if config.onset is None else config.onset
+        return shifted(make(), config.shift, config.severity, onset, seed, observation_std=std)
+
+    make_shifted(np.ones(size))  # refuses an unknown shift before any work
+    act = _load_agent(run)
+    file = run.path / "guard.safetensors"
+    fingerprint = agent_fingerprint(*_agent_files(run))
+    monitor = Monitor(
+        make_detector(config.detector, size, seed), find_class("statistic", config.statistic)()
+    )
+    if file.exists() and not config.again:
+        kept = load_monitor(file, agent=fingerprint)
+        _check_same(file, kept, monitor, config.alpha)
+        monitor = kept
     else:
-        monitor = _made(wanted, make, act, alpha, familiar, calibration, seed)
-        save_monitor(monitor, file, agent=mark)
-    env = make()
-    if shift is not None:
-        std = _observation_std(monitor.detector, env)
-        env = shifted(env, shift, severity, onset, seed, observation_std=std)
-    response: Any = {"watch": _go_on}.get(on_alarm, on_alarm)
-    log = EventLog(Path(run) / "guard.jsonl")
-    respond = AlarmResponse(on_alarm=response, ask=_ask if on_alarm == "ask" else None)
+        recorded = config.familiar + config.calibration
+        print(f"Recording {recorded} episodes, to fit and calibrate a guard.", flush=True)
+        with isolated_randomness(seed):
+            usual = play(make, act, recorded, seed, features=_FEATURES).features
+        monitor.detector.fit(torch.cat(usual[: config.familiar]))
+        monitor.calibrate(usual[config.familiar :], config.alpha)
+        save_monitor(monitor, file, agent=fingerprint)
+    # The first features of a transition are the observation before.
+    env = make_shifted(monitor.detector.scale[:size])
+    on_alarm: Any = {"watch": lambda event: None}.get(config.on_alarm, config.on_alarm)
+    response = AlarmResponse(on_alarm=on_alarm, ask=_ask)
+    log = EventLog(run.path / "guard.jsonl")
     rows = []
     with isolated_randomness(seed):
-        for number in tqdm(range(episodes), unit=" episodes", leave=False):
-            guard = Guard(env, monitor, FEATURES, respond, log)
-            rows.append({"episode": number, **_guarded(guard, act, model, seed + number)})
-    _show(rows, monitor, log)
+        for number in tqdm(range(config.episodes), unit=" episodes", leave=False):
+            guard = Guard(env, monitor, _FEATURES, response, log)
+            rows.append({"episode": number, **_play_guarded(guard, act, scorer, seed + number)})
+    _print(rows, monitor, log)
     return rows
 
 
-def _read(run: Path) -> tuple[Task, Path, FrameScorer]:
-    """The task, the last checkpoint and the model of a finished run."""
-    if not (run / "config.yaml").is_file():
+def _check_finished(run: RunDirectory) -> None:
+    if not run.exists:
         raise InvalidInput(
-            f"run: expected the directory of a run of rewardmodels learn, got {run}, which has no "
-            "config.yaml."
+            f"run: expected the directory of a run of rewardmodels learn, got {run.path}, which "
+            "has no config.yaml."
         )
-    checkpoints = sorted(x for x in (run / "checkpoints").glob("[0-9]*") if x.is_dir())
-    if RunDirectory(run).result is None or not checkpoints:
+    if run.result is None or not run.checkpoints:
         raise InvalidInput(
-            f"run: expected a finished run, got {run}, which isn't. To finish it: rewardmodels "
-            f"learn --resume --out {run}"
+            f"run: expected a finished run, got {run.path}, which isn't. To finish it: "
+            f"rewardmodels learn --resume --out {run.path}"
         )
-    if not (run / "model.safetensors").is_file():
+    if not (run.path / "model.safetensors").is_file():
         raise InvalidInput(
-            f"run: expected a run with a reward model, got {run}, which has none: its reward "
-            "wasn't learned, or nothing was answered."
+            f"run: expected a run with a reward model, got {run.path}, which has none: its reward "
+            "wasn't learned, or there were no comparisons."
         )
-    for file in _files(checkpoints[-1]):
+    for file in _agent_files(run):
         if not file.is_file():
             raise UnreadableFile(f"{file}: expected the agent of a finished run, got no such file.")
-    settings = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-    model: RewardModel = load(run / "model.safetensors")
-    return find_task(settings["task"]), checkpoints[-1], model.frame_scorer()
 
 
-def _files(folder: Path) -> list[Path]:
-    return [folder / name for name in _AGENT]
+def _agent_files(run: RunDirectory) -> list[Path]:
+    return [run.checkpoints[-1] / name for name in _AGENT]
 
 
-def _load_agent(task: Task, folder: Path) -> Act:
-    settings = yaml.safe_load((folder.parent.parent / "config.yaml").read_text("utf-8"))
-    cls: Any = getattr(stable_baselines3, settings["algorithm"])
+def _load_agent(run: RunDirectory) -> Act:
+    agent_file, normalise_file = _agent_files(run)
+    cls: Any = getattr(stable_baselines3, run.settings["algorithm"])
+    task = find_task(run.settings["task"])
     with isolated_randomness(0), closing(make_vec_env(task, 1, 0)) as venv:
-        normalised = VecNormalize.load(str(folder / "normalise.pkl"), venv)
-        agent = cls.load(folder / "agent.zip", device="cpu")
+        normalised = VecNormalize.load(str(normalise_file), venv)
+        agent = cls.load(agent_file, device="cpu")
     return acting(agent, normalised)
 
 
-def _made(
-    monitor: Monitor,
-    make: Callable[[], gym.Env[Any, Any]],
-    act: Act,
-    alpha: float,
-    familiar: int,
-    calibration: int,
-    seed: int,
-) -> Monitor:
-    print(f"Recording {familiar + calibration} episodes, to fit and calibrate a guard.", flush=True)
-    with isolated_randomness(seed):
-        usual = play(make, act, familiar + calibration, seed, features=FEATURES).features
-    monitor.detector.fit(torch.cat(usual[:familiar]))
-    monitor.calibrate(usual[familiar:], alpha)
-    return monitor
-
-
-def _check_same(file: Path, found: Monitor, wanted: Monitor, alpha: float) -> None:
-    assert found.threshold is not None
+def _check_same(file: Path, kept: Monitor, wanted: Monitor, alpha: float) -> None:
+    assert kept.threshold is not None
     for name, old, new in (
-        ("alpha", found.threshold.alpha, alpha),
-        ("detector", type(found.detector).__name__, type(wanted.detector).__name__),
-        ("statistic", type(found.statistic).__name__, type(wanted.statistic).__name__),
+        ("alpha", kept.threshold.alpha, alpha),
+        ("detector", type(kept.detector).__name__, type(wanted.detector).__name__),
+        ("statistic", type(kept.statistic).__name__, type(wanted.statistic).__name__),
     ):
         if old != new:
             raise InvalidInput(
@@ -202,37 +205,32 @@ def _check_same(file: Path, found: Monitor, wanted: Monitor, alpha: float) -> No
             )
 
 
-def _guarded(guard: Guard, act: Act, model: FrameScorer, seed: int) -> dict[str, Any]:
-    seen, _ = guard.reset(seed=seed)
-    paid, observations, actions, ended = 0.0, [], [], False
-    alarm, reason, step = None, "", 0
+def _play_guarded(guard: Guard, act: Act, scorer: FrameScorer, seed: int) -> dict[str, Any]:
+    observation, _ = guard.reset(seed=seed)
+    steps: list[tuple[Any, Any, float]] = []
+    alarm, reason, ended = None, "", False
     while not ended:
-        action = act(seen[None], np.zeros(0))[0]
-        seen, reward, terminated, truncated, info = guard.step(action)
-        step, paid, ended = step + 1, paid + float(reward), terminated or truncated
-        observations.append(seen)
-        actions.append(action)
+        action = act(observation[None], np.zeros(0))[0]
+        observation, reward, terminated, truncated, info = guard.step(action)
+        ended = terminated or truncated
+        steps.append((observation, action, float(reward)))
         if info["guard"]["alarm"] and alarm is None:
-            alarm, reason = step, info["guard"]["reason"]
-    learned, doubt = model.batch(np.stack(observations), np.stack(actions))
+            alarm, reason = len(steps), info["guard"]["reason"]
+    observations, actions, rewards = zip(*steps, strict=True)
+    learned, doubt = scorer.batch(np.stack(observations), np.stack(actions))
     return {
-        "return": paid, "learned": float(learned.sum()), "doubt": float(doubt.mean()),
-        "alarm": alarm, "reason": reason,
+        "return": sum(rewards), "learned": float(learned.sum()),
+        "doubt": float(doubt.mean()), "alarm": alarm, "reason": reason,
     }  # fmt: skip
 
 
-def _observation_std(detector: OODDetector, env: gym.Env[Any, Any]) -> Any:
-    """Of transitions, whose first numbers are the observation before."""
-    (size,) = env.observation_space.shape or (0,)
-    return detector.scale[:size]
-
-
-def _show(rows: list[dict[str, Any]], monitor: Monitor, log: EventLog) -> None:
+def _print(rows: list[dict[str, Any]], monitor: Monitor, log: EventLog) -> None:
     threshold = monitor.threshold
     assert threshold is not None
     print(
         f"{type(monitor.detector).__name__} with {type(monitor.statistic).__name__}: at most "
-        f"{threshold.alpha:g} false alarms an episode, by {threshold.episodes} episodes."
+        f"{threshold.alpha:g} false alarms an episode, by {threshold.episodes} episodes (below "
+        f"{threshold.false_alarm_quantile(0.95):.2g} in 95% of such calibrations)."
     )
     for row in rows:
         what = f"alarm at step {row['alarm']}: {row['reason']}" if row["alarm"] else "no alarm"
@@ -243,16 +241,7 @@ def _show(rows: list[dict[str, Any]], monitor: Monitor, log: EventLog) -> None:
     print(f"Events: {log.path}")
 
 
-def _go_on(_: Any) -> None:
-    """The alarm is written down, and that is all."""
-
-
 def _ask(clip: Clips) -> bool:
     print(f"The guard has stopped the agent, after {clip.observations.shape[1]} frames like these:")
     print(clip.observations[0, -3:])
     return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
-
-
-def _statistic(name: str) -> Statistic:
-    made: Statistic = find_class("statistic", name)()
-    return made

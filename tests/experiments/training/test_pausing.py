@@ -1,4 +1,4 @@
-"""A pause comes when a loop by hand says, and no policy is updated on what raised it."""
+"""Training pauses at the step that a plain loop finds, and updates no policy after an alarm."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rewardmodels.errors import NotFitted
 LENGTH, COPIES, SIZE = 20, 4, 3
 
 
-class Told(gym.Env):
-    """Shows the observations it was told of, whatever is done; `(episodes, LENGTH + 1, SIZE)`."""
+class Replayed(gym.Env):
+    """Environment whose observations are a table `(episodes, LENGTH + 1, SIZE)`."""
 
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
     observation_space = gym.spaces.Box(-np.inf, np.inf, (SIZE,), np.float32)
@@ -37,26 +37,26 @@ class Told(gym.Env):
 
 
 def envs(tables):
-    return DummyVecEnv([lambda table=table: Told(table) for table in tables])
+    return DummyVecEnv([lambda table=table: Replayed(table) for table in tables])
 
 
 def ppo(env, n_steps=8):
     return PPO("MlpPolicy", env, n_steps=n_steps, batch_size=4, n_epochs=1, device="cpu", seed=0)
 
 
-def usual(rng, *shape):
+def normal(rng, *shape):
     return rng.standard_normal((*shape, SIZE)).astype(np.float32)
 
 
 def calibrated(rng, alpha=0.1, episodes=40):
-    frames = torch.from_numpy(usual(rng, 500))
+    frames = torch.from_numpy(normal(rng, 500))
     monitor = Monitor(Mahalanobis().fit(frames), CUSUM())
-    monitor.calibrate(list(torch.from_numpy(usual(rng, episodes, LENGTH))), alpha)
+    monitor.calibrate(list(torch.from_numpy(normal(rng, episodes, LENGTH))), alpha)
     return monitor
 
 
-def by_hand(monitor, tables, share):
-    """`(steps, alarmed)` at the first step at which so many copies have alarmed in an episode."""
+def plain_loop(monitor, tables, share):
+    """Steps and alarmed copies once a share of them has an alarm in its episode."""
     for episode in range(tables.shape[1]):
         streams = [monitor.stream(1) for _ in tables]
         raised = [False] * len(tables)
@@ -71,13 +71,13 @@ def by_hand(monitor, tables, share):
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize("normalise", [False, True])
-def test_pauses_at_the_step_that_a_loop_by_hand_finds(share, normalise):
+def test_pauses_at_the_step_that_a_loop_plain_loop_finds(share, normalise):
     rng = np.random.default_rng(3)
     monitor = calibrated(rng)
-    tables = usual(rng, COPIES, 6, LENGTH + 1)
-    tables[:2, 2:] += 1.5  # two copies, and later all, see something new
+    tables = normal(rng, COPIES, 6, LENGTH + 1)
+    tables[:2, 2:] += 1.5  # two copies are shifted, and later all
     tables[:, 3, 9:] += 1.5
-    steps, raised = by_hand(monitor, tables, share)
+    steps, raised = plain_loop(monitor, tables, share)
     env = VecNormalize(envs(tables)) if normalise else envs(tables)
     pause = PauseOnAlarm(monitor, "observation", share)
     agent = ppo(env).learn(COPIES * LENGTH * 5, pause)
@@ -88,34 +88,34 @@ def test_pauses_at_the_step_that_a_loop_by_hand_finds(share, normalise):
 
 def test_the_last_observation_of_an_episode_counts():
     rng = np.random.default_rng(0)
-    tables = 0 * usual(rng, COPIES, 6, LENGTH + 1)
+    tables = 0 * normal(rng, COPIES, 6, LENGTH + 1)
     tables[:, 1, LENGTH] = 50  # seen only as the terminal observation
     pause = PauseOnAlarm(calibrated(rng), "observation")
     agent = ppo(envs(tables)).learn(COPIES * LENGTH * 4, pause)
     assert agent.num_timesteps == COPIES * LENGTH * 2
 
 
-def test_what_was_done_is_seen_beside_what_it_led_to():
+def test_features_get_clipped_actions_and_the_observations_after():
     rng = np.random.default_rng(0)
     seen = []
 
-    def see(before, action, after):
+    def features(before, action, after):
         seen.append((before, action, after))
         return after
 
-    tables = usual(rng, COPIES, 3, LENGTH + 1)
+    tables = normal(rng, COPIES, 3, LENGTH + 1)
     monitor = calibrated(rng, alpha=0.03, episodes=60)
-    ppo(envs(tables)).learn(COPIES * LENGTH, PauseOnAlarm(monitor, see, 1))
+    ppo(envs(tables)).learn(COPIES * LENGTH, PauseOnAlarm(monitor, features, 1))
     before, action, after = seen[0]
     np.testing.assert_array_equal(before, tables[:, 0, 0])
     np.testing.assert_array_equal(after, tables[:, 0, 1])
     assert action.shape == (COPIES, 1)
-    assert np.abs(action).max() <= 1, "actions as the environments got them"
+    assert np.abs(action).max() <= 1
 
 
-def test_no_policy_is_updated_on_what_raised_the_alarm():
+def test_no_policy_is_updated_on_the_rollout_of_an_alarm():
     rng = np.random.default_rng(0)
-    tables = usual(rng, COPIES, 4, LENGTH + 1)
+    tables = normal(rng, COPIES, 4, LENGTH + 1)
     tables[:, 1] += 5  # in the second episode, the first rollout
     agent = ppo(envs(tables), n_steps=2 * LENGTH)
     before = [p.clone() for p in agent.policy.parameters()]
@@ -125,15 +125,15 @@ def test_no_policy_is_updated_on_what_raised_the_alarm():
     assert all(torch.equal(p, q) for p, q in zip(before, agent.policy.parameters(), strict=True))
 
 
-def test_goes_on_where_it_paused_with_another_monitor():
+def test_training_resumes_with_another_monitor():
     rng = np.random.default_rng(0)
-    tables = usual(rng, COPIES, 8, LENGTH + 1)
+    tables = normal(rng, COPIES, 8, LENGTH + 1)
     tables[:, 1:] += 5
     pause = PauseOnAlarm(calibrated(rng), "observation")
     agent = ppo(envs(tables)).learn(COPIES * LENGTH * 4, pause)
     first = agent.num_timesteps
-    shifted = Monitor(Mahalanobis().fit(torch.from_numpy(usual(rng, 500) + 5)))
-    shifted.calibrate(list(torch.from_numpy(usual(rng, 60, LENGTH) + 5)), 0.03)
+    shifted = Monitor(Mahalanobis().fit(torch.from_numpy(normal(rng, 500) + 5)))
+    shifted.calibrate(list(torch.from_numpy(normal(rng, 60, LENGTH) + 5)), 0.03)
     pause.watch(shifted)
     assert not pause.alarmed.any()
     agent.learn(COPIES * LENGTH * 3, pause, reset_num_timesteps=False)
@@ -141,9 +141,9 @@ def test_goes_on_where_it_paused_with_another_monitor():
     assert agent.num_timesteps >= first + COPIES * LENGTH * 3
 
 
-def test_an_environment_that_was_reset_meanwhile_begins_anew():
+def test_an_environment_that_was_reset_starts_an_episode():
     rng = np.random.default_rng(0)
-    tables = usual(rng, COPIES, 8, LENGTH + 1)
+    tables = normal(rng, COPIES, 8, LENGTH + 1)
     env = envs(tables)
     monitor = calibrated(rng, 0.03, episodes=60)
     pause, agent = PauseOnAlarm(monitor, "observation", 1), ppo(env)
@@ -158,7 +158,7 @@ def test_an_environment_that_was_reset_meanwhile_begins_anew():
 
 def test_every_algorithm_pauses():
     rng = np.random.default_rng(0)
-    tables = usual(rng, 1, 4, LENGTH + 1)
+    tables = normal(rng, 1, 4, LENGTH + 1)
     tables[:, 1:] += 9
     agent = SAC("MlpPolicy", envs(tables), learning_starts=5, device="cpu", seed=0)
     pause = PauseOnAlarm(calibrated(rng), "observation")
@@ -167,25 +167,25 @@ def test_every_algorithm_pauses():
     assert LENGTH < agent.num_timesteps < 2 * LENGTH
 
 
-def test_pauses_no_oftener_than_promised():
-    """With one copy, at most alpha an episode, over calibrations."""
+def test_false_pauses_are_as_rare_as_promised():
+    # With one copy, in at most a share alpha of episodes, over calibrations.
     alpha, trials, paused = 0.2, 40, 0
     for trial in range(trials):
         rng = np.random.default_rng(trial)
         pause = PauseOnAlarm(calibrated(rng, alpha, episodes=16), "observation")
-        ppo(envs(usual(rng, 1, 2, LENGTH + 1)), n_steps=LENGTH).learn(LENGTH, pause)
+        ppo(envs(normal(rng, 1, 2, LENGTH + 1)), n_steps=LENGTH).learn(LENGTH, pause)
         paused += pause.paused
     assert 0 < paused <= stats.binom.ppf(0.999, trials, alpha)
 
 
-def test_refuses_what_promises_nothing():
+def test_refuses_a_share_or_a_monitor_without_promise():
     rng = np.random.default_rng(0)
     monitor = calibrated(rng)
-    with pytest.raises(InvalidInput, match=r"share: expected .* got 0"):
+    with pytest.raises(InvalidInput, match="share"):
         PauseOnAlarm(monitor, share=0)
     with pytest.raises(NotFitted, match="threshold"):
         PauseOnAlarm(Monitor(monitor.detector))
     pause = PauseOnAlarm(monitor)
-    monitor.detector.fit(torch.from_numpy(usual(rng, 100)))
+    monitor.detector.fit(torch.from_numpy(normal(rng, 100)))
     with pytest.raises(StaleThreshold):
         pause.watch(monitor)
