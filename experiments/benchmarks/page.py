@@ -133,10 +133,8 @@ class _Client:
     new_browser: threading.Event = field(default_factory=threading.Event)
 
 
-def answer_during_kills(
-    run: Path, *, kills: int, people: int = 4, lease_seconds: float = 3.0, seed: int = 0
-) -> dict[str, int]:
-    """Let people answer all queries of a run at once while its server is killed repeatedly.
+def answer_during_kills(run: Path, *, kills: int, lease_seconds: float = 3.0) -> dict[str, int]:
+    """Let four people answer all queries of a run at once while its server is killed repeatedly.
 
     Kills are spread over the answers. After each one a person returns in another browser, so that
     the queries of the old one must become free by themselves.
@@ -144,9 +142,7 @@ def answer_during_kills(
     Args:
         run: Run directory, with open queries.
         kills: Number of SIGKILLs.
-        people: Number of people.
         lease_seconds: Seconds for which a query is held.
-        seed: Seed of the answers and of the moments of the kills.
 
     Returns:
         The first five keys of `benchmark_page`.
@@ -165,8 +161,8 @@ def answer_during_kills(
         server.start()
         return server
 
-    draw = random.Random(seed)
-    clients = [_Client(f"person {i}") for i in range(people)]
+    draw = random.Random(0)
+    clients = [_Client(f"person {i}") for i in range(4)]
     threads = [
         threading.Thread(
             target=_answer_all, args=(authentication, client, port, draw.random()), daemon=True
@@ -186,7 +182,7 @@ def answer_during_kills(
             server.kill()
             server.join()
             server = start()
-            clients[kill % people].new_browser.set()
+            clients[kill % len(clients)].new_browser.set()
         for thread in threads:
             thread.join()
     finally:

@@ -9,7 +9,6 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from active import FeedbackStore
-from active.leases import SECONDS
 from experiments.labelling.auth import Person
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import InvalidInput
@@ -31,19 +30,16 @@ class Questions:
         run: Run directory.
         repeat_every: Answers of a person after which one of their queries is repeated; 0: never.
         lease_seconds: Seconds for which a person keeps a query while their page is silent.
-        seed: Seed of the choice of repeated queries.
     """
 
-    def __init__(
-        self, run: Path, repeat_every: int, lease_seconds: float = SECONDS, *, seed: int = 0
-    ) -> None:
+    def __init__(self, run: Path, repeat_every: int, lease_seconds: float) -> None:
         self.run, self.repeat_every, self.lease_seconds = (
             RunDirectory(run),
             repeat_every,
             lease_seconds,
         )
         self.store = FeedbackStore(run / "answers.sqlite")
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._frames: dict[int, int] = {}
         self._budget = self.run.settings.get("comparisons")
 
