@@ -13,6 +13,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
     from rewardmodels.errors import RewardModelsError
+
+_QUICK = "a minute or two, for trends"
 
 Command = Callable[[str, list[str]], None]
 """Called with the words that name the command, and the arguments that follow them."""
@@ -126,7 +129,7 @@ def _study(words: str, arguments: list[str]) -> None:
     name = words.split()[1]
     study = import_module(f"experiments.studies.{name}")
     parser = _parser(words)
-    parser.add_argument("--quick", action="store_true", help="a minute or two, for trends")
+    parser.add_argument("--quick", action="store_true", help=_QUICK)
     parser.add_argument("--json", type=Path, help="file for the figures, which are printed too")
     parser.add_argument(
         "--report_only", action="store_true", help="report on the cells that are finished"
@@ -174,12 +177,11 @@ def _expand_classes(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _call(path: str, *, quick: str = "", positional: bool = False, config: str = "") -> Command:
-    """Make a command that calls the function at `module:name`.
+def _call(path: str, *, positional: bool = False, config: str = "") -> Command:
+    """Make a command that calls the function at `module:name`, whose parameters become flags.
 
     Args:
-        path: Of the function; its parameters become flags.
-        quick: Help of the command's `--quick`; empty if it has none.
+        path: Of the function; a parameter `quick` becomes a flag without a value.
         positional: Parameters without a default are positional.
         config: Dataclass of the same module that is the function's only parameter; its fields
             become the flags.
@@ -189,9 +191,9 @@ def _call(path: str, *, quick: str = "", positional: bool = False, config: str =
         module, name = path.split(":")
         function = getattr(import_module(module), name)
         parser = _parser(words)
-        if quick:
-            parser.add_argument("--quick", action="store_true", help=quick)
-        skip: set[str | int] | None = {"quick"} if quick else None
+        skip: set[str | int] = {"quick"} & set(signature(function).parameters)
+        if skip:
+            parser.add_argument("--quick", action="store_true", help=_QUICK)
         if config:
             cls = getattr(import_module(module), config)
             parser.add_class_arguments(cls, as_positional=positional)
@@ -320,23 +322,23 @@ def _unknown_class(argument: str, name: str) -> str:
 _COMMANDS: dict[str, tuple[str, Command]] = {
     "learn": ("learn a task from comparisons of behaviour", _learn),
     "demo": (
-        "learn HalfCheetah from 100 comparisons, beside a reward of zero",
+        "learn HalfCheetah from 100 comparisons, and from zero reward to compare",
         _call("experiments.demo:demo"),
     ),
     "label": (
-        "serve the page on which people answer a run's questions",
+        "serve the page on which people compare a run's clips",
         _call("experiments.labelling.command:label", positional=True),
     ),
     "guard": (
-        "run a trained agent under a guard, which is calibrated once and kept beside it",
+        "run a trained agent under a guard, which the first call fits and calibrates",
         _call("experiments.deploy:guard_run", positional=True, config="GuardConfig"),
     ),
     "export": (
-        "write all answers, marks and ratings of a run as CSV or Parquet",
+        "write a run's comparisons, marks and ratings as CSV or Parquet",
         _call("active.export:export_feedback", positional=True),
     ),
     "import": (
-        "read what export wrote into a new store of answers",
+        "read an export into a new feedback store",
         _call("active.export:import_feedback", positional=True),
     ),
     "pool": (
@@ -366,24 +368,16 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "benchmark predictors": (
         "measure calibration, uncertainty and cost of every predictor",
-        _call(
-            "experiments.benchmarks.predictors:benchmark_predictors",
-            quick="in about two minutes, for trends: one task, one seed",
-        ),
+        _call("experiments.benchmarks.predictors:benchmark_predictors"),
     ),
     "study backflip": ("count the backflips of Hoppers taught by comparisons", _study),
     "benchmark speed": (
         "time what has to be fast",
-        _call(
-            "experiments.benchmarks.speed:benchmark_speed", quick="in a minute or two, for trends"
-        ),
+        _call("experiments.benchmarks.speed:benchmark_speed"),
     ),
     "benchmark page": (
         "measure what the page loses when it is killed, and how long people wait",
-        _call(
-            "experiments.benchmarks.page:benchmark_page",
-            quick="in about two minutes, for trends: fewer answers and kills",
-        ),
+        _call("experiments.benchmarks.page:benchmark_page"),
     ),
 }
 
