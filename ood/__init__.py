@@ -23,7 +23,7 @@ Example:
     ('halted', 'Mahalanobis')
 """
 
-from ood.conformal import Threshold, calibrate, calibrate_stream, conformal_quantile
+from ood.conformal import Threshold, calibrate, calibrate_stream
 from ood.density import KNN, MixtureDensity
 from ood.detectors import (
     Epistemic,
@@ -93,7 +93,6 @@ __all__ = [
     "calibrate",
     "calibrate_stream",
     "confident_errors",
-    "conformal_quantile",
     "load_monitor",
     "record_episodes",
     "save_monitor",

@@ -1,17 +1,15 @@
 r"""Conformal thresholds: a promised rate of false alarms, for any detector and any statistic.
 
-The promise, for whole episodes. Let the calibration episodes and one new one be exchangeable: the
-same policy in the same environment, none of them seen when the detector was fitted. Some
-calibration episodes, picked before any is looked at, are set apart to estimate each step's mean and
-standard deviation of the score. Given these, "standardise by step, run the statistic, take its
-largest value" is one fixed function of a whole episode, so the maxima $M_1, \dots, M_n$ of the
-others and $M_{n+1}$ of the new one are exchangeable, however the scores within an episode depend on
-each other. With q the $\lceil (1 - \alpha)(n + 1) \rceil$-th smallest of the n,
+Let the calibration episodes and one new one be exchangeable: the same policy in the same
+environment, none of them seen when the detector was fitted. Some calibration episodes, picked
+before any is looked at, are set apart to estimate each step's mean and standard deviation of the
+score. Given these, "standardise by step, run the statistic, take its largest value" is one fixed
+function of an episode, so the maxima $M_1, \dots, M_n$ of the others and $M_{n+1}$ of the new one
+are exchangeable, however scores depend on each other within an episode. With q the
+$\lceil (1 - \alpha)(n + 1) \rceil$-th smallest of the n, $P(M_{n+1} > q) \le \alpha$ (split
+conformal prediction: Lei et al. 2018, arXiv:1604.04173, §2.2; of standardised curves:
+Diquigiovanni, Fontana & Vantini 2025, Statistica Sinica 35:853).
 
-$$P(M_{n+1} > q) \le \alpha$$
-
-(Vovk, Gammerman & Shafer 2005; split conformal prediction, Lei et al. 2018, arXiv:1604.04173, §2.2;
-standardised deviations of curves: Diquigiovanni, Fontana & Vantini 2025, Statistica Sinica 35:853).
 If the standardising episodes were also among the n, their maxima would be too small and the promise
 broken. The probability is over the calibration as well as the new episode: given one calibration
 the rate is Beta-distributed about it (`Threshold.false_alarm_quantile`).
@@ -30,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ood.detectors import as_array
-from ood.sequential import RankBet, Spike, Statistic
+from ood.sequential import ConformalMartingale, Spike, Statistic
 from rewardmodels import InvalidInput
 
 Array = NDArray[np.float64]
@@ -64,12 +62,7 @@ class Threshold:
     period: int = 0
 
     def standardise(self, scores: Array, steps: NDArray[np.int64]) -> Array:
-        """Scores `(n,)`, or residuals `(n, D)`, in standard deviations from those usual at `steps`.
-
-        Args:
-            scores: One for each step.
-            steps: `(n,)`, of the episode, from 0.
-        """
+        """Standardise scores `(n,)` or residuals `(n, D)` by those usual at `steps` `(n,)`."""
         last = len(self.mean) - 1
         if len(steps) == 1:  # a view, in a fifth of the time that copies take
             step = steps.item()
@@ -83,23 +76,6 @@ class Threshold:
         standard: Array = scores - mean
         standard /= scale
         return standard
-
-    @property
-    def run_length(self) -> float:
-        r"""Lower bound on the mean number of steps before a false alarm in an unending stream.
-
-        $b (1/\alpha - 1)$ for blocks of b steps: given the calibration, independent blocks have one
-        chance p of an alarm, and alarm after 1/p blocks on average; $E[1/p] \ge 1/E[p] \ge
-        1/\alpha$ by Jensen's inequality; an alarm may come at once in its block.
-
-        Raises:
-            InvalidInput: It was calibrated on episodes.
-        """
-        if not self.period:
-            raise InvalidInput(
-                "run_length: expected a threshold of calibrate_stream, got one of episodes."
-            )
-        return self.period * (1 / self.alpha - 1)
 
     def false_alarm_quantile(self, probability: float = 0.95) -> float:
         r"""Bound on this calibration's own rate of false alarms, which holds with `probability`.
@@ -169,8 +145,7 @@ def conformal_quantile(values: Tensor, alpha: float) -> float:
         alpha: In (0, 1).
 
     Raises:
-        InvalidInput: Too few values for this alpha (the message says how many it takes), NaN, or an
-            alpha that isn't in (0, 1).
+        InvalidInput: Too few values for this alpha, NaN, or an alpha that isn't in (0, 1).
 
     Example:
         >>> conformal_quantile(torch.arange(1.0, 20.0), alpha=0.1)
@@ -198,8 +173,8 @@ def calibrate(
     in length; steps beyond the longest use its last mean and standard deviation.
 
     Args:
-        scores: N whole held-out episodes, each `(T_i,)` scores of its steps, or `(T_i, D)`
-            residuals for a multivariate statistic, in an order that doesn't depend on them.
+        scores: N whole held-out episodes, `(T_i,)` scores or `(T_i, D)` residuals for a
+            multivariate statistic, in an order that doesn't depend on them.
         statistic: To run over new episodes.
         alpha: Largest chance of a false alarm in an episode.
         standardise: Share of episodes, the first, that give each step's usual score; the threshold
@@ -242,19 +217,17 @@ def calibrate_stream(
     block: int,
     standardise: float = 0.25,
 ) -> Threshold:
-    """Find a threshold for a stream without end, with promises per block of steps.
-
-    A statistic of episodes begins anew at each block, has a false alarm in it with probability at
-    most alpha, and on average runs for at least `Threshold.run_length` steps before the first. A
-    `ConformalMartingale` or `ShiryaevRoberts` goes on from block to block: it gets the blocks given
-    here as its history, and the threshold 1 / alpha.
+    r"""Find a threshold that a block of an unending stream exceeds with probability at most alpha.
 
     Assumes that blocks are exchangeable, which those of one stream are as far as it is stationary
-    and forgets within a block: let a block be many times as long as scores stay correlated.
+    and forgets within a block: let a block be many times as long as scores stay correlated. A
+    statistic of episodes begins anew at each block of b steps; the mean time before a false alarm
+    is at least $b (1/\alpha - 1)$ steps for independent blocks (Jensen's inequality, since each
+    calibration has its own rate). A `ConformalMartingale` or `ShiryaevRoberts` goes on from block
+    to block: it gets the blocks given here as its history, and the threshold 1 / alpha.
 
     Args:
-        scores: `(L,)`, or `(L, D)` residuals for a multivariate statistic, held out; the rest after
-            the last whole block is unused.
+        scores: `(L,)`, or `(L, D)` residuals for a multivariate statistic, held out.
         statistic: To run over new blocks.
         alpha: Largest chance of a false alarm in a block; see the two martingales for theirs.
         block: Steps.
@@ -264,10 +237,7 @@ def calibrate_stream(
         InvalidInput: As `calibrate`, of blocks.
 
     Example:
-        >>> from ood.sequential import ConformalMartingale, Spike
         >>> scores = torch.randn(4000, generator=torch.Generator().manual_seed(0))
-        >>> calibrate_stream(scores, Spike(), alpha=0.1, block=100).run_length
-        900.0
         >>> calibrate_stream(scores, ConformalMartingale(), alpha=0.001, block=100).value
         1000.0
     """
@@ -277,7 +247,7 @@ def calibrate_stream(
     shape = (-1, block, *flat.shape[1:])
     blocks = list(torch.from_numpy(flat[: len(flat) // block * block]).reshape(shape))
     window = 2 * block  # every step of a block is like every other: all are pooled
-    if isinstance(statistic, RankBet):
+    if isinstance(statistic, ConformalMartingale):
         episodes_needed(alpha)  # refuses an alpha that is none
         held_out, plain = _standardised(blocks, statistic, alpha, standardise, window)
         if not held_out:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from sklearn.mixture import GaussianMixture
 
-from ood.detectors import Array, OODDetector
+from ood.detectors import Array, OODDetector, check_enough, check_positive
 from rewardmodels import InvalidInput
 
 
@@ -44,18 +44,13 @@ class KNN(OODDetector):
     _CHUNK = 1 << 22  # distances in memory at once (16 MiB)
 
     def __init__(self, k: int = 5, frames: int = 8192, seed: int = 0) -> None:
-        for name, value in (("k", k), ("frames", frames)):
-            if value < 1:
-                raise InvalidInput(f"{name}: expected at least 1, got {value}.")
+        check_positive(k=k, frames=frames)
         if k > frames:
             raise InvalidInput(f"k: expected at most the {frames} frames that are kept, got {k}.")
         self.k, self.frames, self.seed = k, frames, seed
 
     def fit_frames(self, frames: Array) -> None:
-        if len(frames) < self.k:
-            raise InvalidInput(
-                f"features: expected at least k = {self.k} frames, got {len(frames)}."
-            )
+        check_enough(frames, k=self.k)
         if len(frames) > self.frames:
             draw = np.random.default_rng(self.seed).choice(len(frames), self.frames, False)
             frames = frames[np.sort(draw)]
@@ -126,17 +121,11 @@ class MixtureDensity(OODDetector):
     learned = ("factors", "centres", "constants")
 
     def __init__(self, components: int = 8, frames: int = 50_000, seed: int = 0) -> None:
-        for name, value in (("components", components), ("frames", frames)):
-            if value < 1:
-                raise InvalidInput(f"{name}: expected at least 1, got {value}.")
+        check_positive(components=components, frames=frames)
         self.components, self.frames, self.seed = components, frames, seed
 
     def fit_frames(self, frames: Array) -> None:
-        if len(frames) < self.components:
-            raise InvalidInput(
-                f"features: expected at least components = {self.components} frames, got "
-                f"{len(frames)}."
-            )
+        check_enough(frames, components=self.components)
         if len(frames) > self.frames:
             rows = np.random.default_rng(self.seed).choice(len(frames), self.frames, False)
             frames = frames[rows]

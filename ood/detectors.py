@@ -27,8 +27,7 @@ Array = NDArray[Any]
 CONSTANT_SCALE = 1e-6
 _RIDGE = 1e-6  # of a correlation matrix, whose eigenvalues sum to F
 _SMALLEST_SCALE = 1e-12
-# The state of another library's model can't be hashed; its scores of this many frames stand for it.
-_PROBES = 64
+_PROBES = 64  # frames whose scores stand for a model that can't be hashed
 
 
 class OODDetector(ABC):
@@ -41,8 +40,7 @@ class OODDetector(ABC):
     `(B, F)` finite numbers of double precision, already checked:
 
     - `fit_frames(frames)`: called by `fit`, after `mean` and `scale` are set. It stores what it
-      learns in attributes that are NumPy arrays and whose names `learned` lists; fingerprint and
-      saved file are made from these.
+      learns as NumPy arrays in attributes that `learned` names, which are hashed and saved.
     - `score_frames(frames)`: `(B,)`, called by `score` and at every step of a guard.
     - `residual_frames(frames)`: `(B, D)` signed numbers for statistics such as `ood.MEWMA`; by
       default the score as one column.
@@ -50,7 +48,7 @@ class OODDetector(ABC):
       absolute deviations from the training mean, in standard deviations.
 
     Constructor arguments are kept as attributes of the same names. `ood.checks.check_detector`
-    tests a subclass; `ood.DETECTORS` makes it known by name to `load_monitor` and the command line.
+    tests a subclass; `ood.DETECTORS` makes it known to `load_monitor` and the command line.
 
     Example:
         >>> from ood.checks import check_detector
@@ -119,7 +117,7 @@ class OODDetector(ABC):
 
         Raises:
             NotFitted: The detector isn't fitted.
-            InvalidInput: Another shape than that of the training frames, NaN or infinity.
+            InvalidInput: Another width than that of the training frames, NaN or infinity.
         """
         return torch.from_numpy(self.evaluate(self.check_frames(features)))
 
@@ -127,21 +125,12 @@ class OODDetector(ABC):
         """Signed deviations `(B, D)` of frames `(B, F)` from what is normal.
 
         For training frames they are about 0, in standard deviations and as uncorrelated as the
-        detector can make them. A detector without directions returns its score, as one column.
-
-        Raises:
-            NotFitted: As `score`.
-            InvalidInput: As `score`.
+        detector can make them. Raises as `score` does.
         """
         return torch.from_numpy(self.evaluate(self.check_frames(features), residuals=True))
 
     def explain(self, features: Tensor) -> Tensor:
-        """Non-negative shares `(B, F)` of the features in the scores of frames `(B, F)`.
-
-        Raises:
-            NotFitted: As `score`.
-            InvalidInput: As `score`.
-        """
+        """Non-negative shares `(B, F)` of the features in the scores; raises as `score` does."""
         return torch.from_numpy(self.explain_frames(self.check_frames(features)))
 
     def detector_names(self, features: Tensor) -> list[str]:
@@ -149,12 +138,7 @@ class OODDetector(ABC):
         return [type(self).__name__] * len(features)
 
     def check_frames(self, features: Tensor | Array) -> Array:
-        """Convert features to an array that `evaluate` takes.
-
-        Raises:
-            NotFitted: As `score`.
-            InvalidInput: As `score`.
-        """
+        """Convert features to an array that `evaluate` takes; raises as `score` does."""
         self._check_fitted()
         frames = as_array(features)
         if frames.ndim != 2 or frames.shape[1] != self.num_features:
@@ -167,13 +151,9 @@ class OODDetector(ABC):
         return frames
 
     def evaluate(self, frames: Array, *, residuals: bool = False) -> NDArray[np.float64]:
-        """Compute `score` or `residuals` from array to array, without checks.
+        """Compute scores `(B,)` or residuals `(B, D)` of frames that `check_frames` would pass.
 
-        For callers that score one frame at a time: a check takes as long as a score.
-
-        Args:
-            frames: From `check_frames`, or known to be such.
-            residuals: Compute residuals `(B, D)` in place of scores `(B,)`.
+        A check takes as long as the score of a single frame.
         """
         # A frame that overflows is infinitely anomalous, and no reason for a warning.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -202,11 +182,7 @@ class OODDetector(ABC):
 
     @property
     def state(self) -> dict[str, Array]:
-        """Learned arrays.
-
-        Raises:
-            NotFitted: The detector isn't fitted.
-        """
+        """Learned arrays; raises NotFitted without any."""
         self._check_fitted()
         return {name: getattr(self, name) for name in ("mean", "scale", *self.learned)}
 
@@ -226,11 +202,7 @@ class OODDetector(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of settings and state, by which a threshold recognises its detector.
-
-        Raises:
-            NotFitted: The detector isn't fitted.
-        """
+        """Hash of settings and state, by which a threshold recognises its detector."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(type(self).__name__.encode())
         digest.update(json.dumps(self.settings, default=repr, sort_keys=True).encode())
@@ -306,10 +278,7 @@ class RelativeMahalanobis(OODDetector):
         self.groups, self.seed = groups, seed
 
     def fit_frames(self, frames: Array) -> None:
-        if len(frames) < self.groups:
-            raise InvalidInput(
-                f"features: expected at least {self.groups} frames, one a group, got {len(frames)}."
-            )
+        check_enough(frames, groups=self.groups)
         standard = self.standardise(frames)
         means = MiniBatchKMeans(self.groups, random_state=self.seed, n_init=3, batch_size=4096)
         group = means.fit_predict(standard)
@@ -333,13 +302,12 @@ class RelativeMahalanobis(OODDetector):
 class SklearnDetector(OODDetector):
     """Outlier detector or density of scikit-learn, on features in standard deviations.
 
-    Theirs are high for normal frames, so the score is minus `score_samples`, or minus
-    `decision_function` where there is no such method. It can't be saved: unpickling runs code.
+    The score is minus its `score_samples`, or minus `decision_function` where there is no such
+    method. It can't be saved: unpickling runs code.
 
     Args:
-        estimator: One with `score_samples`, such as IsolationForest, OneClassSVM, KernelDensity or
-            LocalOutlierFactor(novelty=True), or an outlier detector with `decision_function`, such
-            as EllipticEnvelope. It is cloned, never changed.
+        estimator: IsolationForest, OneClassSVM, KernelDensity, LocalOutlierFactor(novelty=True),
+            EllipticEnvelope or another with one of these methods. It is cloned, never changed.
 
     Raises:
         InvalidInput: It has neither.
@@ -540,6 +508,22 @@ def whitening(centred: Array) -> Array:
     values, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
     whitening: Array = vectors / np.sqrt(np.maximum(values, 0) + _RIDGE)
     return whitening
+
+
+def check_enough(frames: Array, **numbers: int) -> None:
+    """Raise InvalidInput for fewer frames than one of these numbers, with its name."""
+    for name, value in numbers.items():
+        if len(frames) < value:
+            raise InvalidInput(
+                f"features: expected at least {name} = {value} frames, got {len(frames)}."
+            )
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise InvalidInput for a number below 1, with its name."""
+    for name, value in numbers.items():
+        if value < 1:
+            raise InvalidInput(f"{name}: expected at least 1, got {value}.")
 
 
 def _check_finite(frames: Array) -> None:

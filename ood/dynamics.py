@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ood.detectors import CONSTANT_SCALE, Array, OODDetector, as_array, whitening
+from ood.detectors import CONSTANT_SCALE, Array, OODDetector, as_array, check_positive, whitening
 from rewardmodels import InvalidInput
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.networks import PRIOR_GAIN
@@ -78,11 +78,11 @@ class DynamicsEnsemble(OODDetector):
         steps: int = 20_000,
         seed: int = 0,
     ) -> None:
-        _check_positive(observation_size=observation_size, members=members, steps=steps)
+        check_positive(observation_size=observation_size, members=members, steps=steps)
         if score_by not in (known := get_args(Literal["likelihood", "error"])):
             raise InvalidInput(f"score_by: expected one of {', '.join(known)}; got {score_by!r}.")
         self.observation_size, self.members, self.hidden = observation_size, members, tuple(hidden)
-        _check_positive(hidden=min(self.hidden, default=1))
+        check_positive(hidden=min(self.hidden, default=1))
         self.score_by: Literal["likelihood", "error"] = score_by
         self.steps, self.seed = steps, seed
         self._folded: tuple[int, _Folded | None] = -1, None  # revision, and what belongs to it
@@ -161,8 +161,6 @@ class DynamicsEnsemble(OODDetector):
 
     def _mean_errors(self, frames: Array) -> Array:
         """Errors `(B, O)` of the mean prediction, in predicted standard deviations."""
-        if len(frames) <= _CHUNK:  # a copy would take part of a guarded step
-            return self._mean_errors_chunk(frames)
         return _in_chunks(self._mean_errors_chunk, frames)
 
     def _mean_errors_chunk(self, frames: Array) -> Array:
@@ -271,7 +269,7 @@ class RandomNetworkDistillation(OODDetector):
         seed: int = 0,
     ) -> None:
         self.hidden, self.outputs, self.steps, self.seed = tuple(hidden), outputs, steps, seed
-        _check_positive(hidden=min(self.hidden, default=1), outputs=outputs, steps=steps)
+        check_positive(hidden=min(self.hidden, default=1), outputs=outputs, steps=steps)
         layers = len(self.hidden) + 1
         self.learned = (*_layer_names("target", layers), *_layer_names("copy", layers))
 
@@ -370,11 +368,7 @@ def _forward(inputs: Array, layers: Sequence[tuple[Array, Array]]) -> Array:
 
 
 def _in_chunks(function: Callable[[Array], Array], frames: Array) -> Array:
-    starts = range(0, max(1, len(frames)), _CHUNK)
+    if len(frames) <= _CHUNK:  # a copy would take part of a guarded step
+        return function(frames)
+    starts = range(0, len(frames), _CHUNK)
     return np.concatenate([function(frames[i : i + _CHUNK]) for i in starts])
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise InvalidInput(f"{name}: expected at least 1, got {value}.")

@@ -23,22 +23,12 @@ Features = Callable[[Array, Array, Array], Array]
 
 
 def observation(before: Array, action: Array, after: Array) -> Array:
-    """Observation after the action, `(B, obs)`.
-
-    Example:
-        >>> observation(np.zeros((2, 3)), np.zeros((2, 1)), np.ones((2, 3))).tolist()
-        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
-    """
+    """Observation after the action, `(B, obs)`."""
     return after.reshape(len(after), -1)
 
 
 def observation_action(before: Array, action: Array, after: Array) -> Array:
-    """Frame as a reward model sees it, `(B, obs + act)`; a discrete action is one number.
-
-    Example:
-        >>> observation_action(np.zeros((2, 3)), np.zeros((2, 1)), np.ones((2, 3))).shape
-        (2, 4)
-    """
+    """Frame as a reward model sees it, `(B, obs + act)`; a discrete action is one number."""
     return np.concatenate([after.reshape(len(after), -1), action.reshape(len(action), -1)], 1)
 
 

@@ -47,9 +47,7 @@ class Event:
         environment: Number of the environment, from 0.
         episode: Number of that environment's episode, from 0.
         step: Steps since the episode's start.
-        score: Of the detector; NaN where there is none.
-        statistic: Of the scores so far.
-        threshold: Above which there is an alarm.
+        score: Of the detector; NaN where there is none, as `statistic` and `threshold`.
         reason: Description of the cause.
 
     Attributes:
@@ -72,28 +70,14 @@ class Event:
 class EventLog:
     """File to which events are appended, one line of JSON each, so that a crash loses none.
 
-    JSON has no infinity and no NaN: both are null.
-
-    Args:
-        path: The file; it and its folder are made at the first event.
-
-    Example:
-        >>> import tempfile
-        >>> log = EventLog(Path(tempfile.mkdtemp()) / "guard.jsonl")
-        >>> log(Event("halt", 0, 0, 7, 3.0, float("inf"), 5.0, "NaN in observation[0]"))
-        >>> [(event["kind"], event["statistic"]) for event in log.read()]
-        [('halt', None)]
+    It and its folder are made at the first event. Infinity and NaN, which JSON lacks, are null.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def __call__(self, event: Event) -> None:
-        """Append an event.
-
-        Raises:
-            OSError: The file can't be written.
-        """
+        """Append an event; raises OSError if the file can't be written."""
         fields = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(event).items()
@@ -101,12 +85,6 @@ class EventLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(fields, allow_nan=False) + "\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return all events so far, none where there is no file."""
-        if not self.path.exists():
-            return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,15 +241,10 @@ class VectorGuard(VectorWrapper[Any, Any, Any, Any, Any]):
     of next-step autoreset that only resets belongs to no episode, and raises no alarm; with
     same-step autoreset an episode's last observation is taken from `info["final_obs"]`.
 
-    Args:
-        env: The environments.
-        monitor: As of `Guard`.
-        features: As of `Guard`.
-        response: As of `Guard`; its functions are called for one environment at a time.
-        log: As of `Guard`.
+    Arguments are those of `Guard`; functions are called for one environment at a time.
 
     Raises:
-        InvalidInput: As of `Guard`, or environments without an autoreset mode.
+        InvalidInput: As `Guard`, or environments without an autoreset mode.
 
     Example:
         >>> from ood import Mahalanobis
@@ -341,11 +314,7 @@ class VectorGuard(VectorWrapper[Any, Any, Any, Any, Any]):
         return observations, rewards, terminated, truncated, {**info, "guard": self._info()}
 
     def decide(self, go_on: bool, environment: int) -> None:
-        """Decide whether an agent goes on after an alarm that `ask` left open.
-
-        Raises:
-            InvalidInput: No alarm of that environment is open.
-        """
+        """Decide as `Guard.decide`, for one environment."""
         self.controller.decide(go_on, environment)
 
     def _info(self) -> dict[str, Any]:
@@ -369,19 +338,12 @@ class GuardController:
 
     Args:
         n: Number of environments.
-        env_spaces: Observation and action space of one environment.
-        monitor: As of `Guard`.
-        features: As of `Guard`.
-        response: As of `Guard`.
-        log: As of `Guard`.
+        env_spaces: Observation and action space of one environment; the rest as of `Guard`.
 
     Attributes:
         acting: `(n,)`, index of who acts next among the names of `Acting`.
         reading: Of the latest step.
         reasons: Of the latest alarms.
-
-    Raises:
-        InvalidInput: Observations or actions that aren't arrays, or no safe action.
     """
 
     def __init__(
@@ -466,7 +428,7 @@ class GuardController:
 
         Args:
             actions: `(n, *act)`, as taken.
-            after: `(n, *obs)`, the observations after them.
+            after: `(n, *obs)`, observations after them.
             active: `(n,)` bool, False where the step belongs to no episode.
         """
         if any(self.reasons):
@@ -499,11 +461,7 @@ class GuardController:
         self.before = np.array(after)
 
     def decide(self, go_on: bool, environment: int = 0) -> None:
-        """Decide whether an agent goes on after an alarm that `ask` left open.
-
-        Raises:
-            InvalidInput: No alarm of that environment is open.
-        """
+        """Decide as `Guard.decide`, for one environment."""
         if not self.undecided[environment]:
             raise InvalidInput(
                 f"environment: expected one that waits for a decision, got {environment}."

@@ -114,12 +114,11 @@ class Monitor:
         Args:
             episodes: N, each `(T_i, F)` features of its steps.
             alpha: Largest chance of a false alarm in an episode.
-            standardise: As `ood.conformal.calibrate`.
-            window: As `ood.conformal.calibrate`.
+            standardise: As `ood.conformal.calibrate`, like `window` and what it raises.
+            window: Steps.
 
         Raises:
             NotFitted: The detector isn't fitted.
-            InvalidInput: As `ood.conformal.calibrate`, or features of another shape.
         """
         scores = [self.scores(episode) for episode in episodes]
         found = calibrate(scores, self.statistic, alpha, standardise=standardise, window=window)
@@ -129,19 +128,10 @@ class Monitor:
     def calibrate_stream(
         self, features: Tensor, alpha: float, *, block: int, standardise: float = 0.25
     ) -> Threshold:
-        """Set the threshold by one long stream that the detector wasn't fitted to.
+        """Set the threshold by a stream `(L, F)`, for environments without episodes.
 
-        For environments without episodes; see `ood.conformal.calibrate_stream` for the promises.
-
-        Args:
-            features: `(L, F)`.
-            alpha: Largest chance of a false alarm in a block.
-            block: Steps after which a statistic of episodes begins anew.
-            standardise: As `ood.conformal.calibrate_stream`.
-
-        Raises:
-            NotFitted: The detector isn't fitted.
-            InvalidInput: As `ood.conformal.calibrate_stream`, or features of another shape.
+        The detector wasn't fitted to it. See `ood.conformal.calibrate_stream`, whose arguments,
+        promises and errors these are.
         """
         found = calibrate_stream(
             self.scores(features), self.statistic, alpha, block=block, standardise=standardise
@@ -150,22 +140,13 @@ class Monitor:
         return self.threshold
 
     def scores(self, features: Tensor) -> Tensor:
-        """Scores `(B,)` of frames `(B, F)`, or residuals `(B, D)` for a multivariate statistic.
-
-        Raises:
-            NotFitted: The detector isn't fitted.
-            InvalidInput: Features of another shape, or NaN or infinity.
-        """
+        """Scores `(B,)` of frames `(B, F)`, or residuals `(B, D)` for a multivariate statistic."""
         detector = self.detector
         return (detector.residuals if self.statistic.multivariate else detector.score)(features)
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of detector and statistic: a threshold holds for both.
-
-        Raises:
-            NotFitted: The detector isn't fitted.
-        """
+        """Fingerprint of detector and statistic: a threshold holds for both."""
         statistic = f"{type(self.statistic).__name__}{self.statistic.settings}"
         return f"{self.detector.fingerprint} {statistic}"
 
@@ -190,13 +171,7 @@ class Monitor:
             )
 
     def stream(self, n: int) -> Stream:
-        """Start to watch n environments.
-
-        Raises:
-            NotFitted: As `check`.
-            StaleThreshold: As `check`.
-            InvalidInput: Less than one environment.
-        """
+        """Start to watch n environments; raises as `check` does."""
         self.check()
         return Stream(self, n)
 
@@ -224,15 +199,7 @@ class Monitor:
 
 
 class Stream:
-    """State of a monitor that watches n environments; made by `Monitor.stream`.
-
-    Args:
-        monitor: One that passes `Monitor.check`.
-        n: Number of environments.
-
-    Raises:
-        InvalidInput: Less than one environment.
-    """
+    """State of a monitor that watches n environments; made by `Monitor.stream`."""
 
     def __init__(self, monitor: Monitor, n: int) -> None:
         self.monitor = monitor
@@ -249,15 +216,11 @@ class Stream:
     def update(self, features: Array | Tensor) -> Reading:
         """Add one step of each environment.
 
-        Features that aren't finite are infinitely anomalous, and raise an alarm whatever the
-        threshold; so does a statistic that isn't a number.
-
-        Args:
-            features: `(n, F)`.
+        Features `(n, F)` that aren't finite are infinitely anomalous, and raise an alarm whatever
+        the threshold; so does a statistic that isn't a number.
 
         Raises:
-            NotFitted: As `Monitor.check`, if the monitor has changed.
-            StaleThreshold: Likewise.
+            NotFitted: As `Monitor.check`, if the monitor has changed; so StaleThreshold.
             InvalidInput: Features of another shape.
         """
         if self._revision() != self._checked:
@@ -315,12 +278,9 @@ def record_episodes(
     Args:
         env: Environment without a guard; each of its episodes has to end.
         policy: From one observation to an action.
-        episodes: Number of episodes.
+        episodes: Number of episodes; each gives a tensor `(T, F)`.
         features: As of the guard.
         seed: Of the first reset.
-
-    Returns:
-        One tensor `(T, F)` an episode.
 
     Raises:
         InvalidInput: Less than one episode.

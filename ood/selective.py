@@ -66,16 +66,13 @@ def select(
     preference: Tensor,
     *,
     min_confidence: float = 0.5,
-    in_distribution: Tensor | None = None,
 ) -> Selection:
-    """Withhold predictions that are unsure, or of clips outside the training distribution.
+    """Withhold unsure predictions.
 
     Args:
         probability: `(Q,)`, predicted, that the second is preferred.
         preference: `(Q,)`, of the teacher; ties count in `kept` alone.
         min_confidence: Predictions below are withheld (see `confidence`).
-        in_distribution: `(Q,)` bool, False where a monitor raised an alarm at either clip; None
-            without a monitor.
 
     Raises:
         InvalidInput: Shapes that don't agree, numbers outside [0, 1], or no decided pair.
@@ -84,27 +81,14 @@ def select(
         >>> p, preference = torch.tensor([0.95, 0.6, 0.99]), torch.tensor([0.0, 0.0, 1.0])
         >>> select(p, preference, min_confidence=0.8).confident_errors_kept
         1
-        >>> kept = torch.tensor([False, True, True])
-        >>> guarded = select(p, preference, in_distribution=kept)
-        >>> guarded.confident_errors_kept, round(guarded.risk, 2)
-        (0, 0.5)
     """
     _check(probability, preference)
     if not 0.5 <= min_confidence <= 1:
         raise InvalidInput(f"min_confidence: expected a number in [0.5, 1], got {min_confidence}.")
-    if in_distribution is not None and (
-        in_distribution.shape != probability.shape or in_distribution.dtype != torch.bool
-    ):
-        raise InvalidInput(
-            f"in_distribution: expected bool of shape {tuple(probability.shape)}, as probability, "
-            f"got {in_distribution.dtype} of {tuple(in_distribution.shape)}."
-        )
     decided = preference != 0.5
     if not bool(decided.any()):
         raise InvalidInput("preference: expected one that isn't a tie, got none.")
     kept = confidence(probability) >= min_confidence
-    if in_distribution is not None:
-        kept = kept & in_distribution
     # A probability of one half is wrong one way round and right the other.
     wrong = ((probability > 0.5) != (preference > 0.5)).double()
     wrong = wrong.masked_fill(probability == 0.5, 0.5)

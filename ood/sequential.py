@@ -23,7 +23,6 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -70,11 +69,7 @@ class Statistic(ABC):
         return value
 
     def start(self, n: int) -> None:
-        """Begin with n environments.
-
-        Raises:
-            InvalidInput: Less than one.
-        """
+        """Begin with n environments, at least one."""
         if n < 1:
             raise InvalidInput(f"n: expected at least one environment, got {n}.")
         self.value = self._initial_value(n)
@@ -92,26 +87,16 @@ class Statistic(ABC):
         self.reset(mask)
 
     def update(self, scores: ArrayLike) -> Array:
-        """Add one score of each environment.
-
-        Args:
-            scores: `(n,)`, or `(n, D)` residuals of a multivariate statistic.
+        """Add one score of each environment, `(n,)`, or residuals `(n, D)`.
 
         Returns:
-            `(n,)`, the statistic; infinite once a score was, until it is reset.
+            Statistic `(n,)`; infinite once a score was, until it is reset.
         """
         self.value = self.next_value(self.value, np.asarray(scores, np.float64))
         return self.read(self.value)
 
     def run(self, scores: ArrayLike) -> Array:
-        """Compute the statistic at each step of N whole episodes, without a change of memory.
-
-        Args:
-            scores: `(N, T)`, or `(N, T, D)` residuals of a multivariate statistic.
-
-        Returns:
-            `(N, T)`.
-        """
+        """Statistic `(N, T)` of whole episodes of scores `(N, T)`, or residuals `(N, T, D)`."""
         scores = np.asarray(scores, np.float64)
         values, value = np.empty(scores.shape[:2]), self._initial_value(len(scores))
         for step in range(scores.shape[1]):
@@ -236,96 +221,21 @@ class MEWMA(Statistic):
         return root_mean_square(value)
 
 
-class RankBet(Statistic):
-    """Wealth of bets that each block's largest score ranks high among those before it.
-
-    Base of `ConformalMartingale` and `ShiryaevRoberts`; `Monitor.calibrate_stream` sets `history`
-    and the threshold 1 / alpha.
-
-    Args:
-        history: Largest scores of normal blocks, in any order, on which no bets are made; without
-            them the first ranks say little.
-        seed: Of the draws that break ties.
-
-    Raises:
-        InvalidInput: NaN in the history.
-    """
-
-    _initial: ClassVar[float]
-    """Log wealth before the first bet."""
-
-    def __init__(self, history: Sequence[float] = (), seed: int = 0) -> None:
-        self.history, self.seed = [float(score) for score in history], seed
-        if any(map(math.isnan, self.history)):
-            raise InvalidInput("history: expected numbers, got NaN.")
-
-    @abstractmethod
-    def _next_log_wealth(self, log_wealth: Array, log_bets: Array) -> Array:
-        """Log wealth `(bets,)` after the bets of one more block."""
-
-    def start(self, n: int) -> None:
-        super().start(n)
-        self._random = np.random.default_rng(self.seed)
-        self._sorted = [sorted(self.history) for _ in range(n)]
-        self._log_wealth = np.full((n, len(BETS)), self._initial)
-
-    def next_value(self, value: Array, scores: Array) -> Array:
-        return np.maximum(value, scores)  # largest score of the block so far
-
-    def read(self, value: Array) -> Array:
-        most = self._log_wealth.max(1)
-        floor = np.where(np.isfinite(most), most, 0.0)[:, None]
-        # Past the range of a number the wealth stands still, far above any threshold.
-        scale = np.exp(np.minimum(most, 700.0))
-        return np.asarray(scale * np.exp(self._log_wealth - floor).mean(1))
-
-    def reset(self, mask: NDArray[np.bool_]) -> None:
-        """Leave out the unfinished block where `mask` `(n,)` is True; the wealth stays."""
-        self.value[mask] = -np.inf
-
-    def end_block(self, mask: NDArray[np.bool_]) -> None:
-        """Bet on the block that ends where `mask` `(n,)` is True, and begin another."""
-        for i in map(int, np.flatnonzero(mask & (self.value > -np.inf))):
-            log_p = math.log(self.p_value(i, float(self.value[i])))
-            log_bets = np.log(BETS) + (BETS - 1) * log_p
-            self._log_wealth[i] = self._next_log_wealth(self._log_wealth[i], log_bets)
-        self.reset(mask)
-
-    def restart(self, mask: NDArray[np.bool_]) -> None:
-        self.reset(mask)
-        self._log_wealth[mask] = self._initial
-
-    def p_value(self, i: int, score: float) -> float:
-        """Add a block's score to environment i; return its p-value, uniform if nothing changes."""
-        seen = self._sorted[i]
-        insort(seen, score)
-        last = bisect_right(seen, score)
-        above, equal = len(seen) - last, last - bisect_left(seen, score)
-        # From (0, 1], so that no bet wins infinitely much.
-        return (above + (1 - self._random.random()) * equal) / len(seen)
-
-    def run(self, scores: ArrayLike) -> Array:
-        """Refuse: it bets at the ends of blocks.
-
-        Raises:
-            InvalidInput: Always.
-        """
-        raise InvalidInput(
-            "statistic: expected one that begins anew with each episode, got "
-            f"{type(self).__name__}, which goes on from block to block; use calibrate_stream."
-        )
-
-    def _initial_value(self, n: int) -> Array:
-        return np.full(n, -np.inf)
-
-
-class ConformalMartingale(RankBet):
-    r"""Product of all bets: exceeds 1/alpha, ever, with probability at most alpha.
+class ConformalMartingale(Statistic):
+    r"""Wealth of bets on block ranks: exceeds 1/alpha, ever, with probability at most alpha.
 
     Assumes that blocks are exchangeable. $M_n = \frac1J \sum_j \prod_{i \le n} \epsilon_j
     p_i^{\epsilon_j - 1}$ is a mixture of power martingales (Vovk et al. 2003), and Ville's
     inequality has $P(\sup_n M_n \ge 1/\alpha) \le \alpha$ over an unending stream. It loses while
     nothing changes, so a late change takes long to find; `ShiryaevRoberts` finds it sooner.
+    `Monitor.calibrate_stream` sets the history and the threshold.
+
+    Args:
+        history: Largest scores of normal blocks, in any order, on which no bets are made.
+        seed: Of the draws that break ties.
+
+    Raises:
+        InvalidInput: NaN in the history.
 
     Example:
         >>> martingale, wealth = ConformalMartingale(history=range(20)), []
@@ -338,14 +248,68 @@ class ConformalMartingale(RankBet):
         [False, False, False, False, True]
     """
 
-    _initial = 0.0
+    _initial_log_wealth = 0.0
 
-    def _next_log_wealth(self, log_wealth: Array, log_bets: Array) -> Array:
+    def __init__(self, history: Sequence[float] = (), seed: int = 0) -> None:
+        self.history, self.seed = [float(score) for score in history], seed
+        if any(map(math.isnan, self.history)):
+            raise InvalidInput("history: expected numbers, got NaN.")
+
+    def start(self, n: int) -> None:
+        super().start(n)
+        self._random = np.random.default_rng(self.seed)
+        self._blocks = [np.array(self.history) for _ in range(n)]
+        self._log_wealth = np.full((n, len(BETS)), self._initial_log_wealth)
+
+    def next_value(self, value: Array, scores: Array) -> Array:
+        return np.maximum(value, scores)  # largest score of the block so far
+
+    def read(self, value: Array) -> Array:
+        most = self._log_wealth.max(1, keepdims=True)
+        shares = np.exp(self._log_wealth - np.where(np.isfinite(most), most, 0.0))
+        # Past the range of a number the wealth stands still, far above any threshold.
+        wealth: Array = np.exp(np.minimum(most[:, 0], 700.0)) * shares.mean(1)
+        return wealth
+
+    def reset(self, mask: NDArray[np.bool_]) -> None:
+        """Leave out the unfinished block where `mask` `(n,)` is True; the wealth stays."""
+        self.value[mask] = -np.inf
+
+    def end_block(self, mask: NDArray[np.bool_]) -> None:
+        """Bet on the block that ends where `mask` `(n,)` is True, and begin another."""
+        for i in np.flatnonzero(mask & (self.value > -np.inf)):
+            log_p = math.log(self.p_value(int(i), self.value[i]))
+            log_bets = np.log(BETS) + (BETS - 1) * log_p
+            self._log_wealth[i] = self._bet(self._log_wealth[i], log_bets)
+        self.reset(mask)
+
+    def restart(self, mask: NDArray[np.bool_]) -> None:
+        self.reset(mask)
+        self._log_wealth[mask] = self._initial_log_wealth
+
+    def p_value(self, i: int, score: float) -> float:
+        """Add a block's score to environment i; return its p-value, uniform if nothing changes."""
+        self._blocks[i] = blocks = np.append(self._blocks[i], score)
+        above, equal = np.count_nonzero(blocks > score), np.count_nonzero(blocks == score)
+        # From (0, 1], so that no bet wins infinitely much.
+        return (above + (1 - self._random.random()) * equal) / len(blocks)
+
+    def run(self, scores: ArrayLike) -> Array:
+        """Raise InvalidInput, since it bets at the ends of blocks."""
+        raise InvalidInput(
+            "statistic: expected one that begins anew with each episode, got "
+            f"{type(self).__name__}, which goes on from block to block; use calibrate_stream."
+        )
+
+    def _bet(self, log_wealth: Array, log_bets: Array) -> Array:
         return log_wealth + log_bets
 
+    def _initial_value(self, n: int) -> Array:
+        return np.full(n, -np.inf)
 
-class ShiryaevRoberts(RankBet):
-    r"""Sum of products of bets: exceeds 1/alpha after at least 1/alpha blocks on average.
+
+class ShiryaevRoberts(ConformalMartingale):
+    r"""Sum of wealths since each block: exceeds 1/alpha after at least 1/alpha blocks on average.
 
     Assumes that blocks are exchangeable. $R_n = (R_{n-1} + 1)\, b(p_n)$, from 0, for each bet, and
     the mean over bets. As $R_n - n$ is a martingale, the mean number of blocks until $R \ge
@@ -354,20 +318,15 @@ class ShiryaevRoberts(RankBet):
     Shin, Ramdas & Rinaldo 2024, arXiv:2203.03532).
     """
 
-    _initial = -math.inf
+    _initial_log_wealth = -math.inf
 
-    def _next_log_wealth(self, log_wealth: Array, log_bets: Array) -> Array:
+    def _bet(self, log_wealth: Array, log_bets: Array) -> Array:
         grown: Array = np.logaddexp(log_wealth, 0.0) + log_bets
         return grown
 
 
 def root_mean_square(values: Array) -> Array:
-    """Root mean square `(n,)` of the rows of `(n, D)`.
-
-    Example:
-        >>> root_mean_square(np.array([[1.0, 7.0], [5.0, 5.0]])).tolist()
-        [5.0, 5.0]
-    """
+    """Root mean square `(n,)` of the rows of `(n, D)`."""
     if len(values) == 1:  # a third of the time, as one number
         return np.array([math.sqrt(np.vdot(values, values) / values.shape[1])])
     with np.errstate(over="ignore"):  # then it is infinite

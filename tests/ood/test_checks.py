@@ -5,7 +5,8 @@ import pytest
 from sklearn.ensemble import IsolationForest
 
 from ood import DETECTORS, KNN, DynamicsEnsemble, Joint, Mahalanobis, OODDetector, SklearnDetector
-from ood.checks import CHECKS, OBSERVATION, CheckFailed, check_detector
+from ood.checks import CHECKS, OBSERVATION, check_detector
+from rewardmodels.checks import CheckFailed
 
 # Constructors for those that need arguments, or long with their defaults.
 QUICK = {
