@@ -2,7 +2,8 @@
 
 `probability` is always `(Q,)`, the predicted probability that a pair's second clip is preferred,
 and `preference` `(Q,)`, as in `Comparisons`. Which clip is written first has no meaning, so each
-score counts every pair both ways round: it is the same for swapped pairs.
+score counts every pair both ways round: it is the same for swapped pairs. All raise InvalidInput
+for no pairs, shapes that don't agree, or numbers out of range.
 """
 
 from __future__ import annotations
@@ -27,13 +28,6 @@ def log_loss(probability: Tensor, preference: Tensor) -> float:
     $-[\mu \log p + (1 - \mu) \log (1 - p)]$ for a preference $\mu$: a tie counts half each way.
     A probability of exactly 0 or 1 that is wrong costs 100 nats, not infinity.
 
-    Args:
-        probability: `(Q,)`.
-        preference: `(Q,)`.
-
-    Raises:
-        InvalidInput: No pairs, shapes that don't agree, or numbers outside [0, 1].
-
     Example:
         >>> round(log_loss(torch.tensor([0.9, 0.5]), torch.tensor([1.0, 0.0])), 4)
         0.3993
@@ -46,13 +40,6 @@ def brier_score(probability: Tensor, preference: Tensor) -> float:
 
     $\mu (1 - p)^2 + (1 - \mu) p^2$ for a preference $\mu$: a tie counts half each way, so its
     score is at least 0.25.
-
-    Args:
-        probability: `(Q,)`.
-        preference: `(Q,)`.
-
-    Raises:
-        InvalidInput: As `log_loss`.
 
     Example:
         >>> round(brier_score(torch.tensor([0.9, 0.5]), torch.tensor([1.0, 0.0])), 4)
@@ -70,9 +57,6 @@ def sharpness(probability: Tensor) -> float:
 
     Args:
         probability: `(Q,)`.
-
-    Raises:
-        InvalidInput: No pairs, or numbers outside [0, 1].
 
     Example:
         >>> round(sharpness(torch.tensor([0.9, 0.5])), 4)
@@ -113,9 +97,6 @@ def reliability_curve(
         preference: `(Q,)`.
         bins: Maximum number of bins.
         binning: "width" for bins `[i/B, (i+1)/B)`, "mass" for as many comparisons in each.
-
-    Raises:
-        InvalidInput: As `log_loss`; less than one bin, or an unknown binning.
 
     Example:
         >>> curve = reliability_curve(torch.tensor([0.9, 0.8]), torch.tensor([1.0, 0.0]), bins=2)
@@ -162,9 +143,6 @@ def expected_calibration_error(
         bins: Maximum number of bins.
         binning: "width" or "mass".
 
-    Raises:
-        InvalidInput: As `reliability_curve`.
-
     Example:
         >>> p = torch.tensor([0.8, 0.8, 0.8, 0.8])
         >>> round(expected_calibration_error(p, torch.tensor([1.0, 1.0, 1.0, 0.0])), 4)
@@ -198,9 +176,6 @@ def joint_log_loss(
         preference: `(Q,)`; a tie counts half each way.
         group_size: Comparisons per group.
         random_answer_rate: Probability that the teacher answers at random.
-
-    Raises:
-        InvalidInput: No pairs, shapes that don't agree, or a group size below 1.
 
     Example:
         >>> samples = torch.tensor([[0.0, 9.0, 0.0, 9.0], [9.0, 0.0, 9.0, 0.0]])
@@ -242,9 +217,6 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
     Returns:
         From -1 to 1; NaN where either is constant.
 
-    Raises:
-        InvalidInput: Shapes that don't agree, or fewer than two numbers.
-
     Example:
         >>> round(rank_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.0, 3.0, 2.0])), 3)
         0.5
@@ -274,9 +246,6 @@ def error_detection_auroc(uncertainty: Tensor, probability: Tensor, preference: 
 
     Returns:
         From 0 to 1; NaN where no prediction is wrong, or none is right.
-
-    Raises:
-        InvalidInput: No decided pairs, shapes that don't agree, or numbers outside [0, 1].
 
     Example:
         >>> preference, p = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.9, 0.6, 0.8])
@@ -324,9 +293,6 @@ def risk_coverage(uncertainty: Tensor, probability: Tensor, preference: Tensor) 
         uncertainty: `(Q,)`, higher is less certain.
         probability: `(Q,)`.
         preference: `(Q,)`.
-
-    Raises:
-        InvalidInput: No decided pairs, shapes that don't agree, or numbers outside [0, 1].
 
     Example:
         >>> preference, p = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0.9, 0.6, 0.8])

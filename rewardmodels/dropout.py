@@ -83,8 +83,7 @@ class MCDropout(SampledRewardModel):
 
     def _masked_returns(self, clips: Clips, masks: list[Tensor]) -> Tensor:
         """Returns `(N,)` of N clips, clip i under mask i."""
-        frames = self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
-        rewards = self._masked(masks, frames, clips.mask.shape)
+        rewards = self._masked(masks, self.clip_inputs(clips), clips.mask.shape)
         return rewards.masked_fill(~clips.mask, 0).sum(1)
 
     def _masked(self, masks: list[Tensor], frames: Tensor, shape: Sequence[int] = (-1,)) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
-from rewardmodels.model import PairBatch, SampledRewardModel
+from rewardmodels.model import PairBatch, SampledRewardModel, sum_frames
 from rewardmodels.networks import PRIOR_GAIN, FrameNetwork, MemberMLP
 
 _PRIOR_HIDDEN = (5, 5)  # Osband et al. 2023, §4.1
@@ -116,12 +116,7 @@ class Epinet(SampledRewardModel):
         """Mean log loss over comparisons and a few fresh indices."""
         indices = self._draw(self.training_indices)
         first, second = (
-            self.rewards_of(
-                indices, self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
-            )
-            .unflatten(1, clips.mask.shape)
-            .masked_fill(~clips.mask, 0)
-            .sum(2)
+            sum_frames(self.rewards_of(indices, self.clip_inputs(clips)), clips)
             for clips in (batch.first, batch.second)
         )
         return negative_log_likelihood(

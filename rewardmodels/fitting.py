@@ -144,7 +144,9 @@ def fit(
         trainer.callbacks.insert(0, stopping)  # type: ignore[attr-defined]
         batches = _Batches(data, (~held_out).nonzero().squeeze(1))
         # Lightning's type wants batches put together one by one.
-        loader = DataLoader(batches, options.batch_size, shuffle=True, collate_fn=_as_is)  # type: ignore[arg-type]
+        loader = DataLoader(
+            batches, options.batch_size, shuffle=True, collate_fn=lambda batch: batch
+        )  # type: ignore[arg-type]
         try:
             with _interruptible():
                 trainer.fit(model, loader)
@@ -375,10 +377,6 @@ def _interruptible() -> Iterator[None]:
 
 def _copy(model: L.LightningModule) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def _as_is(batch: PairBatch) -> PairBatch:
-    return batch
 
 
 # All that a Trainer does beyond training costs more than a small fit itself.

@@ -155,7 +155,7 @@ class GPHead(RewardModel):
 
     def features(self, clips: Clips) -> Tensor:
         r"""Kernel features summed over each clip's real frames: $\Psi$, `(N, F + H)`."""
-        frames = self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
+        frames = self.clip_inputs(clips)
         real = clips.mask[:, None].to(frames)
         # Summed before they are scaled and joined: half the time.
         return torch.cat(

@@ -88,8 +88,7 @@ class LaplaceHead(RewardModel):
 
     def features(self, clips: Clips) -> Tensor:
         r"""Features summed over each clip's real frames, and their number: $\Phi$, `(N, F)`."""
-        frames = self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
-        features = self.network.features(frames).unflatten(0, clips.mask.shape)
+        features = self.network.features(self.clip_inputs(clips)).unflatten(0, clips.mask.shape)
         summed = features.masked_fill(~clips.mask[..., None], 0).sum(1)
         return torch.cat([summed, clips.lengths[:, None].to(summed)], 1)
 

@@ -280,6 +280,10 @@ class RewardModel(L.LightningModule, ABC):
         inputs: Tensor = self.frame_inputs(observations, actions)
         return inputs
 
+    def clip_inputs(self, clips: Clips) -> Tensor:
+        """Normalised inputs `(N * T, D)` of all frames of N clips, padding included."""
+        return self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
+
     def frame_body(self, inputs: int) -> nn.Module:
         """Make the module from inputs to features: the caller's network, a CNN or an MLP."""
         assert self.spec is not None
@@ -413,9 +417,7 @@ class SampledRewardModel(RewardModel):
 
     def returns(self, clips: Clips) -> Tensor:
         """Returns `(S, N)` of each clip under each function, not centred."""
-        frames = self.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
-        rewards = self.rewards(frames).unflatten(1, clips.mask.shape)
-        return rewards.masked_fill(~clips.mask, 0).sum(2)
+        return sum_frames(self.rewards(self.clip_inputs(clips)), clips)
 
     @torch.no_grad()
     def after_epoch(self) -> None:
@@ -435,6 +437,11 @@ class SampledRewardModel(RewardModel):
         # Deviations are squared, never the rewards themselves, so that functions that hardly
         # differ keep the digits in which they do.
         return mean, (rewards - mean).square().mean(0).sqrt()
+
+
+def sum_frames(rewards: Tensor, clips: Clips) -> Tensor:
+    """Returns `(S, N)` of clips from rewards `(S, N * T)` of all their frames."""
+    return rewards.unflatten(1, clips.mask.shape).masked_fill(~clips.mask, 0).sum(2)
 
 
 def clip_chunks(clips: Clips, *, functions: int = 1) -> Iterator[Clips]:
