@@ -11,7 +11,7 @@ import sklearn.metrics
 import torch
 import torchmetrics.functional.classification as tm
 
-from rewardmodels import InvalidInput, SampledPosterior
+from rewardmodels import InvalidInput
 from rewardmodels.calibration import (
     brier_score,
     error_detection_auroc,
@@ -44,8 +44,8 @@ PAIR_SCORES = [
     brier_score,
     expected_calibration_error,
     adaptive_calibration_error,
-    lambda p, said: error_detection_auroc(p.log().cos(), p, said),
-    lambda p, said: risk_coverage(p.log().cos(), p, said).aurc,
+    lambda p, said: error_detection_auroc((p - 0.5).abs().sin(), p, said),
+    lambda p, said: risk_coverage((p - 0.5).square().cos(), p, said).augrc,
 ]
 
 
@@ -56,7 +56,7 @@ def test_order_does_not_matter(score):
     assert score(p[order], said[order]) == pytest.approx(score(p, said), rel=1e-12)
 
 
-@pytest.mark.parametrize("score", PAIR_SCORES[:4])
+@pytest.mark.parametrize("score", PAIR_SCORES)
 def test_swapping_pairs_does_not_matter(score):
     p, said = answers()
     p[:40] = 0.5
@@ -64,15 +64,6 @@ def test_swapping_pairs_does_not_matter(score):
     some = torch.arange(300) % 3 == 0
     swapped = torch.where(some, 1 - p, p), torch.where(some, 1 - said, said)
     assert score(*swapped) == pytest.approx(score(p, said), rel=1e-12)
-
-
-@pytest.mark.parametrize("score", [error_detection_auroc, lambda *a: risk_coverage(*a).augrc])
-def test_swapping_pairs_does_not_matter_to_detection(score):
-    (p, said), unsure = answers(), torch.rand(300)
-    p[:40] = 0.5
-    some = torch.arange(300) % 3 == 0
-    swapped = torch.where(some, 1 - p, p), torch.where(some, 1 - said, said)
-    assert score(unsure, *swapped) == pytest.approx(score(unsure, p, said), rel=1e-12)
 
 
 def test_log_loss_and_brier_are_scikit_learns():
@@ -133,15 +124,6 @@ def test_reliability_is_scikit_learns(binning, strategy, bins):
         np.testing.assert_allclose(curve.weight, 1 / bins)
 
 
-def test_adaptive_error_is_a_loop_over_sorted_answers():
-    p, said = answers()
-    both, outcome = both_ways(p, said)
-    order, error = np.argsort(both), 0.0
-    for part in np.array_split(order, 10):
-        error += len(part) / 600 * abs(both[part].mean() - outcome[part].mean())
-    assert adaptive_calibration_error(p, said) == pytest.approx(error, rel=1e-9)
-
-
 def test_equal_probabilities_share_a_bin():
     p, said = torch.full((100,), 0.8), (torch.arange(100) < 80).float()
     curve = reliability_curve(p, said, binning="mass")
@@ -161,11 +143,6 @@ def test_calibrated_answers_have_a_small_error_and_overconfident_ones_a_larger()
         gap = np.abs(1 / (1 + np.exp(-3 * x)) - 1 / (1 + np.exp(-x)))
         exact = np.trapezoid(gap * scipy.stats.norm.pdf(x, 0, 2), x)
         assert error(torch.sigmoid(3 * logit), said, bins=50) == pytest.approx(exact, abs=0.01)
-
-
-def test_sharpness_is_a_loop():
-    p, _ = answers()
-    assert sharpness(p) == pytest.approx(np.mean([abs(2 * x - 1) for x in p.tolist()]))
 
 
 @pytest.mark.parametrize("mistakes", [0.0, 0.1])
@@ -194,13 +171,6 @@ def test_joint_log_loss_is_a_loop(group_size, mistakes):
         samples, pairs.flip(1), 1 - said, group_size=group_size, random_answer_rate=mistakes
     )
     assert swapped == pytest.approx(came, rel=1e-12)
-
-
-def test_joint_log_loss_of_single_pairs_is_the_marginal():
-    belief = SampledPosterior(torch.randn(20, 8).double())
-    pairs, said = torch.arange(8).view(4, 2), torch.tensor([1.0, 0.0, 1.0, 1.0])
-    came = joint_log_loss(belief.samples, pairs, said, group_size=1)
-    assert came == pytest.approx(log_loss(belief.preference(pairs), said))
 
 
 def test_joint_log_loss_stays_finite_for_absurd_returns():
@@ -274,46 +244,27 @@ def test_equal_uncertainties_are_the_mean_over_orders():
     assert (np.abs(np.mean(risks, 0) - came.risk) <= 5 * error + 1e-12).all()
 
 
+ONE, TWO, THREE = torch.zeros(1), torch.zeros(2), torch.zeros(3)
+PAIR = torch.zeros(1, 2).long()
+
+
 @pytest.mark.parametrize(
-    ("ask", "message"),
+    ("score", "arguments", "name"),
     [
-        (lambda: log_loss(torch.zeros(0), torch.zeros(0)), r"got \(0,\) and \(0,\)"),
-        (lambda: log_loss(torch.zeros(3), torch.zeros(2)), r"got \(3,\) and \(2,\)"),
-        (
-            lambda: brier_score(torch.tensor([0.5, 1.5]), torch.zeros(2)),
-            "probability: .*1.5 in row 1",
-        ),
-        (lambda: brier_score(torch.zeros(1), torch.tensor([torch.nan])), "preference: .*nan"),
-        (lambda: reliability_curve(torch.zeros(1), torch.zeros(1), bins=0), "bins: .*got 0"),
-        (
-            lambda: reliability_curve(torch.zeros(1), torch.zeros(1), binning="x"),
-            "binning: .*got 'x'",
-        ),
-        (lambda: rank_correlation(torch.zeros(1), torch.zeros(1)), "at least 2"),
-        (
-            lambda: risk_coverage(torch.zeros(3), torch.zeros(2), torch.zeros(2)),
-            r"uncertainty: .*\(2,\).*got \(3,\)",
-        ),
-        (
-            lambda: risk_coverage(torch.zeros(2), torch.zeros(2), torch.full((2,), 0.5)),
-            "preference: .*isn't a tie",
-        ),
-        (
-            lambda: joint_log_loss(torch.zeros(2), torch.zeros(1, 2).long(), torch.zeros(1)),
-            r"samples: .*\(2,\)",
-        ),
-        (
-            lambda: joint_log_loss(torch.zeros(2, 2), torch.zeros(1, 2).long(), torch.zeros(2)),
-            r"pairs, preference: .*\(1, 2\) and \(2,\)",
-        ),
-        (
-            lambda: joint_log_loss(
-                torch.zeros(2, 2), torch.zeros(1, 2).long(), torch.zeros(1), group_size=0
-            ),
-            "group_size: .*got 0",
-        ),
+        (log_loss, (ONE[:0], ONE[:0]), "probability, preference"),
+        (log_loss, (THREE, TWO), "probability, preference"),
+        (brier_score, (torch.tensor([0.5, 1.5]), TWO), "probability: .*1.5 in row 1"),
+        (brier_score, (ONE, torch.tensor([torch.nan])), "preference: .*nan"),
+        (partial(reliability_curve, bins=0), (ONE, ONE), "bins"),
+        (partial(reliability_curve, binning="x"), (ONE, ONE), "binning"),
+        (rank_correlation, (ONE, ONE), "one, other"),
+        (risk_coverage, (THREE, TWO, TWO), "uncertainty"),
+        (risk_coverage, (TWO, TWO, torch.full((2,), 0.5)), "preference"),
+        (joint_log_loss, (TWO, PAIR, ONE), "samples"),
+        (joint_log_loss, (TWO[None], PAIR, TWO), "pairs, preference"),
+        (partial(joint_log_loss, group_size=0), (TWO[None], PAIR, ONE), "group_size"),
     ],
 )
-def test_refuses(ask, message):
-    with pytest.raises(InvalidInput, match=message):
-        ask()
+def test_invalid_arguments_are_named(score, arguments, name):
+    with pytest.raises(InvalidInput, match=f"^{name}"):
+        score(*arguments)

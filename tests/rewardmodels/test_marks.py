@@ -53,19 +53,6 @@ def test_a_mark_sets_the_mean_of_the_stretch_against_that_of_the_rest():
     assert said.preference.tolist() == [1, 0, 1]
 
 
-def test_a_mean_is_close_where_frames_do_not_divide_a_clip():
-    time = torch.linspace(0, 6, 25)
-    smooth = torch.sin(time + torch.arange(50.0)[:, None])
-    clips = Clips(smooth[..., None], smooth[..., None], rewards=smooth)
-    rows = torch.tensor([[clip, clip % 21, clip % 21 + 4, 1] for clip in range(50)])
-    said = Marks(clips, rows).comparisons()
-    first, second = said.clips.returns[said.pairs].T
-    inside = torch.stack([smooth[clip, a : b + 1].mean() for clip, a, b, _ in rows.tolist()])
-    rest = (smooth.sum(1) - 5 * inside) / 20
-    exact = 25 * (inside - rest)
-    assert float((second - first - exact).abs().max()) < 0.1 * float(exact.abs().mean())
-
-
 @pytest.mark.parametrize(
     ("first", "last"), [(0, 0), (0, 4), (3, 7), (10, 11), (11, 11), (1, 11), (0, 10)]
 )
