@@ -68,14 +68,14 @@ def test_temperature_recovers_a_known_fault(scale, kind, spread):
     pairs = torch.arange(2 * n).view(n, 2)
     p = torch.sigmoid(returns[pairs[:, 1]] - returns[pairs[:, 0]])
     said = Comparisons(clips_of(mean), pairs, torch.bernoulli(p, generator=draw))
-    came = Calibrated(Fake(scale, spread, kind)).calibrate(said, random=True)
+    found = Calibrated(Fake(scale, spread, kind)).calibrate(said, random=True)
     # The information about log T is about 0.4 per answer: 5 deviations are 0.09.
-    assert came.temperature / scale == pytest.approx(1, abs=0.09)
+    assert found.temperature / scale == pytest.approx(1, abs=0.09)
 
 
 def test_temperature_is_the_most_probable():
     said = asked(500)
-    came = Calibrated(Fake(3.0, 0.4)).calibrate(said, random=True)
+    found = Calibrated(Fake(3.0, 0.4)).calibrate(said, random=True)
     base = Fake(3.0, 0.4).posterior(said.clips).samples
     mu = said.preference.numpy()
 
@@ -88,16 +88,16 @@ def test_temperature_is_the_most_probable():
     expected = scipy.optimize.minimize_scalar(
         loss, bounds=(-0.5, 4), method="bounded", options={"xatol": 1e-6}
     ).x
-    assert math.log(came.temperature) == pytest.approx(expected, abs=1e-3)
+    assert math.log(found.temperature) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["sampled", "gaussian"])
 def test_the_belief_is_the_models_divided_by_the_temperature(kind):
     said = asked(200)
     fake = Fake(3.0, 0.4, kind)
-    came = Calibrated(fake).calibrate(said, random=True)
-    base, belief = fake.posterior(said.clips), came.posterior(said.clips)
-    t, pairs = came.temperature, said.pairs
+    found = Calibrated(fake).calibrate(said, random=True)
+    base, belief = fake.posterior(said.clips), found.posterior(said.clips)
+    t, pairs = found.temperature, said.pairs
     assert t > 1.5
     torch.testing.assert_close(belief.mean, base.mean / t)
     torch.testing.assert_close(belief.variance, base.variance / t**2)
@@ -110,7 +110,7 @@ def test_the_belief_is_the_models_divided_by_the_temperature(kind):
     draws = belief.rsample(40000, torch.Generator().manual_seed(0))[:, pairs]
     expected = torch.sigmoid(draws[..., 1] - draws[..., 0]).mean(0)
     torch.testing.assert_close(belief.preference(pairs), expected, atol=0.01, rtol=0)
-    frames = came.frame_posterior(said.clips.observations[:, 0], said.clips.actions[:, 0])
+    frames = found.frame_posterior(said.clips.observations[:, 0], said.clips.actions[:, 0])
     torch.testing.assert_close(frames.mean, belief.mean)
 
 
@@ -131,8 +131,8 @@ def test_order_is_kept(method):
 @pytest.mark.parametrize("spread", [0.0, 0.6])
 def test_isotonic_is_antisymmetric_and_never_certain(spread):
     said, fresh = asked(150), asked(300, seed=1)
-    came = Calibrated(Fake(5.0, spread), "isotonic").calibrate(said, random=True)
-    belief = came.posterior(fresh.clips)
+    found = Calibrated(Fake(5.0, spread), "isotonic").calibrate(said, random=True)
+    belief = found.posterior(fresh.clips)
     for mistakes in (0.0, 0.2):
         p = belief.preference(fresh.pairs, random_answer_rate=mistakes)
         swapped = belief.preference(fresh.pairs.flip(1), random_answer_rate=mistakes)
@@ -144,7 +144,7 @@ def test_isotonic_is_antisymmetric_and_never_certain(spread):
     other = Calibrated(Fake(5.0, spread), "isotonic").calibrate(
         Comparisons(said.clips, said.pairs.flip(1), 1 - said.preference), random=True
     )
-    assert other.temperature == pytest.approx(came.temperature, rel=1e-6)
+    assert other.temperature == pytest.approx(found.temperature, rel=1e-6)
     torch.testing.assert_close(
         other.posterior(fresh.clips).preference(fresh.pairs),
         belief.preference(fresh.pairs), atol=1e-4, rtol=0,
@@ -166,11 +166,11 @@ def test_isotonic_mends_what_a_temperature_cannot():
 def test_a_few_right_answers_make_nothing_certain():
     clips, pairs = clips_of(torch.tensor([0.0, 1.0, 0.0, 2.0])), torch.tensor([[0, 1], [2, 3]])
     for method in ("temperature", "isotonic"):
-        came = Calibrated(Fake(), method).calibrate(
+        found = Calibrated(Fake(), method).calibrate(
             Comparisons(clips, pairs, torch.ones(2)), random=True
         )
         # Of 0.73 and 0.88 by the model.
-        assert (came.posterior(clips).preference(pairs) < 0.96).all()
+        assert (found.posterior(clips).preference(pairs) < 0.96).all()
 
 
 @pytest.mark.parametrize("coverage", [0.6, 0.9, 0.95])
@@ -182,10 +182,10 @@ def test_prediction_sets_cover_as_stated(coverage):
     covered, larger = [], []
     for _ in range(200):
         rows = torch.randperm(4000, generator=draw)[: n + fresh]
-        came = Calibrated(fake)
-        came.calibrate(every[rows[:n]], random=True)
+        found = Calibrated(fake)
+        found.calibrate(every[rows[:n]], random=True)
         test = every[rows[n:]].compact()
-        chosen = came.posterior(test.clips).prediction_set(test.pairs, coverage)
+        chosen = found.posterior(test.clips).prediction_set(test.pairs, coverage)
         assert chosen.any(1).all()
         covered.append(chosen[torch.arange(fresh), test.preference.long()].double().mean())
         larger.append(chosen.all(1).double().mean())
@@ -286,9 +286,9 @@ def test_refuses():
         Calibrated(Fake()).posterior(said.clips)
     with pytest.raises(NotFitted, match="call fit first"):
         Calibrated(DeepEnsemble()).calibrate(said, random=True)
-    came = Calibrated(Fake()).calibrate(said, random=True)
+    found = Calibrated(Fake()).calibrate(said, random=True)
     for coverage in (0.0, 1.0, math.nan):
         with pytest.raises(InvalidInput, match=f"coverage: .*{coverage}"):
-            came.posterior(said.clips).prediction_set(said.pairs, coverage)
+            found.posterior(said.clips).prediction_set(said.pairs, coverage)
     with pytest.raises(InvalidInput, match="got CalibratedPosterior"):
-        Calibrated(came).calibrate(said, random=True)
+        Calibrated(found).calibrate(said, random=True)

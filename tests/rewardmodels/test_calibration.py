@@ -104,8 +104,8 @@ def test_calibration_error_is_torchmetrics(bins):
     expected = tm.binary_calibration_error(
         torch.from_numpy(both), torch.from_numpy(outcome), n_bins=bins
     )
-    came = expected_calibration_error(p, said, bins=bins)
-    assert came == pytest.approx(float(expected), abs=1e-6)
+    found = expected_calibration_error(p, said, bins=bins)
+    assert found == pytest.approx(float(expected), abs=1e-6)
 
 
 @pytest.mark.parametrize(("binning", "strategy"), [("width", "uniform"), ("mass", "quantile")])
@@ -165,18 +165,18 @@ def test_joint_log_loss_is_a_loop(group_size, mistakes):
                 product *= p**mu * (1 - p) ** (1 - mu)
             likelihood.append(product)
         total -= math.log(np.mean(likelihood))
-    came = joint_log_loss(samples, pairs, said, group_size=group_size, random_answer_rate=mistakes)
-    assert came == pytest.approx(total / 14, rel=1e-9)
+    found = joint_log_loss(samples, pairs, said, group_size=group_size, random_answer_rate=mistakes)
+    assert found == pytest.approx(total / 14, rel=1e-9)
     swapped = joint_log_loss(
         samples, pairs.flip(1), 1 - said, group_size=group_size, random_answer_rate=mistakes
     )
-    assert swapped == pytest.approx(came, rel=1e-12)
+    assert swapped == pytest.approx(found, rel=1e-12)
 
 
 def test_joint_log_loss_stays_finite_for_absurd_returns():
     samples = torch.tensor([[0.0, -1e5]])
-    came = joint_log_loss(samples, torch.tensor([[0, 1]] * 20), torch.ones(20))
-    assert came == pytest.approx(1e5)
+    found = joint_log_loss(samples, torch.tensor([[0, 1]] * 20), torch.ones(20))
+    assert found == pytest.approx(1e5)
 
 
 def test_rank_correlation_is_scipys():
@@ -234,14 +234,14 @@ def test_augrc_is_its_closed_form(levels):
 def test_equal_uncertainties_are_the_mean_over_orders():
     p, said = answers(40)
     unsure = (torch.rand(40).double() * 5).floor()
-    came = risk_coverage(unsure, p, said)
+    found = risk_coverage(unsure, p, said)
     draw = np.random.default_rng(0)
     risks = []
     for _ in range(2000):
         jitter = torch.from_numpy(draw.random(40)) / 2
         risks.append(risk_coverage(unsure + jitter, p, said).risk)
     error = np.std(risks, 0) / math.sqrt(2000)
-    assert (np.abs(np.mean(risks, 0) - came.risk) <= 5 * error + 1e-12).all()
+    assert (np.abs(np.mean(risks, 0) - found.risk) <= 5 * error + 1e-12).all()
 
 
 ONE, TWO, THREE = torch.zeros(1), torch.zeros(2), torch.zeros(3)

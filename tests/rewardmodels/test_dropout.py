@@ -7,15 +7,14 @@ import pytest
 import scipy.stats
 import torch
 
-from rewardmodels import Clips, Comparisons, MCDropout, PairBatch, fit
+from rewardmodels import MCDropout, PairBatch, fit
 
-CLIPS = Clips(torch.randn(20, 4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(20, 4))
-ANSWERS = Comparisons(CLIPS, torch.arange(20).view(10, 2), torch.tensor([1.0, 0.0]).repeat(5))
+from .data import CLIPS, COMPARISONS
 
 
 @pytest.fixture(scope="module")
 def model() -> MCDropout:
-    return fit(MCDropout(samples=6, hidden=(8, 5), rate=0.3), ANSWERS, epochs=3)
+    return fit(MCDropout(samples=6, hidden=(8, 5), rate=0.3), COMPARISONS, epochs=3)
 
 
 def one_frame(model: MCDropout, frame: torch.Tensor, masks: list[np.ndarray]) -> float:
@@ -41,8 +40,8 @@ def test_a_sample_is_one_mask_for_every_clip_and_frame(model):
         frames = torch.cat([model.reference_observations, model.reference_actions[:, None]], 1)
         constant = np.mean([one_frame(model, frame, own) for frame in frames])
         expected = [one_clip(model, clip, own) - 4 * constant for clip in range(20)]
-        came = model.posterior(CLIPS).samples[sample]
-        np.testing.assert_allclose(came, expected, atol=1e-5)
+        found = model.posterior(CLIPS).samples[sample]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 class AnewPerFrame(MCDropout):
@@ -58,8 +57,8 @@ class AnewPerFrame(MCDropout):
 def test_a_mask_per_frame_would_make_a_clip_differ_from_itself():
     copies = CLIPS[[0, 0]]
     itself = torch.tensor([[0, 1]])
-    right = fit(MCDropout(samples=200, rate=0.3), ANSWERS, epochs=3).posterior(copies)
-    wrong = fit(AnewPerFrame(rate=0.3), ANSWERS, epochs=3).posterior(copies)
+    right = fit(MCDropout(samples=200, rate=0.3), COMPARISONS, epochs=3).posterior(copies)
+    wrong = fit(AnewPerFrame(rate=0.3), COMPARISONS, epochs=3).posterior(copies)
     assert float(right.variance.min()) > 0
     assert float(right.difference(itself).variance) < 1e-10
     # Independent copies: the variance of the difference is the sum of the variances.
@@ -80,27 +79,27 @@ def test_masks_keep_a_share_and_the_mean():
 def test_masks_are_those_of_the_model_and_stay(model):
     before = [mask.clone() for mask in model.masks()]
     torch.rand(7)
-    fit(model, ANSWERS, epochs=1, seed=9)
+    fit(model, COMPARISONS, epochs=1, seed=9)
     assert all(torch.equal(*both) for both in zip(before, model.masks(), strict=True))
-    other = fit(MCDropout(samples=6, hidden=(8, 5), rate=0.3), ANSWERS, epochs=1, seed=1)
+    other = fit(MCDropout(samples=6, hidden=(8, 5), rate=0.3), COMPARISONS, epochs=1, seed=1)
     assert not all(torch.equal(*both) for both in zip(before, other.masks(), strict=True))
 
 
 def test_loss_is_a_loop_over_answers_each_under_one_mask(model, monkeypatch):
     index = torch.tensor([3, 0, 8])
-    first, second = ANSWERS.pairs[index].T
-    batch = PairBatch(CLIPS[first], CLIPS[second], ANSWERS.preference[index], index)
+    first, second = COMPARISONS.pairs[index].T
+    batch = PairBatch(CLIPS[first], CLIPS[second], COMPARISONS.preference[index], index)
     drawn, draw = [], model._draw
     monkeypatch.setattr(model, "_draw", lambda n: drawn.append(draw(n)) or drawn[-1])
-    came = float(model.loss(batch).detach())
+    found = float(model.loss(batch).detach())
     (masks,) = drawn
     expected = 0.0
     for place, row in enumerate(index.tolist()):
         own = [mask[place, 0].numpy() for mask in masks]
-        a, b = (one_clip(model, int(clip), own) for clip in ANSWERS.pairs[row])
+        a, b = (one_clip(model, int(clip), own) for clip in COMPARISONS.pairs[row])
         p = 1 / (1 + math.exp(a - b))
-        expected -= math.log(p if ANSWERS.preference[row] else 1 - p) / 3
-    assert came == pytest.approx(expected, rel=1e-4)
+        expected -= math.log(p if COMPARISONS.preference[row] else 1 - p) / 3
+    assert found == pytest.approx(expected, rel=1e-4)
     assert not torch.equal(masks[0][0], masks[0][1])
 
 
@@ -110,5 +109,5 @@ def test_in_training_too_a_clip_does_not_differ_from_itself(model):
 
 
 def test_without_dropout_all_samples_are_the_network():
-    model = fit(MCDropout(samples=3, rate=0.0), ANSWERS, epochs=1)
+    model = fit(MCDropout(samples=3, rate=0.0), COMPARISONS, epochs=1)
     assert float(model.posterior(CLIPS).variance.max()) < 1e-10

@@ -1,4 +1,4 @@
-"""The ensemble: what it learns, how members differ, and what its answers may not depend on."""
+"""The ensemble: bootstraps, priors, the constant of each member, and the reference batch."""
 
 import math
 
@@ -9,39 +9,19 @@ import torch
 
 from rewardmodels import (
     Clips,
-    Comparisons,
     DeepEnsemble,
     InvalidInput,
     PairBatch,
     fit,
 )
 
-
-def world(n: int = 120, length: int = 6, seed: int = 0) -> tuple[Clips, torch.Tensor]:
-    """Clips whose reward is linear in what is seen and done, and their returns."""
-    draw = torch.Generator().manual_seed(seed)
-    observations = torch.randn(n, length, 3, generator=draw) * torch.tensor([1.0, 10.0, 0.1])
-    actions = torch.randn(n, length, 2, generator=draw)
-    rewards = observations @ torch.tensor([1.0, -0.1, 0.0]) + actions @ torch.tensor([0.0, 1.0])
-    clips = Clips(observations + torch.tensor([5.0, 0.0, -3.0]), actions, rewards=rewards)
-    return clips, rewards.sum(1)
-
-
-def answers(clips: Clips, returns: torch.Tensor, n: int, seed: int = 1) -> Comparisons:
-    """What an unerring teacher says of n pairs."""
-    draw = torch.Generator().manual_seed(seed)
-    first = torch.randint(len(clips), (n,), generator=draw)
-    second = (first + torch.randint(1, len(clips), (n,), generator=draw)) % len(clips)
-    return Comparisons(
-        clips, torch.stack([first, second], 1), (returns[second] > returns[first]).float()
-    )
+from .data import linear_clips, linear_comparisons, of_neighbours
 
 
 @pytest.fixture(scope="module")
 def model() -> DeepEnsemble:
-    clips, returns = world()
     model = DeepEnsemble(members=4, hidden=(32,), learning_rate=3e-3)
-    return fit(model, answers(clips, returns, 200), epochs=40)
+    return fit(model, linear_comparisons(200), epochs=40)
 
 
 def test_the_report_says_how_well(model):
@@ -54,7 +34,7 @@ def test_the_report_says_how_well(model):
 
 
 def test_a_constant_per_member_changes_no_answer(model):
-    clips, _ = world(seed=5)
+    clips = linear_clips(n=120, seed=5)
     before = model.posterior(clips).samples
     constants = torch.tensor([3.0, -50.0, 7.0, 0.5])
     with torch.no_grad():
@@ -79,12 +59,12 @@ def test_a_constant_per_member_changes_no_answer(model):
 
 
 def test_lengths_that_differ_keep_the_constant(model):
-    clips, _ = world(n=2)
+    clips = linear_clips(n=2)
     mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
     short = Clips(clips.observations[[0, 0]], clips.actions[[0, 0]], mask)
     frames = model.frame_posterior(clips.observations[0], clips.actions[0]).mean
-    came = model.posterior(short).difference(torch.tensor([[1, 0]])).mean
-    assert float(came) == pytest.approx(float(frames[2:].sum()), abs=1e-4)
+    found = model.posterior(short).difference(torch.tensor([[1, 0]])).mean
+    assert float(found) == pytest.approx(float(frames[2:].sum()), abs=1e-4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -108,7 +88,7 @@ def test_bootstrap_counts_are_poisson_of_mean_one():
 
 
 @pytest.mark.parametrize("before", [1, 2, 63, 64, 65, 500])
-def test_bootstrap_counts_stay_when_answers_are_added(before):
+def test_bootstrap_counts_stay_when_comparisons_are_added(before):
     model = DeepEnsemble(members=3)
     early = model.counts(before).clone()
     assert early.shape == (before, 3)
@@ -116,8 +96,7 @@ def test_bootstrap_counts_stay_when_answers_are_added(before):
 
 
 def test_bootstraps_of_two_seeds_differ_and_last():
-    clips, returns = world(n=20)
-    some = answers(clips, returns, 20)
+    some = linear_comparisons(20)
     models = [fit(DeepEnsemble(members=3), some, epochs=1, seed=seed) for seed in (0, 1)]
     counts = [model.counts(20).clone() for model in models]
     assert not torch.equal(*counts)
@@ -125,9 +104,9 @@ def test_bootstraps_of_two_seeds_differ_and_last():
     assert torch.equal(models[0].counts(20), counts[0])
 
 
-def test_loss_is_a_loop_over_members_and_answers():
-    clips, returns = world(n=12)
-    some = answers(clips, returns, 10)
+def test_loss_is_a_loop_over_members_and_comparisons():
+    some = linear_comparisons(10)
+    clips = some.clips
     model = fit(DeepEnsemble(members=3, random_answer_rate=0.1), some, epochs=1)
     index = torch.tensor([7, 2, 9])
     first, second = some.pairs[index].T
@@ -145,11 +124,11 @@ def test_loss_is_a_loop_over_members_and_answers():
 
 
 def test_a_member_is_its_network_and_its_prior_by_scale():
-    clips, returns = world(n=12)
-    some = answers(clips, returns, 10)
+    some = linear_comparisons(10)
+    clips = some.clips
     model = fit(DeepEnsemble(members=3, hidden=(8,), prior_scale=0.7), some, epochs=2)
     frames = model.inputs(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
-    came = model.rewards(frames)
+    found = model.rewards(frames)
     for member in range(3):
         expected = 0.0
         for part, scale in ((model.network, 1.0), (model.prior, 0.7)):
@@ -157,12 +136,11 @@ def test_a_member_is_its_network_and_its_prior_by_scale():
             hidden = hidden * torch.sigmoid(hidden)
             out = hidden @ part.weights[1][member].T + part.biases[1][member, :, 0]
             expected = expected + scale * out.squeeze(1)
-        torch.testing.assert_close(came[member], expected)
+        torch.testing.assert_close(found[member], expected)
 
 
 def test_priors_are_not_trained_nor_made_where_none_are_wanted():
-    clips, returns = world(n=12)
-    some = answers(clips, returns, 10)
+    some = linear_comparisons(10)
     model = fit(DeepEnsemble(members=3, prior_scale=2.0), some, epochs=1)
     before = {name: value.clone() for name, value in model.named_parameters()}
     fit(model, some, epochs=3)
@@ -174,18 +152,18 @@ def test_priors_are_not_trained_nor_made_where_none_are_wanted():
 
 
 def test_members_with_priors_disagree_more_where_nothing_was_answered():
-    clips, returns = world(n=40)
+    clips = linear_clips(n=80)
     far = Clips(clips.observations * 20, clips.actions * 20)
     spread = []
     for scale in (0.0, 1.0, 10.0):
         model = DeepEnsemble(members=10, learning_rate=3e-3, prior_scale=scale)
-        fit(model, answers(clips, returns, 40), epochs=20)
+        fit(model, of_neighbours(clips), epochs=20)
         spread.append(float(model.posterior(far).variance.median()))
     assert spread[0] < spread[1] < spread[2]
 
 
 def test_the_reference_is_spread_over_real_frames():
-    clips, _ = world(n=400)
+    clips = linear_clips(n=400)
     mask = torch.ones(400, 6, dtype=torch.bool)
     mask[:, 4:] = False
     observations = torch.arange(2400.0).view(400, 6, 1).masked_fill(~mask[..., None], torch.nan)
@@ -199,12 +177,13 @@ def test_the_reference_is_spread_over_real_frames():
 
 
 @pytest.mark.slow
-def test_more_answers_teach_more():
-    clips, returns = world(n=300)
-    held_out, true = world(n=300, seed=9)
+def test_more_comparisons_teach_more():
+    held_out = linear_clips(n=300, seed=9)
     rank = []
     for n in (20, 80, 320):
-        model = fit(DeepEnsemble(learning_rate=3e-3), answers(clips, returns, n), epochs=60)
-        rank.append(scipy.stats.spearmanr(model.posterior(held_out).mean, true).statistic)
+        model = fit(DeepEnsemble(learning_rate=3e-3), linear_comparisons(n), epochs=60)
+        rank.append(
+            scipy.stats.spearmanr(model.posterior(held_out).mean, held_out.returns).statistic
+        )
     assert rank[0] < rank[1] < rank[2]
     assert rank[2] > 0.95

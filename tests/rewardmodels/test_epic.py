@@ -49,8 +49,8 @@ def independent(s, a, t):
 def test_known_distances(other, expected, allowed):
     draw = torch.Generator().manual_seed(1)
     data = [part.double() for part in transitions()]
-    came = epic_distance(reward, other, *data, discount=0.9, generator=draw)
-    assert came == pytest.approx(expected, abs=allowed)
+    found = epic_distance(reward, other, *data, discount=0.9, generator=draw)
+    assert found == pytest.approx(expected, abs=allowed)
 
 
 def test_shaping_of_another_discount_counts():
@@ -61,7 +61,7 @@ def test_shaping_of_another_discount_counts():
 def test_is_a_loop_over_transitions_and_draws(monkeypatch, at_once):
     monkeypatch.setattr(epic_module, "_AT_ONCE", at_once)
     s, a, t = (part.double() for part in transitions(15))
-    came = epic_distance(
+    found = epic_distance(
         reward, independent, s, a, t, discount=0.8, draws=6,
         generator=torch.Generator().manual_seed(2),
     )  # fmt: skip
@@ -82,17 +82,17 @@ def test_is_a_loop_over_transitions_and_draws(monkeypatch, at_once):
             column.append(value)
         columns.append(torch.tensor(column, dtype=torch.double))
     rho = float(torch.corrcoef(torch.stack(columns))[0, 1])
-    assert came == pytest.approx(math.sqrt((1 - rho) / 2), abs=1e-9)
+    assert found == pytest.approx(math.sqrt((1 - rho) / 2), abs=1e-9)
 
 
 def test_the_same_generator_gives_the_same_distance():
-    came = [
+    found = [
         epic_distance(
             reward, independent, *transitions(), generator=torch.Generator().manual_seed(seed)
         )
         for seed in (3, 3, 4)
     ]
-    assert came[0] == came[1] != came[2]
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_constant_has_no_distance():

@@ -7,15 +7,16 @@ import pytest
 import scipy.stats
 import torch
 
-from rewardmodels import Clips, Comparisons, Epinet, PairBatch, fit
+from rewardmodels import Clips, Epinet, PairBatch, fit
 
-CLIPS = Clips(torch.randn(20, 4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(20, 4))
-ANSWERS = Comparisons(CLIPS, torch.arange(20).view(10, 2), torch.tensor([1.0, 0.0]).repeat(5))
+from .data import CLIPS, COMPARISONS
 
 
 @pytest.fixture(scope="module")
 def model() -> Epinet:
-    return fit(Epinet(hidden=(8, 5), index_dim=3, samples=6, prior_scale=0.7), ANSWERS, epochs=3)
+    return fit(
+        Epinet(hidden=(8, 5), index_dim=3, samples=6, prior_scale=0.7), COMPARISONS, epochs=3
+    )
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -54,30 +55,30 @@ def one_clip(model: Epinet, clip: int, index: np.ndarray) -> float:
 
 
 def test_a_sample_is_one_index_for_every_clip_and_frame(model):
-    came = model.posterior(CLIPS).samples
+    found = model.posterior(CLIPS).samples
     for sample, index in enumerate(model.indices().numpy()):
         frames = torch.cat([model.reference_observations, model.reference_actions[:, None]], 1)
         constant = np.mean([one_frame(model, frame, index) for frame in frames])
         expected = [one_clip(model, clip, index) - 4 * constant for clip in range(20)]
-        np.testing.assert_allclose(came[sample], expected, atol=1e-4)
+        np.testing.assert_allclose(found[sample], expected, atol=1e-4)
 
 
 def test_loss_is_a_loop_over_answers_and_indices(model, monkeypatch):
     rows = torch.tensor([3, 0, 8])
-    first, second = ANSWERS.pairs[rows].T
-    batch = PairBatch(CLIPS[first], CLIPS[second], ANSWERS.preference[rows], rows)
+    first, second = COMPARISONS.pairs[rows].T
+    batch = PairBatch(CLIPS[first], CLIPS[second], COMPARISONS.preference[rows], rows)
     drawn, draw = [], model._draw
     monkeypatch.setattr(model, "_draw", lambda n: drawn.append(draw(n)) or drawn[-1])
-    came = float(model.loss(batch).detach())
+    found = float(model.loss(batch).detach())
     (indices,) = drawn
     assert len(indices) == model.training_indices
     losses = []
     for index in indices.numpy():
         for row in rows.tolist():
-            a, b = (one_clip(model, int(clip), index) for clip in ANSWERS.pairs[row])
+            a, b = (one_clip(model, int(clip), index) for clip in COMPARISONS.pairs[row])
             p = 1 / (1 + math.exp(a - b))
-            losses.append(-math.log(p if ANSWERS.preference[row] else 1 - p))
-    assert came == pytest.approx(np.mean(losses), rel=1e-4)
+            losses.append(-math.log(p if COMPARISONS.preference[row] else 1 - p))
+    assert found == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_the_epinets_gradient_stops_at_the_features(model):
@@ -92,9 +93,9 @@ def test_the_epinets_gradient_stops_at_the_features(model):
 
 
 def test_the_prior_is_not_trained_and_the_rest_is():
-    model = fit(Epinet(hidden=(8,)), ANSWERS, epochs=1)
+    model = fit(Epinet(hidden=(8,)), COMPARISONS, epochs=1)
     before = {name: value.clone() for name, value in model.named_parameters()}
-    fit(model, ANSWERS, epochs=3)
+    fit(model, COMPARISONS, epochs=3)
     for name, value in model.named_parameters():
         if name != "network.last.bias":  # cancels in every comparison: it only decays
             assert torch.equal(value, before[name]) is name.startswith("prior.")
@@ -126,8 +127,8 @@ def test_a_larger_prior_is_less_sure_far_out():
     far = Clips(CLIPS.observations * 30, CLIPS.actions)
     spread = [
         float(
-            fit(Epinet(prior_scale=scale), ANSWERS, epochs=5)
-            .posterior(far).difference(ANSWERS.pairs).variance.median()
+            fit(Epinet(prior_scale=scale), COMPARISONS, epochs=5)
+            .posterior(far).difference(COMPARISONS.pairs).variance.median()
         )
         for scale in (0.0, 0.3, 3.0)
     ]  # fmt: skip

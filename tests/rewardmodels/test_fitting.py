@@ -27,14 +27,7 @@ from rewardmodels import (
 )
 from rewardmodels.fitting import TrainingSet
 
-
-def some(n: int = 60, seed: int = 0, shift: float = 0.0) -> Comparisons:
-    """Answers by the sum of the first input."""
-    draw = torch.Generator().manual_seed(seed)
-    clips = Clips(torch.randn(2 * n, 4, 2, generator=draw) + shift, torch.zeros(2 * n, 4, 1))
-    pairs = torch.arange(2 * n).view(n, 2)
-    worth = clips.observations[..., 0].sum(1)
-    return Comparisons(clips, pairs, (worth[pairs[:, 1]] > worth[pairs[:, 0]]).float())
+from .data import one_input as some
 
 
 def small(**settings: Any) -> DeepEnsemble:

@@ -22,12 +22,7 @@ from rewardmodels import networks as networks_module
 from rewardmodels.frames import FrameInputs, FrameSpec
 from rewardmodels.networks import CNN, FrameNetwork, MemberMLP
 
-
-def taught(clips: Clips) -> Comparisons:
-    """What an unerring teacher says of neighbours."""
-    pairs = torch.arange(len(clips) // 2 * 2).view(-1, 2)
-    first, second = clips.returns[pairs].T
-    return Comparisons(clips, pairs, (second > first).float())
+from .data import of_neighbours as taught
 
 
 def accuracy(model: RewardModel, comparisons: Comparisons) -> float:
@@ -188,9 +183,9 @@ def test_inputs_are_numbers_first_and_then_the_choice():
     inputs = FrameInputs(spec)
     observations = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
     inputs.update(observations, torch.tensor([0, 2]))
-    came = inputs(observations, torch.tensor([0, 2]))
+    found = inputs(observations, torch.tensor([0, 2]))
     expected = [[-1, -1, 1, 0, 0], [1, 1, 0, 0, 1]]
-    np.testing.assert_allclose(came, expected, atol=1e-6)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_images_are_normalised_by_channel():
@@ -200,12 +195,12 @@ def test_images_are_normalised_by_channel():
     inputs = FrameInputs(FrameSpec((2, 3, 4), (2,)))
     for part in (slice(0, 20), slice(20, 50)):
         inputs.update(seen[part], actions[part])
-    came = inputs(seen, actions)
-    np.testing.assert_allclose(came[:, 24:].mean(0), 0, atol=1e-5)
+    found = inputs(seen, actions)
+    np.testing.assert_allclose(found[:, 24:].mean(0), 0, atol=1e-5)
     by_channel = seen.double().numpy()
     mean, std = by_channel.mean((0, 2, 3)), by_channel.std((0, 2, 3))
     expected = (by_channel - mean[:, None, None]) / std[:, None, None]
-    np.testing.assert_allclose(came[:, :24], expected.reshape(50, 24), atol=1e-4)
+    np.testing.assert_allclose(found[:, :24], expected.reshape(50, 24), atol=1e-4)
 
 
 def test_images_before_and_after_are_one_image():
@@ -248,11 +243,11 @@ def test_a_cnn_sees_images_of_any_size(image):
     inputs = torch.Size(image).numel() + 2
     network = CNN(image, inputs, (7,))
     frames = torch.randn(4, inputs)
-    came = network(frames)
-    assert came.shape == (4, 7)
+    found = network(frames)
+    assert found.shape == (4, 7)
     # The same as the layers on images that were never flat.
     seen = network.convolutions(frames[:, :-2].view(4, *image)).flatten(1)
-    torch.testing.assert_close(came, network.head(torch.cat([seen, frames[:, -2:]], 1)))
+    torch.testing.assert_close(found, network.head(torch.cat([seen, frames[:, -2:]], 1)))
 
 
 def test_a_frame_network_leaves_the_mode_of_its_body():

@@ -1,6 +1,7 @@
 """The sparse variational process, against dense algebra, loops and quadrature."""
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,20 +25,9 @@ from rewardmodels import (
 )
 from rewardmodels.gp import _JITTER, ResidualFeatures, _cholesky
 
+from .data import one_input
 
-def some(n: int = 20, seed: int = 0, frames: int = 3, ragged: bool = False) -> Comparisons:
-    """Noisy answers by the sum of a curve of the first input."""
-    draw = torch.Generator().manual_seed(seed)
-    mask = torch.ones(2 * n, frames, dtype=torch.bool)
-    if ragged:
-        mask = torch.arange(frames) < torch.randint(1, frames + 1, (2 * n, 1), generator=draw)
-    clips = Clips(
-        torch.randn(2 * n, frames, 2, generator=draw), torch.zeros(2 * n, frames, 1), mask
-    )
-    pairs = torch.arange(2 * n).view(n, 2)
-    worth = (clips.observations[..., 0].mul(2).sin() * mask).sum(1)
-    said = torch.sigmoid(2 * (worth[pairs[:, 1]] - worth[pairs[:, 0]]))
-    return Comparisons(clips, pairs, torch.bernoulli(said, generator=draw))
+some = partial(one_input, n=20, frames=3, noisy=True, reward=lambda x: 2 * (2 * x).sin())
 
 
 def fitted(comparisons: Comparisons, epochs: int = 3, **settings: Any) -> GPHead:
@@ -73,9 +63,9 @@ def mapped(model: GPHead, clips: Clips) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_the_belief_is_that_of_a_loop_over_frames(ragged):
-    comparisons = some(8, ragged=ragged)
+    comparisons = some(n=8, ragged=ragged)
     model = fitted(comparisons)
-    new = some(4, seed=1, ragged=ragged)
+    new = some(n=4, seed=1, ragged=ragged)
     clips = mapped(model, new.clips)
     reference = mapped(
         model, Clips(model.reference_observations[None], model.reference_actions[None])
@@ -88,7 +78,7 @@ def test_the_belief_is_that_of_a_loop_over_frames(ragged):
     root = np.linalg.cholesky(dense)
     m = model.variational_mean.detach().numpy()
     s = model.variational_root.detach().tril().numpy()
-    came = model.posterior(new.clips).difference(new.pairs)
+    found = model.posterior(new.clips).difference(new.pairs)
     for row, (first, second) in enumerate(new.pairs.tolist()):
         a, b = clips[first], clips[second]
         # A frame more costs what the reference is worth on average.
@@ -105,9 +95,9 @@ def test_the_belief_is_that_of_a_loop_over_frames(ragged):
             for z in inducing
         ]
         v = np.linalg.solve(root, np.array(shared))
-        assert float(came.mean[row]) == pytest.approx(v @ m, abs=1e-8)
+        assert float(found.mean[row]) == pytest.approx(v @ m, abs=1e-8)
         variance = prior - v @ v + v @ s @ s.T @ v
-        assert float(came.variance[row]) == pytest.approx(variance, rel=1e-6)
+        assert float(found.variance[row]) == pytest.approx(variance, rel=1e-6)
 
 
 def dense_laplace(
@@ -132,7 +122,7 @@ def dense_laplace(
 @pytest.mark.filterwarnings("ignore:inducing")
 @pytest.mark.parametrize("inducing", [120, 150])  # of 120 frames
 def test_with_every_frame_inducing_it_is_a_dense_laplace_process(inducing):
-    comparisons, new = some(20), some(30, seed=1)
+    comparisons, new = some(n=20), some(n=30, seed=1)
     model = fitted(comparisons, hidden=(), inducing=inducing, random_features=256)
     # A prior under which answers are noisy (a difference's sd is about 0.7): there posteriors are
     # all but normal, and Laplace's mode and curvature all but the variational mean and variance.
@@ -150,11 +140,11 @@ def test_with_every_frame_inducing_it_is_a_dense_laplace_process(inducing):
         differences[20:, :20],
         differences.diagonal()[20:],
     )
-    came = model.posterior(new.clips).difference(new.pairs)
+    found = model.posterior(new.clips).difference(new.pairs)
     assert np.sqrt(differences.diagonal()).mean() == pytest.approx(0.7, abs=0.2)
-    np.testing.assert_allclose(came.mean, mean, atol=0.03 * np.abs(mean).max())
+    np.testing.assert_allclose(found.mean, mean, atol=0.03 * np.abs(mean).max())
     # An answer's mean curvature is below that at its mean: the variance is 1 to 2% above Laplace's.
-    np.testing.assert_allclose(came.variance, variance, rtol=0.03)
+    np.testing.assert_allclose(found.variance, variance, rtol=0.03)
     # It isn't the prior that agrees.
     assert (variance / differences.diagonal()[20:]).min() < 0.8
 
@@ -162,7 +152,7 @@ def test_with_every_frame_inducing_it_is_a_dense_laplace_process(inducing):
 @pytest.mark.parametrize("random_answer_rate", [0.0, 0.1])
 def test_in_the_end_the_bound_is_at_its_optimum(random_answer_rate):
     # Opper & Archambeau 2009: m = sum E[dlog p] v, and S^-1 = I - sum E[d2log p] v v'.
-    comparisons = some(30)
+    comparisons = some(n=30)
     model = fitted(comparisons, random_answer_rate=random_answer_rate)
     with torch.no_grad():
         features = model.features(comparisons.clips)
@@ -186,7 +176,7 @@ def test_in_the_end_the_bound_is_at_its_optimum(random_answer_rate):
 
 @pytest.mark.parametrize("random_answer_rate", [0.0, 0.2])
 def test_the_bound_is_that_of_quadrature_and_distributions(random_answer_rate):
-    comparisons = some(5)
+    comparisons = some(n=5)
     comparisons = Comparisons(
         comparisons.clips, comparisons.pairs, torch.tensor([0.0, 1.0, 0.5, 0.3, 1.0])
     )
@@ -194,7 +184,7 @@ def test_the_bound_is_that_of_quadrature_and_distributions(random_answer_rate):
     assert float(model.comparison_count) == 5
     projected = torch.randn(5, 12, generator=torch.Generator().manual_seed(0)).double()
     prior_var = projected.square().sum(1) + torch.arange(5)
-    came = model.bound(projected, prior_var, comparisons.preference)
+    found = model.bound(projected, prior_var, comparisons.preference)
     root = model.variational_root.detach().tril()
     belief = MultivariateNormal(model.variational_mean.detach(), root @ root.T)
     prior = MultivariateNormal(torch.zeros(12).double(), torch.eye(12).double())
@@ -214,31 +204,31 @@ def test_the_bound_is_that_of_quadrature_and_distributions(random_answer_rate):
 
         total += scipy.integrate.quad(weighted, -8, 8, epsabs=1e-10)[0]
     # Twenty points of Gauss–Hermite are good to about 1e-4 where variances are this large.
-    assert came.item() == pytest.approx(total / 5 + divergence / 5, rel=1e-3)
+    assert found.item() == pytest.approx(total / 5 + divergence / 5, rel=1e-3)
 
 
 def test_the_features_are_those_of_gpytorchs_kernel_and_near_the_rbf():
-    comparisons = some(40)
+    comparisons = some(n=40)
     model = GPHead(random_features=8192)
     model.initialise(comparisons.clips)
     model.double().eval()
     observations, actions = comparisons.clips.observations[:, 0], comparisons.clips.actions[:, 0]
     with torch.no_grad():
         features = model.frame_features(model.inputs(observations, actions).double())
-        came = features @ features.T
+        found = features @ features.T
         x = model.network(model.inputs(observations, actions).double())
         exact = (model.rbf(x).to_dense() + model.linear(x).to_dense()).detach()
-        torch.testing.assert_close(came, exact, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
         rbf = RBFKernel().double()
         rbf.lengthscale = model.rbf.base_kernel.lengthscale
         scale = model.rbf.outputscale.item()
         near = scale * rbf(x).to_dense() + model.linear(x).to_dense()
     # A mean of 4096 cosines: five standard errors.
-    torch.testing.assert_close(came, near, rtol=0, atol=5 * scale / math.sqrt(2 * 4096))
+    torch.testing.assert_close(found, near, rtol=0, atol=5 * scale / math.sqrt(2 * 4096))
 
 
 def test_the_start_takes_its_scales_from_the_data():
-    comparisons = some(200)
+    comparisons = some(n=200)
     model = GPHead(hidden=(8,))
     model.initialise(comparisons.clips)
     model.before_fit(comparisons.clips)
@@ -256,8 +246,8 @@ def test_the_start_takes_its_scales_from_the_data():
 
 @pytest.mark.parametrize("hidden", [(), (16, 16)])
 def test_the_variance_of_a_difference_grows_away_from_the_data(hidden):
-    model = fitted(some(60, frames=5), epochs=20, hidden=hidden, random_features=512)
-    new = some(60, seed=2, frames=5)
+    model = fitted(some(n=60, frames=5), epochs=20, hidden=hidden, random_features=512)
+    new = some(n=60, seed=2, frames=5)
     medians = []
     for scale in (1, 3, 10, 30):
         far = Clips(new.clips.observations * scale, new.clips.actions)
@@ -267,7 +257,7 @@ def test_the_variance_of_a_difference_grows_away_from_the_data(hidden):
 
 
 def test_the_feature_map_keeps_distances():
-    model = fitted(some(60), epochs=30, hidden=(16, 16))
+    model = fitted(some(n=60), epochs=30, hidden=(16, 16))
     for layer in (*model.network.inner, *model.network.outer):
         assert torch.linalg.matrix_norm(layer.weight, 2).item() == pytest.approx(1, abs=0.05)
     x = torch.rand(20, 3)
@@ -284,7 +274,7 @@ def test_the_feature_map_keeps_distances():
 
 
 def test_two_equal_clips_teach_without_breaking_a_gradient():
-    comparisons = some(20)
+    comparisons = some(n=20)
     model = fit(GPHead(inducing=12), comparisons, epochs=1)
     clips = comparisons.clips[:5]
     loss = model.loss(PairBatch(clips, clips, torch.ones(5), torch.arange(5)))
@@ -312,19 +302,19 @@ def test_a_matrix_that_lost_definiteness_gets_more_on_its_diagonal_or_is_refused
 
 
 def test_a_fit_that_diverges_leaves_the_model_as_it_was():
-    comparisons = some(20)
+    comparisons = some(n=20)
     model = fit(GPHead(inducing=12), comparisons, epochs=2)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.learning_rate = 1e30
     with pytest.raises(FitDiverged, match=r"last good weights|as before this fit"):
-        fit(model, Comparisons.cat([comparisons, some(20, seed=1)]), epochs=2)
+        fit(model, Comparisons.cat([comparisons, some(n=20, seed=1)]), epochs=2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_decay_shrinks_the_network_alone():
     model = GPHead(inducing=12, weight_decay=0.5, learning_rate=0.1)
-    model.initialise(some(20).clips)
-    model.before_fit(some(20).clips)
+    model.initialise(some(n=20).clips)
+    model.before_fit(some(n=20).clips)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     optimizer = model.configure_optimizers()
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 1.0]
@@ -340,7 +330,7 @@ def test_decay_shrinks_the_network_alone():
 
 
 def test_frames_that_come_twice_count_once():
-    model = fitted(some(20), inducing=10)
+    model = fitted(some(n=20), inducing=10)
     # Short, so that each frame is a direction well above the jitter.
     model.rbf.base_kernel.lengthscale = 0.3
     with torch.no_grad():
@@ -368,9 +358,9 @@ def test_clips_of_few_distinct_frames_are_learned_from():
 @pytest.mark.parametrize(
     ("inducing", "frames", "comparisons"),
     [
-        (61, 60, some(10)),
-        (60, int(some(10, ragged=True).clips.mask.sum()), some(10, ragged=True)),
-        (13, 12, Comparisons(some(10).clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))),
+        (61, 60, some(n=10)),
+        (60, int(some(n=10, ragged=True).clips.mask.sum()), some(n=10, ragged=True)),
+        (13, 12, Comparisons(some(n=10).clips, torch.tensor([[0, 1], [2, 3]]), torch.ones(2))),
     ],
 )
 def test_of_too_few_frames_all_are_inducing_and_it_says_so(inducing, frames, comparisons):
@@ -380,13 +370,13 @@ def test_of_too_few_frames_all_are_inducing_and_it_says_so(inducing, frames, com
     assert len(model.inducing_observations) == inducing
     assert len(model.inducing_observations.unique(dim=0)) == frames
     # A later fit to more takes more.
-    fit(model, Comparisons.cat([comparisons, some(40, seed=1)]), epochs=1)
+    fit(model, Comparisons.cat([comparisons, some(n=40, seed=1)]), epochs=1)
     assert len(model.inducing_observations.unique(dim=0)) == inducing
     assert fit(GPHead(inducing=frames), comparisons, epochs=1).fitted
 
 
 def test_inducing_frames_are_real_distinct_frames_of_what_was_compared():
-    comparisons = some(20, ragged=True)
+    comparisons = some(n=20, ragged=True)
     model = fit(GPHead(inducing=40), comparisons, epochs=1)
     real = {
         tuple(frame.tolist()) for frame in comparisons.clips.observations[comparisons.clips.mask]
@@ -397,7 +387,7 @@ def test_inducing_frames_are_real_distinct_frames_of_what_was_compared():
 
 
 def test_new_inducing_frames_believe_what_the_old_did():
-    comparisons, new = some(20), some(30, seed=1)
+    comparisons, new = some(n=20), some(n=30, seed=1)
     # All frames, in another order, span what they did before.
     model = fit(GPHead(inducing=120), comparisons, epochs=3)
     before = model.posterior(new.clips).difference(new.pairs)
@@ -423,8 +413,8 @@ def test_spare_inducing_frames_stay_as_the_prior_has_them():
 
 
 def test_a_second_fit_with_more_answers_is_surer_and_looks_at_the_new():
-    early = some(30)
-    late = some(200, seed=1)
+    early = some(n=30)
+    late = some(n=200, seed=1)
     late = Comparisons(
         Clips(late.clips.observations + 3, late.clips.actions), late.pairs, late.preference
     )

@@ -1,5 +1,6 @@
 """The last layer's Laplace approximation, against Hessians by automatic differentiation."""
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -18,18 +19,9 @@ from rewardmodels import (
 )
 from rewardmodels.laplace import best_precision, fisher_information
 
+from .data import one_input
 
-def some(n: int = 60, seed: int = 0, ragged: bool = False) -> Comparisons:
-    """Answers by the sum of the first input, with some noise and some ties."""
-    draw = torch.Generator().manual_seed(seed)
-    mask = torch.ones(2 * n, 5, dtype=torch.bool)
-    if ragged:
-        mask = torch.arange(5) < torch.randint(1, 6, (2 * n, 1), generator=draw)
-    clips = Clips(torch.randn(2 * n, 5, 2, generator=draw), torch.zeros(2 * n, 5, 1), mask)
-    pairs = torch.arange(2 * n).view(n, 2)
-    worth = (clips.observations[..., 0] * mask).sum(1)
-    said = torch.sigmoid(worth[pairs[:, 1]] - worth[pairs[:, 0]])
-    return Comparisons(clips, pairs, torch.bernoulli(said, generator=draw))
+some = partial(one_input, frames=5, noisy=True)
 
 
 def fitted(comparisons: Comparisons, **settings: Any) -> LaplaceHead:

@@ -21,11 +21,11 @@ def naive(difference: float, preference: float, mistakes: float) -> float:
 @pytest.mark.parametrize("preference", [0.0, 0.3, 0.5, 1.0])
 def test_is_the_formula(preference, mistakes):
     difference = torch.tensor(DIFFERENCES, dtype=torch.double)
-    came = negative_log_likelihood(
+    found = negative_log_likelihood(
         difference, torch.tensor(preference, dtype=torch.double), random_answer_rate=mistakes
     )
     expected = [naive(d, preference, mistakes) for d in DIFFERENCES]
-    np.testing.assert_allclose(came, expected, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("mistakes", [0.0, 0.1])

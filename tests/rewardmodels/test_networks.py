@@ -17,9 +17,9 @@ def test_norm_in_pieces_is_numpy_at_once(sizes):
     np.testing.assert_allclose(norm.mean, frames.double().numpy().mean(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(norm.variance, frames.double().numpy().var(0), rtol=1e-4)
     assert float(norm.count) == 100
-    came = norm(frames)
-    np.testing.assert_allclose(came.mean(0), 0, atol=1e-4)
-    np.testing.assert_allclose(came.std(0, correction=0), 1, rtol=1e-4)
+    found = norm(frames)
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(found.std(0, correction=0), 1, rtol=1e-4)
 
 
 def test_norm_changes_only_in_update():
@@ -44,8 +44,8 @@ def test_members_are_separate_networks(hidden):
     network, frames = MemberMLP(3, 5, hidden), torch.randn(11, 5)
     for bias in network.biases:
         torch.nn.init.normal_(bias)
-    came = network(frames)
-    assert came.shape == (3, 11)
+    found = network(frames)
+    assert found.shape == (3, 11)
     for member in range(3):
         layers: list[torch.nn.Module] = []
         for weight, bias in zip(network.weights, network.biases, strict=True):
@@ -53,7 +53,7 @@ def test_members_are_separate_networks(hidden):
             layer.weight.data, layer.bias.data = weight[member].data, bias[member, :, 0].data
             layers += [layer, torch.nn.SiLU()]
         one = torch.nn.Sequential(*layers[:-1])(frames).squeeze(1)
-        torch.testing.assert_close(came[member], one)
+        torch.testing.assert_close(found[member], one)
 
 
 def test_a_member_learns_from_its_own_loss_alone():
@@ -81,9 +81,9 @@ def test_members_start_apart_and_as_linear_layers_do():
     weight, bias = network.weights[0].detach(), network.biases[0].detach()
     linear.requires_grad_(False)
     assert not torch.equal(weight[0], weight[1])
-    for came, expected in ((weight, linear.weight), (bias, linear.bias)):
-        assert float(came.abs().max()) == pytest.approx(float(expected.abs().max()), rel=0.02)
-        assert float(came.std()) == pytest.approx(float(expected.std()), rel=0.05)
+    for found, expected in ((weight, linear.weight), (bias, linear.bias)):
+        assert float(found.abs().max()) == pytest.approx(float(expected.abs().max()), rel=0.02)
+        assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.05)
 
 
 @pytest.mark.parametrize(("inputs", "hidden"), [(23, (64, 64)), (8, (5, 5)), (100, (256, 256))])

@@ -41,14 +41,14 @@ def test_sampled_is_loops_over_its_rows(mistakes):
         assert float(belief.mean[clip]) == pytest.approx(np.mean(column))
         assert float(belief.variance[clip]) == pytest.approx(np.var(column))
     np.testing.assert_allclose(belief.covariance, np.cov(np.array(rows).T, ddof=0))
-    came, preference = (
+    found, preference = (
         belief.difference(PAIRS),
         belief.preference(PAIRS, random_answer_rate=mistakes),
     )
     for q, (first, second) in enumerate(PAIRS.tolist()):
         apart = [row[second] - row[first] for row in rows]
-        assert float(came.mean[q]) == pytest.approx(np.mean(apart), abs=1e-12)
-        assert float(came.variance[q]) == pytest.approx(np.var(apart), abs=1e-12)
+        assert float(found.mean[q]) == pytest.approx(np.mean(apart), abs=1e-12)
+        assert float(found.variance[q]) == pytest.approx(np.var(apart), abs=1e-12)
         expected = np.mean([sigmoid(d, mistakes) for d in apart])
         assert float(preference[q]) == pytest.approx(expected)
 
@@ -80,10 +80,10 @@ def test_a_difference_is_c_times_the_joint_belief(belief):
     for q, (first, second) in enumerate(PAIRS.tolist()):
         contrast[q, first] -= 1
         contrast[q, second] += 1
-    came = belief.difference(PAIRS)
-    torch.testing.assert_close(came.mean, contrast @ belief.mean)
+    found = belief.difference(PAIRS)
+    torch.testing.assert_close(found.mean, contrast @ belief.mean)
     expected = (contrast @ belief.covariance @ contrast.T).diag()
-    torch.testing.assert_close(came.variance, expected)
+    torch.testing.assert_close(found.variance, expected)
 
 
 @pytest.mark.parametrize("mistakes", [0.0, 0.1])
@@ -93,7 +93,7 @@ def test_gaussian_preference_is_the_integral(mean, sd, mistakes):
     belief = GaussianPosterior(
         torch.tensor([0.0, mean]).double(), torch.tensor([[0.0], [sd]]).double()
     )
-    came = float(belief.preference(torch.tensor([[0, 1]]), random_answer_rate=mistakes))
+    found = float(belief.preference(torch.tensor([[0, 1]]), random_answer_rate=mistakes))
 
     def at(z: float) -> float:
         return scipy.special.expit(mean + sd * z) * scipy.stats.norm.pdf(z)
@@ -102,13 +102,13 @@ def test_gaussian_preference_is_the_integral(mean, sd, mistakes):
     expected, _ = scipy.integrate.quad(
         at, -12, 12, points=step, limit=500, epsabs=1e-12, epsrel=1e-12
     )
-    assert came == pytest.approx((1 - mistakes) * expected + mistakes / 2, abs=1e-7)
+    assert found == pytest.approx((1 - mistakes) * expected + mistakes / 2, abs=1e-7)
 
 
 def test_gaussian_preference_keeps_the_tail():
     belief = GaussianPosterior(torch.tensor([0.0, -14.0]), torch.zeros(2, 1))
-    came = float(belief.preference(torch.tensor([[0, 1]])).log())
-    assert came == pytest.approx(-14, abs=5e-3)
+    found = float(belief.preference(torch.tensor([[0, 1]])).log())
+    assert found == pytest.approx(-14, abs=5e-3)
 
 
 @pytest.mark.parametrize("chunk", [1, 14, 15, 10**6])

@@ -10,24 +10,11 @@ from rewardmodels import PREDICTORS, Clips, Comparisons, InvalidInput, PairBatch
 from rewardmodels import model as model_module
 from rewardmodels.checks import CHECKS
 
+from .data import linear_clips, linear_comparisons
+
 NAN, INF = float("nan"), float("inf")
 PAIRS = torch.arange(60).view(30, 2)
 VARIANTS = [(name, {}) for name in PREDICTORS] + [("DeepEnsemble", {"prior_scale": 1.0})]
-
-
-def linear_clips(n: int = 60, seed: int = 0) -> Clips:
-    """Clips of six frames whose reward is linear in observations and actions."""
-    draw = torch.Generator().manual_seed(seed)
-    observations = torch.randn(n, 6, 3, generator=draw)
-    actions = torch.randn(n, 6, 2, generator=draw)
-    rewards = observations @ torch.tensor([1.0, -1.0, 0.0]) + actions[..., 1]
-    return Clips(observations + 5, actions, rewards=rewards)
-
-
-def comparisons(n: int, seed: int = 0) -> Comparisons:
-    """Error-free preferences between n pairs."""
-    clips, pairs = linear_clips(2 * n, seed), torch.arange(2 * n).view(n, 2)
-    return Comparisons(clips, pairs, (clips.returns[pairs].diff().squeeze(1) > 0).float())
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
@@ -38,7 +25,7 @@ def make(request) -> Callable[[], RewardModel]:
 
 @pytest.fixture(scope="module")
 def model(make) -> RewardModel:
-    return fit(make(), comparisons(300), epochs=40)
+    return fit(make(), linear_comparisons(300), epochs=40)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -48,7 +35,7 @@ def test_conformance(cls, check):
 
 
 def test_wrong_predictions_are_less_certain(model):
-    fresh = comparisons(1000, seed=8)
+    fresh = linear_comparisons(1000, seed=8)
     mean, variance = model.posterior(fresh.clips).difference(fresh.pairs)
     wrong = (mean > 0) != (fresh.preference > 0.5)
     certainty = mean.abs() / variance.sqrt()
@@ -110,14 +97,14 @@ def test_one_clip_and_none(model):
 
 
 def test_another_seed_gives_another_fit(make):
-    one, other = (fit(make(), comparisons(40), epochs=2, seed=seed) for seed in (0, 1))
+    one, other = (fit(make(), linear_comparisons(40), epochs=2, seed=seed) for seed in (0, 1))
     clips = linear_clips(n=10)
     assert not torch.allclose(one.posterior(clips).mean, other.posterior(clips).mean)
 
 
 @pytest.mark.parametrize("preference", [0.0, 0.5, 1.0])
 def test_equal_preferences_leave_a_finite_posterior(make, preference):
-    some = comparisons(30)
+    some = linear_comparisons(30)
     equal = Comparisons(some.clips, some.pairs, torch.full((30,), preference))
     posterior = fit(make(), equal, epochs=4).posterior(some.clips)
     mean, variance = posterior.difference(some.pairs)
