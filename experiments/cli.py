@@ -346,8 +346,8 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         _call("experiments.datasets.minari:export_pool"),
     ),
     "study predictors": (
-        "compare predictors: whether their uncertainty may be believed",
-        _call("experiments.studies.predictors:study_predictors"),
+        "compare predictors: calibration, uncertainty and cost",
+        _study,
     ),
     "study strategies": (
         "compare query strategies: the comparisons that they save over uniform ones",
@@ -365,10 +365,6 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     "study drift": (
         "train on a reward learned once: frozen, asked on, pessimistic or guarded",
         _study,
-    ),
-    "benchmark predictors": (
-        "measure calibration, uncertainty and cost of every predictor",
-        _call("experiments.benchmarks.predictors:benchmark_predictors"),
     ),
     "study backflip": ("count the backflips of Hoppers taught by comparisons", _study),
     "benchmark speed": (

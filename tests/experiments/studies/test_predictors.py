@@ -1,0 +1,246 @@
+"""The study of predictors: scores by hand, tests apart from training, and a small study."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from experiments import studies
+from experiments.cli import main
+from experiments.datasets.people import HumanData
+from experiments.datasets.pools import Pool
+from experiments.studies import predictors as study
+from rewardmodels import (
+    Clips,
+    Comparisons,
+    DeepEnsemble,
+    GaussianPosterior,
+    InvalidInput,
+    SampledPosterior,
+    UnknownName,
+)
+from rewardmodels import calibration as score
+
+
+class Own(DeepEnsemble):
+    """A predictor that isn't registered."""
+
+
+def predicted(n: int = 400) -> tuple[SampledPosterior, Comparisons]:
+    """Eight samples of the returns of single numbers, and comparisons by their noise-free value."""
+    draw = torch.Generator().manual_seed(0)
+    returns = torch.randn(2 * n, generator=draw)
+    clips = Clips(returns[:, None, None], torch.zeros(2 * n, 1, 1), rewards=returns[:, None])
+    samples = returns + torch.randn(8, 2 * n, generator=draw)
+    return SampledPosterior(samples), studies.compare_by_return(clips)
+
+
+def test_scores_follow_their_definitions():
+    posterior, known = predicted()
+    found = study.posterior_scores(posterior, known)
+    samples = posterior.samples.double()
+    each = (samples[:, known.pairs[:, 1]] - samples[:, known.pairs[:, 0]]).sigmoid()
+    p, y = each.mean(0), known.preference.double()
+    wrong, uncertainty = (p > 0.5) != (y > 0.5), torch.minimum(p, 1 - p)
+    assert found["accuracy"] == pytest.approx(float((~wrong).double().mean()))
+    loss = torch.nn.functional.binary_cross_entropy(p, y)
+    assert found["log_loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert found["error_auroc"] == pytest.approx(roc_auc_score(wrong, uncertainty), abs=1e-6)
+    # 64 draws of eight equally likely samples are each of them eight times.
+    spread = each.std(0, correction=0)
+    by_rank = score.rank_correlation(spread, (p - y).abs())
+    assert found["rank_correlation"] == pytest.approx(by_rank, abs=1e-3)
+    confident = (wrong & ((p - 0.5).abs() > 0.4)).double().mean()
+    assert found["confident_and_wrong"] == pytest.approx(float(confident))
+    assert len(found["risk_by_coverage"]) == 20
+    assert found["risk_by_coverage"][-1] == pytest.approx(1 - found["accuracy"])
+
+
+def test_errors_of_returns_dont_depend_on_the_posteriors_scale():
+    posterior, known = predicted()
+    one, seven = (
+        study.return_scores(SampledPosterior(scale * posterior.samples), known) for scale in (1, 7)
+    )
+    assert one == pytest.approx(seven, abs=1e-6)
+    assert 0.5 < one["return_rank_correlation"] < 1
+
+
+@pytest.mark.parametrize("kind", ["sampled", "gaussian"])
+def test_coverage_is_that_of_the_prediction_sets(kind, monkeypatch):
+    monkeypatch.setattr(study, "RESPLITS", 60)
+    _, known = predicted(500)
+
+    class Model:
+        def posterior(self, clips):
+            returns = clips.observations[:, 0, 0]
+            if kind == "gaussian":
+                return GaussianPosterior(2 * returns, 0.1 * returns[:, None])
+            noise = torch.randn(8, 1, generator=torch.Generator().manual_seed(1))
+            return SampledPosterior(2 * returns + noise)
+
+    # Half the comparisons by a coin: sets of 95% then have to hold both preferences often.
+    luck = torch.rand(500, generator=torch.Generator().manual_seed(2))
+    preference = torch.where(luck < 0.5, (luck < 0.25).float(), known.preference)
+    noisy = replace(known, preference=preference)
+    covered = study.coverage(Model(), noisy)
+    assert study.COVERAGE - 0.01 < covered < study.COVERAGE + 0.03
+
+
+def test_joined_reliability_weighs_curves_bin_by_bin():
+    curves = [
+        {"probability": [0.2, 0.85], "frequency": [0.1, 0.5], "weight": [0.5, 0.1]},
+        {"probability": [0.55, 0.82], "frequency": [0.6, 1.0], "weight": [0.5, 0.3]},
+    ]
+    probability, frequency = study._joined_reliability(curves)
+    assert probability == pytest.approx([0.55, 0.8275])
+    assert frequency == pytest.approx([0.6, 0.875])
+
+
+def results(seeds: int = 5) -> pd.DataFrame:
+    """Two predictors on two tasks, of which the second has a log loss lower by 0.1; and folds."""
+    posterior, known = predicted(200)
+    scores = study.posterior_scores(posterior, known) | study.return_scores(posterior, known)
+    cost = {"fit_seconds": 1.0, "parameters": 10, "epic": 0.25}
+    rows = [
+        {"kind": "simulated", "task": task, "predictor": name, "seed": seed, "test": test,
+         "version": version, **scores, **cost, "log_loss": 0.5 - better + 0.01 * seed,
+         "ece": 0.2 - 0.05 * (version == "calibrated"),
+         "coverage": 0.96 if seed == 0 and test == "in distribution" else None}
+        for name, better in (("single network", 0.0), ("LaplaceHead", 0.1))
+        for task in ("A", "B") for seed in range(seeds)
+        for test in ("in distribution", "shifted") for version in ("calibrated", "as fitted")
+    ]  # fmt: skip
+    rows += [
+        {"kind": "people", "task": "trains", "predictor": name, "seed": fold, **scores,
+         "log_loss": 0.5 + worse + 0.01 * fold}
+        for name, worse in ((study.BASELINE, 0.0), ("single network", 0.1), ("LaplaceHead", 0.0))
+        for fold in range(5)
+    ]  # fmt: skip
+    speed = {"frame_us": 20.0, "batch_frame_us": 1.5, "clips_ms": 70.0, "samples_seconds": 0.5}
+    rows += [{"kind": "speed", "predictor": "LaplaceHead", "seed": 0, **speed}]
+    return pd.DataFrame(rows)
+
+
+def test_differences_and_verdicts_are_of_seeds_and_folds():
+    report = study.report(results())
+    sections = {section.title: section for section in report.sections}
+    scores = sections["Shifted"].table.set_index("predictor")
+    assert scores.loc["LaplaceHead", "log loss less single network's"] == pytest.approx([-0.1] * 3)
+    assert scores.loc["LaplaceHead", "verdict"] == "better"
+    assert tuple(scores.loc["LaplaceHead", "EPIC"]) == (0.25, 0.25, 0.25)
+    trust = sections["Trust"].table.set_index("predictor")
+    assert trust.loc["LaplaceHead", "ECE less as fitted"] == pytest.approx([-0.05] * 3)
+    people = sections["People"].table.set_index("predictor")
+    assert list(people["verdict"]) == ["", "worse", "unclear"]
+    cost = sections["Cost"].table.set_index("predictor")
+    assert cost.loc["LaplaceHead", "1,000 clips, ms"] == 70
+    assert report.figures["ece.SingleNetwork"] == pytest.approx(0.15)
+    assert report.figures["coverage_gap.LaplaceHead"] == pytest.approx(0.01)
+    assert report.figures["bayesian_rex_seconds"] == 0.5
+    few = study.report(results(seeds=4)).sections[1].table
+    assert few["verdict"].dropna().tolist() == ["unclear"]
+
+
+def pool() -> Pool:
+    draw = torch.Generator().manual_seed(0)
+    frames = torch.randn(20, 60, 2, generator=draw)
+    clips = Clips(frames, torch.zeros(20, 60, 1), rewards=frames @ torch.tensor([1.0, -2.0]))
+    return Pool("Pendulum", 0, clips, torch.arange(10).repeat_interleave(2), torch.arange(10))
+
+
+def people() -> HumanData:
+    clips = Clips.of_items(torch.randn(80, 3, generator=torch.Generator().manual_seed(0)))
+    pairs = torch.arange(80).view(40, 2)
+    features = clips.observations[pairs, 0].diff(dim=1)[:, 0].double().numpy()
+    known = Comparisons(clips, pairs, torch.from_numpy(features[:, 0] > 0).float())
+    held_out = {"odd": np.arange(40) % 2 == 1}
+    return HumanData("trains", known, np.arange(40) // 2, features, held_out)
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """Small pools and people's comparisons, and short fits; returns what was fitted to."""
+    seen, fit = [], study.fit
+
+    def short(model, comparisons, **options):
+        seen.append(comparisons)
+        return fit(model, comparisons, **{"epochs": 20, **options})
+
+    monkeypatch.setattr(study, "fit", short)
+    monkeypatch.setattr(study, "FOLDS", 2)
+    monkeypatch.setattr(study, "RESPLITS", 2)
+    monkeypatch.setattr(study, "HUMAN_DATA", {"trains": lambda folder: people()})
+    monkeypatch.setattr(studies, "find_pool", lambda *_, **__: pool())
+    return seen
+
+
+def test_what_is_held_out_of_peoples_comparisons_is_never_fitted_to(fitted):
+    settings = study.Settings()
+    for name in (study.BASELINE, "LaplaceHead"):
+        (row,) = study.cell(settings, "people", "trains/odd", "folder", name, seed=0)
+        assert row["accuracy"] > 0.6
+    assert row["weight_decay"] in study.WEIGHT_DECAYS
+    even = people().comparisons.pairs[::2]
+    assert max(len(known) for known in fitted) == 10  # half of the groups, and half of their rows
+    assert all(pair in even.tolist() for known in fitted for pair in known.pairs.tolist())
+
+
+def test_a_small_study_of_tasks_people_and_speed_leaves_a_page(fitted, tmp_path, monkeypatch):
+    own = f"{__name__}.Own"
+    small = study.Settings(
+        data=tmp_path, tasks=["Pendulum"], predictors=["LaplaceHead", own], seeds=1,
+        comparisons=40, length=10, tests=200,
+    )  # fmt: skip
+    run = studies.Run(tmp_path / "study")
+    found = studies.run_study(study, small, run, progress=False)
+    rows = pd.read_csv(run.out / "results.csv")
+    assert rows.groupby("kind").size().to_dict() == {"people": 12, "simulated": 8, "speed": 2}
+    assert set(rows["predictor"]) == {study.BASELINE, "LaplaceHead", own}
+    for key in ("epic", "nll_shifted", "coverage_gap", "batch_frame_us"):
+        assert np.isfinite(found.figures[f"{key}.LaplaceHead"])
+    assert 0 < found.figures["epic.LaplaceHead"] < np.sqrt(0.5)
+    for stem in ("trust", "people"):
+        assert (run.out / "figures" / f"{stem}.svg").is_file()
+    monkeypatch.setattr(study, "fit", None)
+    again = studies.run_study(study, small, run, report_only=True)
+    assert str(again.figures) == str(found.figures)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "argument"),
+    [
+        ({"seeds": 0}, InvalidInput, "seeds"),
+        ({"comparisons": 3}, InvalidInput, "comparisons"),
+        ({"tests": 100}, InvalidInput, "tests"),
+        ({"predictors": ["Laplace"]}, UnknownName, "LaplaceHead"),
+        ({"predictors": ["torch.nn.Linear"]}, InvalidInput, "RewardModel"),
+        ({"predictors": []}, InvalidInput, "predictors"),
+        ({"tasks": []}, InvalidInput, "tasks"),
+        ({"tasks": ["Hopper", "Pendulum"], "length": 201}, InvalidInput, "length"),
+        ({"tasks": ["Hoper"]}, UnknownName, "Hopper"),
+    ],
+)
+def test_bad_settings_are_refused(change, error, argument):
+    with pytest.raises(error, match=argument):
+        study.Settings(**change)
+
+
+def test_a_folder_without_peoples_comparisons_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "prepare", None)
+    with pytest.raises(InvalidInput, match="data"):
+        studies.run_study(study, study.Settings(data=tmp_path), studies.Run(tmp_path / "study"))
+
+
+@pytest.mark.slow
+def test_the_quick_study_measures_every_predictor(tmp_path):
+    file = tmp_path / "figures.json"
+    assert main(["study", "predictors", "--quick", "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())
+    for name in study.PREDICTORS:
+        for key in ("ece", "nll", "epic", "rank_correlation", "coverage_gap", "fit_seconds"):
+            assert np.isfinite(figures[f"{key}.{name}"])
+        assert figures[f"error_auroc.{name}"] > 0.6
