@@ -1,9 +1,10 @@
-"""What to ask next: values of queries, batches, schedules, teachers, and the answers' store."""
+"""Active queries: acquisition functions, batch rules, strategies, schedules, teachers, feedback."""
 
 from active.acquisition import (
     ACQUISITIONS,
     Acquisition,
     acquisition_named,
+    all_pairs,
     d_optimal,
     difference_variance,
     expected_best,
@@ -11,14 +12,27 @@ from active.acquisition import (
     predictive_entropy,
     preference_variance,
 )
-from active.database import Conflict, Missing
-from active.export import export_feedback, import_feedback
-from active.feedback import Counts, FeedbackStore, Query
-from active.markers import SyntheticMarker
-from active.marks import Mark, Rating
-from active.pairs import all_pairs
-from active.query_strategy import QueryStrategy
-from active.rules import BatchRule, Candidates, Power, TopK
+from active.batch import (
+    BATCH_RULES,
+    BatchRule,
+    Candidates,
+    EachClipOnce,
+    FarthestFirst,
+    GreedyLogDet,
+    Power,
+    TopK,
+)
+from active.feedback import (
+    Conflict,
+    Counts,
+    FeedbackStore,
+    Mark,
+    Missing,
+    Query,
+    Rating,
+    export_feedback,
+    import_feedback,
+)
 from active.schedule import (
     SCHEDULES,
     Constant,
@@ -32,33 +46,36 @@ from active.strategies import (
     BALD,
     EUBO,
     STRATEGIES,
+    BestVsWorst,
     Disagreement,
     DOptimal,
     Entropy,
     GreedyInformation,
     KCenter,
+    QueryStrategy,
     ScoredStrategy,
+    Thompson,
     Uniform,
 )
 from active.teachers import (
     TEACHERS,
-    Annotator,
+    HumanTeacher,
+    ReplayTeacher,
+    Request,
+    SyntheticMarker,
     SyntheticTeacher,
     Teacher,
-    published_threshold,
 )
-from active.thompson import BestVsWorst, Thompson
-from active.variety import EachClipOnce, FarthestFirst, GreedyLogDet
 
 __all__ = [
     "ACQUISITIONS",
     "BALD",
+    "BATCH_RULES",
     "EUBO",
     "SCHEDULES",
     "STRATEGIES",
     "TEACHERS",
     "Acquisition",
-    "Annotator",
     "BatchRule",
     "BestVsWorst",
     "Candidates",
@@ -73,6 +90,7 @@ __all__ = [
     "FeedbackStore",
     "GreedyInformation",
     "GreedyLogDet",
+    "HumanTeacher",
     "Hyperbolic",
     "KCenter",
     "Mark",
@@ -81,6 +99,8 @@ __all__ = [
     "Query",
     "QueryStrategy",
     "Rating",
+    "ReplayTeacher",
+    "Request",
     "Schedule",
     "ScoredStrategy",
     "SyntheticMarker",
@@ -102,5 +122,4 @@ __all__ = [
     "mutual_information",
     "predictive_entropy",
     "preference_variance",
-    "published_threshold",
 ]

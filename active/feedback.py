@@ -1,46 +1,53 @@
-"""The durable store of clips, queries and answers: one SQLite file, only ever added to.
+"""The durable store of clips, queries, comparisons, marks and ratings: one SQLite file.
 
-People's answers are the dearest data in a study, so an answer that was acknowledged survives a
-killed process and a power cut, and a query is on disk with both its clips or not at all. What is
-taken back is marked so, and stays.
+Comparisons by people are the dearest data of a study. One that was acknowledged survives a killed
+process and a power cut; a query is on disk with both its clips or not at all. Rows are only ever
+added: triggers refuse to change or delete them, and what is taken back gets a row in `withdrawals`.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import math
-from collections.abc import Sequence
+import shlex
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, NamedTuple, Self, get_args
+from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from active.clip_table import ClipTable, pack
-from active.database import Conflict, Database, Missing
-from active.leases import Leases
-from active.marks import Marks
-from active.pairs import check_pairs
-from active.repeats import Repeats
+from active.acquisition import check_pairs
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
-from rewardmodels.errors import InvalidInput, UnknownName
+from rewardmodels.errors import InvalidInput, UnknownName, UnreadableFile
+from rewardmodels.saving import atomic_path
+
+LEASE_SECONDS: Final = 120.0
+
+# Types and errors.
 
 Declined = Literal["unsure", "skip"]
-"""Why there is no preference: the person looked and can't tell, or didn't want to say."""
+"""Reason of a missing preference: the person can't tell, or skipped the query."""
 
 _TABLE: Final = {"answer": "answers", "mark": "marks", "rating": "ratings"}
 
 
 @dataclass(frozen=True)
 class Query:
-    """One question, and its answer if it has one.
+    """A query, and its comparison if it has one.
 
     Attributes:
-        id: The number that `FeedbackStore.add_queries` gave it.
-        round: The round it was put in.
-        teacher: Who answered or skipped it; None while it is open.
+        id: As `FeedbackStore.add_queries` returned it.
+        round: Round of asking.
+        teacher: Name of who answered or skipped it; None while it is open.
         preference: 0 the first, 1 the second, 0.5 "the same"; None while open or if skipped.
     """
 
@@ -51,20 +58,74 @@ class Query:
 
     @property
     def skipped(self) -> bool:
-        """Whether a teacher looked at it and declined."""
+        """True if a teacher declined to answer."""
         return self.teacher is not None and self.preference is None
 
 
 class Counts(NamedTuple):
-    """How many queries were put, and how many of those were answered and skipped."""
+    """Numbers of queries put, answered and skipped."""
 
     put: int
     answered: int
     skipped: int
 
 
+class Mark(NamedTuple):
+    """A part of a clip that was marked good or bad.
+
+    Attributes:
+        id: Of the row.
+        clip: The clip's id, as `FeedbackStore.clips` takes it.
+        first: Its first frame, from 0.
+        last: Its last frame, itself part of it.
+        good: Whether it is good, else bad.
+        teacher: Name of who gave it.
+    """
+
+    id: int
+    clip: int
+    first: int
+    last: int
+    good: bool
+    teacher: str
+
+
+class Rating(NamedTuple):
+    """A rating of a clip.
+
+    Attributes:
+        id: Of the row.
+        clip: The clip's id, as `FeedbackStore.clips` takes it.
+        rating: From 0, the worst, to 1, the best.
+        teacher: Name of who gave it.
+    """
+
+    id: int
+    clip: int
+    rating: float
+    teacher: str
+
+
+class Agreement(NamedTuple):
+    """Repeated queries with two preferences, and how many of them agree."""
+
+    same: int
+    repeated: int
+
+
+class Missing(InvalidInput):
+    """An id that isn't in the store."""
+
+
+class Conflict(InvalidInput):
+    """A write that came too late, or was made before; nothing was changed."""
+
+
+# The store.
+
+
 class FeedbackStore:
-    """Clips, queries and answers in one SQLite file (WAL, synchronous=FULL, append-only).
+    """Clips, queries and comparisons in one SQLite file (WAL, synchronous=FULL, append-only).
 
     Every method that writes is one transaction, on disk when it returns. Several processes may
     have the same file open; an object belongs to the thread that made it. Clips are kept once
@@ -75,9 +136,9 @@ class FeedbackStore:
             version wrote it.
 
     Attributes:
-        leases: Who is being asked what just now.
+        leases: Of open queries, so that several people are not shown the same one.
         marks: Marks and ratings of single clips.
-        repeats: Queries put a second time, to see whether answers agree.
+        repeats: Queries put a second time, to measure agreement.
 
     Raises:
         UnreadableFile: A file that is damaged, isn't a feedback store, or was written by a
@@ -99,20 +160,20 @@ class FeedbackStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file = Database(self.path)
+        self._file = _Database(self.path)
         self._db = self._file.connection
-        self._clips = ClipTable(self._file)
+        self._clips = _ClipTable(self._file)
         self.leases = Leases(self._file)
         self.marks = Marks(self._file)
         self.repeats = Repeats(self._file)
 
     def add_queries(self, clips: Clips, pairs: Tensor, *, round: int) -> list[int]:
-        """Stores queries, and those of the clips that they show, in one transaction.
+        """Store queries, and the clips that they show, in one transaction.
 
         Args:
             clips: The N clips that the pairs index into.
             pairs: `(Q, 2)` integers, indices into clips.
-            round: Which round of asking this is, at least 0.
+            round: Round of asking, at least 0.
 
         Returns:
             Q ids, rising.
@@ -133,7 +194,7 @@ class FeedbackStore:
             raise InvalidInput(f"round: expected at least 0, got {round}.")
         used = sorted({clip for row in rows for clip in row})
         self._clips.check_frames(clips)
-        blobs = {clip: pack(clips, clip) for clip in used}
+        blobs = {clip: _pack(clips, clip) for clip in used}
         with self._file.transaction():
             ids = []
             for first, second in rows:
@@ -153,24 +214,23 @@ class FeedbackStore:
         declined: Declined = "skip",
         holder: str | None = None,
     ) -> int:
-        """Stores an answer; it is on disk when this returns.
+        """Store a comparison; it is on disk when this returns.
 
         Args:
             query_id: As `add_queries` returned it.
             preference: Probability that the second clip is better: 0, 1, 0.5 for "the same",
                 or anything between; None or NaN for a skipped query.
-            teacher: Who answered.
-            seconds: How long they took; None if nobody looked at the clock.
-            declined: Why there is no preference, where there is none.
-            holder: Whose lease has to hold, and ends with the answer; None to answer without one.
+            teacher: Name of who answered.
+            seconds: Time taken; None if unknown.
+            declined: Reason of a missing preference.
+            holder: Holder of a lease, which must be valid and ends now; None for no lease.
 
         Returns:
             The answer's id, for `withdraw`.
 
         Raises:
             Missing: An unknown query.
-            Conflict: A query that has its answer already (answers are never changed), or whose
-                lease isn't the holder's any more.
+            Conflict: A query that has a comparison already, or whose lease has run out.
             InvalidInput: A preference outside [0, 1], negative seconds, or an empty teacher.
         """
         if preference is not None and math.isnan(preference):
@@ -192,12 +252,12 @@ class FeedbackStore:
             else (query_id, float(preference), teacher, seconds, None)
         )
         with self._file.transaction() as db:
-            self._file.know(query_id)
+            self._file.shown(query_id)
             sql = "SELECT teacher FROM standing WHERE query = ?"
-            if said := db.execute(sql, (query_id,)).fetchone():
+            if other := db.execute(sql, (query_id,)).fetchone():
                 raise Conflict(
                     f"query_id: expected a query without an answer, got {query_id}, which "
-                    f"{said[0]!r} has answered; answers are never changed."
+                    f"{other[0]!r} has answered; answers are never changed."
                 )
             if holder is not None:
                 self.leases.check(query_id, holder)
@@ -209,13 +269,13 @@ class FeedbackStore:
     def withdraw(
         self, kind: Literal["answer", "mark", "rating"], id: int, teacher: str
     ) -> int | None:
-        """Takes back what somebody said; it stays in the file, and no longer counts.
+        """Withdraw a comparison, mark or rating; it stays in the file, and no longer counts.
 
         A query whose answer is withdrawn is open again.
 
         Args:
             kind: What it is.
-            id: Its number.
+            id: Of the row.
             teacher: Who said it: nobody else may take it back.
 
         Returns:
@@ -240,11 +300,11 @@ class FeedbackStore:
             return None if found[0] is None else int(found[0])
 
     def queries(self, round: int | None = None, unanswered: bool = False) -> list[Query]:
-        """Lists queries by id, repeats aside.
+        """List queries by id, without repeats.
 
         Args:
             round: Only those of this round.
-            unanswered: Only those that nobody has answered or skipped.
+            unanswered: Only open ones.
         """
         conditions = ["repeats IS NULL"]
         if round is not None:
@@ -258,7 +318,7 @@ class FeedbackStore:
             return [Query(*row) for row in db.execute(sql, {"round": round})]
 
     def comparisons(self) -> Comparisons | None:
-        """All answers but skipped ones, by query id, each clip once; None if there are none."""
+        """Return all comparisons by query id, each clip once; None if there are none."""
         answered = [query for query in self.queries() if query.preference is not None]
         if not answered:
             return None
@@ -266,7 +326,7 @@ class FeedbackStore:
         return Comparisons(clips, pairs, torch.tensor([query.preference for query in answered]))
 
     def clips_of(self, query_ids: Sequence[int]) -> tuple[Clips, Tensor]:
-        """The clips that queries show.
+        """Return the clips that queries show.
 
         Args:
             query_ids: At least one id, in any order.
@@ -277,7 +337,7 @@ class FeedbackStore:
 
         Raises:
             InvalidInput: No ids, or one that isn't in the store.
-            UnreadableFile: A clip that is no longer what was stored.
+            UnreadableFile: A clip whose bytes have changed.
         """
         if not query_ids:
             raise InvalidInput("query_ids: expected at least one, got none.")
@@ -289,27 +349,27 @@ class FeedbackStore:
         return self.clips(list(place)), torch.tensor(pairs)
 
     def shown(self, query_id: int) -> tuple[int, int]:
-        """Ids of the first and second clip of a query.
+        """Return the ids of the first and second clip of a query.
 
         Raises:
             Missing: An unknown query.
         """
-        return self._file.know(query_id)
+        return self._file.shown(query_id)
 
     def clips(self, ids: Sequence[int]) -> Clips:
-        """Clips by id, such as those that marks and ratings speak of, in the order of the ids.
+        """Return clips by id, such as those of marks and ratings, in the order of the ids.
 
         Raises:
             InvalidInput: No ids.
             Missing: One that isn't in the store.
-            UnreadableFile: A clip that is no longer what was stored.
+            UnreadableFile: A clip whose bytes have changed.
         """
         if not ids:
             raise InvalidInput("ids: expected at least one, got none.")
         return Clips.cat([self._clips.load(clip) for clip in ids])
 
     def counts(self) -> Counts:
-        """How many queries were put, answered (skips aside) and skipped; repeats don't count."""
+        """Count queries put, answered and skipped, without repeats."""
         sql = """SELECT count(*), count(preference), count(query) - count(preference)
                  FROM queries LEFT JOIN standing ON standing.query = queries.id
                  WHERE repeats IS NULL"""
@@ -317,7 +377,7 @@ class FeedbackStore:
             return Counts(*db.execute(sql).fetchone())
 
     def close(self) -> None:
-        """Closes the file; closing twice does no harm."""
+        """Close the file; closing twice does no harm."""
         self._db.close()
 
     def __enter__(self) -> Self:
@@ -330,3 +390,765 @@ class FeedbackStore:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class Leases:
+    """Leases on open queries: each has one holder until it is answered or the lease runs out.
+
+    Times are those of this machine's clock, which all processes with the same file share.
+
+    Args:
+        db: The open store.
+        clock: Seconds since some fixed moment, the same for every process.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from active import FeedbackStore
+        >>> from rewardmodels import Clips
+        >>> clips = Clips(torch.rand(3, 5, 2), torch.rand(3, 5, 1))
+        >>> with FeedbackStore(Path(tempfile.mkdtemp()) / "answers.sqlite") as store:
+        ...     _ = store.add_queries(clips, torch.tensor([[0, 1], [1, 2]]), round=0)
+        ...     anns, bobs = store.leases.take("ann's tab"), store.leases.take("bob's tab")
+        ...     nobodys = store.leases.take("carla's tab")
+        ...     store.leases.release("bob's tab")
+        ...     anns, bobs, nobodys, store.leases.take("carla's tab")
+        ([1], [2], [], [2])
+    """
+
+    def __init__(self, db: _Database, clock: Callable[[], float] = time.time) -> None:
+        self._db, self._clock = db, clock
+
+    def take(self, holder: str, n: int = 1, *, seconds: float = LEASE_SECONDS) -> list[int]:
+        """Lease open queries, oldest first; the holder's own are renewed and come first.
+
+        Args:
+            holder: Name of one open page.
+            n: Most queries to hold, at least 1.
+            seconds: Duration of the leases.
+
+        Returns:
+            At most n ids; fewer where fewer are open and free.
+
+        Raises:
+            InvalidInput: An empty holder, n below 1, or seconds that aren't positive.
+        """
+        if not holder:
+            raise InvalidInput("holder: expected a name, got an empty one.")
+        if n < 1:
+            raise InvalidInput(f"n: expected at least 1 query, got {n}.")
+        if not 0 < seconds < math.inf:
+            raise InvalidInput(f"seconds: expected a positive number, got {seconds}.")
+        now = self._clock()
+        with self._db.transaction() as db:
+            db.execute("DELETE FROM leases WHERE expires <= ?", (now,))
+            sql = """SELECT id FROM queries LEFT JOIN leases ON leases.query = queries.id
+                     WHERE NOT EXISTS (SELECT 1 FROM standing WHERE standing.query = queries.id)
+                     AND (holder IS NULL OR holder = ?)
+                     ORDER BY holder IS NULL, id LIMIT ?"""
+            ids = [int(row[0]) for row in db.execute(sql, (holder, n))]
+            db.executemany(
+                "INSERT OR REPLACE INTO leases VALUES (?, ?, ?)",
+                [(query, holder, now + seconds) for query in ids],
+            )
+        return ids
+
+    def grant(self, query_id: int, holder: str, *, seconds: float = LEASE_SECONDS) -> None:
+        """Lease one query, as after its answer was withdrawn.
+
+        Raises:
+            Conflict: Somebody else holds it.
+        """
+        now = self._clock()
+        with self._db.transaction() as db:
+            sql = "SELECT holder FROM leases WHERE query = ? AND expires > ? AND holder <> ?"
+            if db.execute(sql, (query_id, now, holder)).fetchone():
+                raise Conflict(
+                    f"query_id: expected a query that is free, got {query_id}, which somebody else "
+                    "is being asked."
+                )
+            row = (query_id, holder, now + seconds)
+            db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", row)
+
+    def release(self, holder: str) -> None:
+        """Release a holder's queries, as when a page is closed."""
+        with self._db.transaction() as db:
+            db.execute("DELETE FROM leases WHERE holder = ?", (holder,))
+
+    def check(self, query_id: int, holder: str) -> None:
+        """Raise Conflict unless the holder's lease on a query is valid."""
+        with self._db.reading() as db:
+            sql = "SELECT 1 FROM leases WHERE query = ? AND holder = ? AND expires > ?"
+            if not db.execute(sql, (query_id, holder, self._clock())).fetchone():
+                raise Conflict(
+                    f"query_id: expected a query that is leased to who answers, got {query_id}, "
+                    "whose lease has run out or is somebody else's; ask for the next one."
+                )
+
+
+class Marks:
+    """Marks and ratings of a store; `FeedbackStore.withdraw` takes one back.
+
+    Args:
+        db: The open store.
+    """
+
+    def __init__(self, db: _Database) -> None:
+        self._db = db
+
+    def add(self, clip: int, first: int, last: int, *, good: bool, teacher: str) -> int:
+        """Store a mark; it is on disk when this returns.
+
+        Args:
+            clip: The clip's id, as `FeedbackStore.shown` gives it.
+            first: Its first frame, from 0.
+            last: Its last frame, itself part of it.
+            good: Whether it is good, else bad.
+            teacher: Name of who gives it.
+
+        Returns:
+            The mark's id.
+
+        Raises:
+            Missing: No such clip.
+            InvalidInput: Frames out of order or below 0, or an empty teacher. Where a clip ends
+                isn't checked, since that would take reading it.
+        """
+        if not 0 <= first <= last:
+            raise InvalidInput(
+                "first, last: expected frames from 0 on with the last not before the first, got "
+                f"{first} and {last}."
+            )
+        row = (clip, first, last, int(good), teacher)
+        return self._insert("marks (clip, first, last, good, teacher)", row)
+
+    def rate(self, clip: int, rating: float, *, teacher: str) -> int:
+        """Store a rating; it is on disk when this returns.
+
+        Args:
+            clip: The clip's id, as `FeedbackStore.shown` gives it.
+            rating: From 0, the worst, to 1, the best.
+            teacher: Name of who gives it.
+
+        Returns:
+            The rating's id.
+
+        Raises:
+            Missing: No such clip.
+            InvalidInput: A rating outside [0, 1], or an empty teacher.
+        """
+        if not 0 <= rating <= 1:
+            raise InvalidInput(f"rating: expected a number from 0 to 1, got {rating}.")
+        return self._insert("ratings (clip, rating, teacher)", (clip, float(rating), teacher))
+
+    def rows(self) -> list[Mark]:
+        """Return the marks that aren't withdrawn, oldest first."""
+        return self._read("TRUE", ())
+
+    def of(self, clip: int) -> list[Mark]:
+        """Return a clip's marks that aren't withdrawn, oldest first."""
+        return self._read("clip = ?", (clip,))
+
+    def ratings(self) -> list[Rating]:
+        """Return the ratings that aren't withdrawn, oldest first; a person's last one counts."""
+        sql = """SELECT id, clip, rating, teacher FROM ratings WHERE NOT EXISTS
+                 (SELECT 1 FROM withdrawals WHERE withdrawals.rating = ratings.id) ORDER BY id"""
+        with self._db.reading() as db:
+            return [Rating(*row) for row in db.execute(sql)]
+
+    def _read(self, condition: str, values: tuple[int, ...]) -> list[Mark]:
+        sql = f"""SELECT id, clip, first, last, good, teacher FROM marks WHERE {condition} AND
+                  NOT EXISTS (SELECT 1 FROM withdrawals WHERE mark = marks.id) ORDER BY id"""
+        with self._db.reading() as db:
+            return [
+                Mark(i, of, a, b, bool(good), who)
+                for i, of, a, b, good, who in db.execute(sql, values)
+            ]
+
+    def _insert(self, table: str, row: tuple[int | float | str, ...]) -> int:
+        if not row[-1]:
+            raise InvalidInput("teacher: expected the name of who gives it, got an empty one.")
+        with self._db.transaction() as db:
+            if not db.execute("SELECT 1 FROM clips WHERE id = ?", row[:1]).fetchone():
+                raise Missing(f"clip: expected a clip in {self._db.path}, got {row[0]}.")
+            places = ", ".join("?" * len(row))
+            sql = f"INSERT INTO {table} VALUES ({places}) RETURNING id"
+            return int(db.execute(sql, row).fetchone()[0])
+
+
+class Repeats:
+    """Repeats of queries, with the clips swapped, to measure agreement.
+
+    They are leased and answered like any query, and left out of lists, counts and comparisons.
+
+    Args:
+        db: The open store.
+    """
+
+    def __init__(self, db: _Database) -> None:
+        self._db = db
+
+    def put(self, query_id: int) -> int:
+        """Put a query once more; return the repeat's id.
+
+        Raises:
+            Missing: An unknown query.
+            Conflict: It was repeated already, or is itself a repeat.
+        """
+        with self._db.transaction() as db:
+            self._db.shown(query_id)
+            sql = "SELECT 1 FROM queries WHERE repeats = :id OR id = :id AND repeats IS NOT NULL"
+            if db.execute(sql, {"id": query_id}).fetchone():
+                raise Conflict(f"query_id: expected one never repeated, got {query_id}.")
+            sql = """INSERT INTO queries (round, first, second, repeats)
+                     SELECT round, second, first, id FROM queries WHERE id = ? RETURNING id"""
+            return int(db.execute(sql, (query_id,)).fetchone()[0])
+
+    def candidates(self, teacher: str) -> list[int]:
+        """Return a teacher's queries with a preference and no repeat, in order of the answers."""
+        sql = """SELECT query FROM standing JOIN queries ON queries.id = query
+                 WHERE teacher = ? AND preference IS NOT NULL AND repeats IS NULL
+                 AND query NOT IN (SELECT repeats FROM queries WHERE repeats IS NOT NULL)
+                 ORDER BY standing.id"""
+        with self._db.reading() as db:
+            return [int(row[0]) for row in db.execute(sql, (teacher,))]
+
+    def answered(self, teacher: str) -> tuple[int, int]:
+        """Count a teacher's answered queries, and the repeats made of them."""
+        sql = """SELECT count(*), count(again.id) FROM standing
+                 JOIN queries ON queries.id = query AND queries.repeats IS NULL
+                 LEFT JOIN queries AS again ON again.repeats = queries.id WHERE teacher = ?"""
+        with self._db.reading() as db:
+            first, again = db.execute(sql, (teacher,)).fetchone()
+        return int(first), int(again)
+
+    def agreement(self) -> Agreement:
+        """Count repeated queries with two preferences, and those of them that agree."""
+        sql = """SELECT coalesce(sum(abs(one.preference + two.preference - 1) < 1e-9), 0), count(*)
+                 FROM queries JOIN standing AS one ON one.query = queries.repeats
+                 JOIN standing AS two ON two.query = queries.id
+                 WHERE one.preference IS NOT NULL AND two.preference IS NOT NULL"""
+        with self._db.reading() as db:
+            return Agreement(*db.execute(sql).fetchone())
+
+
+# Export and import.
+
+Format = Literal["csv", "parquet"]
+
+# Each after those that it refers to.
+_TABLES: Final = ("clips", "queries", "answers", "marks", "ratings", "withdrawals")
+_TYPES: Final[dict[str, Callable[[str], Any]]] = {"INTEGER": int, "REAL": float, "TEXT": str}
+Row = tuple[Any, ...]
+
+
+def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
+    """Write everything in a feedback store to files that any tool reads.
+
+    A table each of clips, queries, answers, marks, ratings and withdrawals, one row for each,
+    withdrawn ones too; and `clips/`, a safetensors file for each clip, named by its SHA-256.
+
+    Args:
+        store: File of the feedback store.
+        folder: Directory to write to; made if need be.
+        format: `csv`, or `parquet`, which takes pyarrow.
+
+    Raises:
+        InvalidInput: No such store, a folder that holds something, or no pyarrow.
+        UnreadableFile: A damaged store.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from active import FeedbackStore
+        >>> from rewardmodels import Clips
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with FeedbackStore(folder / "answers.sqlite") as store:
+        ...     clips = Clips(torch.rand(2, 5, 2), torch.rand(2, 5, 1))
+        ...     (query,) = store.add_queries(clips, torch.tensor([[0, 1]]), round=0)
+        ...     _ = store.answer(query, 1.0, "ann")
+        >>> export_feedback(folder / "answers.sqlite", folder / "export")
+        >>> import_feedback(folder / "said", folder / "again.sqlite")
+        >>> with FeedbackStore(folder / "again.sqlite") as store:
+        ...     store.counts()
+        Counts(put=1, answered=1, skipped=0)
+    """
+    write = {"csv": _write_csv, "parquet": _write_parquet}.get(format)
+    if write is None:
+        raise UnknownName("format", format, get_args(Format))
+    if not store.is_file():
+        raise InvalidInput(f"store: expected a feedback store's file, got {store}.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InvalidInput(f"folder: expected a new or an empty folder, got {folder}.")
+    if format == "parquet":
+        _arrow()
+    file = _Database(store)
+    with closing(file.connection), file.reading() as db:
+        db.execute("BEGIN")  # one moment of the store, whatever is answered meanwhile
+        (folder / "clips").mkdir(parents=True)
+        for digest, blob in db.execute("SELECT DISTINCT sha256, data FROM clips"):
+            (folder / "clips" / f"{digest.hex()}.safetensors").write_bytes(blob)
+        for table in _TABLES:
+            columns = _columns(db, table)
+            sql = f"SELECT {', '.join(columns)} FROM {table} ORDER BY id"
+            rows: Iterable[Row] = db.execute(sql)
+            if table == "clips":
+                rows = [(i, digest.hex(), twin) for i, digest, twin in rows]
+            write(folder / f"{table}.{format}", columns, rows)
+        db.execute("ROLLBACK")
+
+
+def import_feedback(folder: Path, store: Path) -> None:
+    """Make a feedback store from what `export_feedback` wrote, the same in every table.
+
+    Args:
+        folder: Directory of the export.
+        store: File of the new store.
+
+    Raises:
+        InvalidInput: A file that is there already, or a folder that isn't an export.
+        UnreadableFile: An export that is damaged; no store is made then.
+    """
+    if store.exists():
+        raise InvalidInput(f"store: expected a new file, got {store}, which is there.")
+    if not store.parent.is_dir():
+        raise InvalidInput(f"store: expected a file in an existing folder, got {store}.")
+    format = next((f for f in get_args(Format) if (folder / f"clips.{f}").is_file()), None)
+    if format is None:
+        raise InvalidInput(f"folder: expected what export_feedback wrote, got {folder}.")
+    read = _read_csv if format == "csv" else _read_parquet
+    # It appears under its name only once it is whole.
+    try:
+        # A rename would overwrite what has come meanwhile.
+        with atomic_path(store, overwrite=False) as part:
+            file = _Database(part)
+            with closing(file.connection):
+                # Ids and times come as they were, in an order that the trigger against second
+                # answers couldn't know: withdrawals are read last.
+                with file.transaction() as db:
+                    (trigger,) = db.execute(
+                        "SELECT sql FROM sqlite_master WHERE name = 'one_stands'"
+                    )
+                    db.execute("DROP TRIGGER one_stands")
+                    for table in _TABLES:
+                        columns = _columns(db, table)
+                        rows = read(folder / f"{table}.{format}", columns)
+                        if table == "clips":
+                            columns = {**columns, "data": "BLOB"}
+                            rows = (_with_data(folder, row) for row in rows)
+                        places = ", ".join("?" * len(columns))
+                        sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({places})"
+                        db.executemany(sql, rows)
+                    db.execute(trigger[0])
+                    sql = "SELECT query FROM standing GROUP BY query HAVING count(*) > 1"
+                    if twice := db.execute(sql).fetchone():
+                        raise ValueError(f"query {twice[0]} has two answers that stand")
+                file.connection.execute("PRAGMA journal_mode = DELETE")  # one file, to be moved
+    except (OSError, ValueError, KeyError, TypeError, sqlite3.Error) as error:
+        raise UnreadableFile(f"{folder}: expected a whole export, got {error!r}.") from error
+
+
+def _with_data(folder: Path, row: Row) -> Row:
+    number, digest, twin = row
+    if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+        raise ValueError(f"clip {number} has no SHA-256")  # which is about to be a file's name
+    blob = (folder / "clips" / f"{digest}.safetensors").read_bytes()
+    if hashlib.sha256(blob).hexdigest() != digest:
+        raise ValueError(f"the file of clip {number} has changed")
+    return number, bytes.fromhex(digest), twin, blob
+
+
+def _columns(db: Any, table: str) -> dict[str, str]:
+    """SQL types by column; a clip's bytes go into a file of their own, its digest is text."""
+    listed = {row[1]: row[2] for row in db.execute(f"PRAGMA table_info({table})")}
+    return {"id": "INTEGER", "sha256": "TEXT", "twin": "INTEGER"} if table == "clips" else listed
+
+
+def _write_csv(path: Path, columns: dict[str, str], rows: Iterable[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def _read_csv(path: Path, columns: dict[str, str]) -> Iterable[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file, strict=True):
+            # No text of ours is ever empty, so an empty field can only be a null.
+            yield tuple(
+                _TYPES[kind](row[name]) if row[name] else None for name, kind in columns.items()
+            )
+
+
+def _write_parquet(path: Path, columns: dict[str, str], rows: Iterable[Row]) -> None:
+    arrow, parquet = _arrow()
+    types = {"INTEGER": arrow.int64(), "REAL": arrow.float64(), "TEXT": arrow.string()}
+    values = list(zip(*rows, strict=True)) or [()] * len(columns)
+    arrays = [arrow.array(v, types[k]) for v, k in zip(values, columns.values(), strict=True)]
+    parquet.write_table(arrow.table(arrays, names=list(columns)), path)
+
+
+def _read_parquet(path: Path, columns: dict[str, str]) -> Iterable[Row]:
+    _, parquet = _arrow()
+    table = parquet.read_table(path)
+    return zip(*(table[name].to_pylist() for name in columns), strict=True)
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InvalidInput(
+            "format: expected pyarrow to be installed for parquet, got none; "
+            "pip install 'rewardmodels[parquet]' brings it."
+        ) from error
+    return pyarrow, pyarrow.parquet
+
+
+# The file: schema, transactions, damage.
+
+_NOW: Final = "TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"
+
+
+def _append_only(*tables: str) -> tuple[str, ...]:
+    return tuple(
+        f"CREATE TRIGGER {table}_{verb} BEFORE {verb} ON {table} "
+        "BEGIN SELECT RAISE(ABORT, 'the feedback store is append-only'); END"
+        for table in tables
+        for verb in ("UPDATE", "DELETE")
+    )
+
+
+_CLIPS_QUERIES_ANSWERS: Final = (
+    """CREATE TABLE clips (
+        id INTEGER PRIMARY KEY,
+        sha256 BLOB NOT NULL,
+        twin INTEGER NOT NULL,
+        data BLOB NOT NULL
+    )""",
+    "CREATE UNIQUE INDEX clip_once ON clips (sha256, twin)",
+    f"""CREATE TABLE queries (
+        id INTEGER PRIMARY KEY,
+        round INTEGER NOT NULL,
+        first INTEGER NOT NULL REFERENCES clips,
+        second INTEGER NOT NULL REFERENCES clips,
+        put_at {_NOW},
+        CHECK (first <> second)
+    )""",
+    "CREATE INDEX query_round ON queries (round)",
+    f"""CREATE TABLE answers (
+        id INTEGER PRIMARY KEY,
+        query INTEGER NOT NULL REFERENCES queries,
+        preference REAL CHECK (preference BETWEEN 0 AND 1),
+        teacher TEXT NOT NULL,
+        answered_at {_NOW}
+    )""",
+    # An index, where UNIQUE in the table would do, can be dropped by a later version.
+    "CREATE UNIQUE INDEX answer_once ON answers (query)",
+    *_append_only("clips", "queries", "answers"),
+)
+
+_PEOPLE: Final = (
+    "ALTER TABLE queries ADD COLUMN repeats INTEGER REFERENCES queries",
+    "CREATE UNIQUE INDEX repeat_once ON queries (repeats)",
+    "ALTER TABLE answers ADD COLUMN seconds REAL CHECK (seconds >= 0)",
+    "ALTER TABLE answers ADD COLUMN declined TEXT CHECK (declined IN ('unsure', 'skip'))",
+    f"""CREATE TABLE marks (
+        id INTEGER PRIMARY KEY,
+        clip INTEGER NOT NULL REFERENCES clips,
+        first INTEGER NOT NULL CHECK (first >= 0),
+        last INTEGER NOT NULL CHECK (last >= first),
+        good INTEGER NOT NULL CHECK (good IN (0, 1)),
+        teacher TEXT NOT NULL,
+        marked_at {_NOW}
+    )""",
+    "CREATE INDEX mark_clip ON marks (clip)",
+    f"""CREATE TABLE ratings (
+        id INTEGER PRIMARY KEY,
+        clip INTEGER NOT NULL REFERENCES clips,
+        rating REAL NOT NULL CHECK (rating BETWEEN 0 AND 1),
+        teacher TEXT NOT NULL,
+        rated_at {_NOW}
+    )""",
+    f"""CREATE TABLE withdrawals (
+        id INTEGER PRIMARY KEY,
+        answer INTEGER UNIQUE REFERENCES answers,
+        mark INTEGER UNIQUE REFERENCES marks,
+        rating INTEGER UNIQUE REFERENCES ratings,
+        withdrawn_at {_NOW},
+        CHECK ((answer IS NOT NULL) + (mark IS NOT NULL) + (rating IS NOT NULL) = 1)
+    )""",
+    """CREATE TABLE leases (
+        query INTEGER PRIMARY KEY REFERENCES queries,
+        holder TEXT NOT NULL,
+        expires REAL NOT NULL
+    )""",
+    """CREATE VIEW standing AS SELECT * FROM answers WHERE NOT EXISTS
+        (SELECT 1 FROM withdrawals WHERE withdrawals.answer = answers.id)""",
+    # Once withdrawn, a query may be answered again: no more than one answer to it stands.
+    "DROP INDEX answer_once",
+    "CREATE INDEX answer_query ON answers (query)",
+    """CREATE TRIGGER one_stands BEFORE INSERT ON answers
+        WHEN EXISTS (SELECT 1 FROM standing WHERE query = NEW.query)
+        BEGIN SELECT RAISE(ABORT, 'the query has an answer that stands'); END""",
+    *_append_only("marks", "ratings", "withdrawals"),
+)
+
+_STEPS: Final = (_CLIPS_QUERIES_ANSWERS, _PEOPLE)
+
+_VERSION: Final = len(_STEPS)
+_APPLICATION: Final = 0x52574D46  # "RWMF" in the header of our files
+
+_MAGIC: Final = b"SQLite format 3\x00"
+
+
+class _Database:
+    """Connection to a store's file, and its transactions.
+
+    Args:
+        path: The file; made if there is none (or an empty one), brought up to date if it is of
+            an earlier version.
+
+    Raises:
+        InvalidInput: A folder that doesn't exist.
+        UnreadableFile: Not a feedback store of this version or an earlier one, or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.connection = _connect(path)
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Write everything in the block or nothing; on disk when the block ends."""
+        with _refuse_damage(self.path):
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.connection
+                self.connection.execute("COMMIT")
+            except BaseException:
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Read; a damaged file raises UnreadableFile."""
+        with _refuse_damage(self.path):
+            yield self.connection
+
+    def shown(self, query_id: int) -> tuple[int, int]:
+        """Return the ids of the first and second clip of a query.
+
+        Raises:
+            Missing: An unknown query.
+        """
+        with self.reading() as db:
+            sql = "SELECT first, second FROM queries WHERE id = ?"
+            found = db.execute(sql, (query_id,)).fetchone()
+        if found is None:
+            raise Missing(
+                f"query_id: expected a query in {self.path}, got {query_id}, which isn't."
+            )
+        return int(found[0]), int(found[1])
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open or make a feedback store.
+
+    A file that exists is first looked at through a connection that cannot write.
+
+    Raises:
+        InvalidInput: A folder that doesn't exist.
+        UnreadableFile: Not a feedback store of this version or an earlier one, or damaged.
+    """
+    if not path.parent.is_dir():
+        raise InvalidInput(f"path: expected a file in an existing folder, got {path}.")
+    # A rollback journal is what a process killed while making the file leaves behind; SQLite
+    # takes it back on the first connection that may write, and the rest is then as usual.
+    interrupted = path.with_name(path.name + "-journal").exists()
+    if path.exists() and path.stat().st_size > 0 and not interrupted:
+        _look(path)
+    with _refuse_damage(path):
+        db = _open(path, "rwc")
+        try:
+            _bring_up_to_date(db)
+            if interrupted:
+                _check(path, db)
+            db.execute("PRAGMA journal_mode = WAL")
+        except BaseException:
+            db.close()
+            raise
+    return db
+
+
+@contextmanager
+def _refuse_damage(path: Path) -> Iterator[None]:
+    """Raise UnreadableFile for SQLite's errors of a damaged or foreign file."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if code not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise
+        raise _damaged(path, str(error)) from error
+
+
+def _look(path: Path) -> None:
+    """Check a file without writing to it or beside it."""
+    while True:
+        before = _state(path)
+        try:
+            with path.open("rb") as file:
+                if file.read(len(_MAGIC)) != _MAGIC:
+                    raise _damaged(path, "file is not a database")
+            with _refuse_damage(path):
+                # Nobody has a file open that has no log beside it; SQLite may then be told that
+                # it won't change, and leaves no files of its own.
+                looking = _open(path, "ro" if before.has_log else "ro&immutable=1")
+                try:
+                    _check(path, looking)
+                finally:
+                    looking.close()
+            return
+        except UnreadableFile:
+            # What looks torn may be another process's write, which a second look finds whole.
+            if _state(path) == before:
+                raise
+
+
+class _State(NamedTuple):
+    modified_ns: int
+    has_log: bool
+
+
+def _state(path: Path) -> _State:
+    return _State(path.stat().st_mtime_ns, path.with_name(path.name + "-wal").exists())
+
+
+def _open(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    # Transactions are ours to begin and end, so that none is ever open by accident.
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA synchronous = FULL")
+    return db
+
+
+def _bring_up_to_date(db: sqlite3.Connection) -> None:
+    """Upgrade the schema to this version, all or nothing."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+            db.execute(f"PRAGMA application_id = {_APPLICATION}")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version < _VERSION:
+            for statement in (s for step in _STEPS[version:] for s in step):
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version = {_VERSION}")
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _check(path: Path, db: sqlite3.Connection) -> None:
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    if application != _APPLICATION:
+        raise UnreadableFile(
+            f"{path}: expected a feedback store, got an SQLite database of another kind "
+            f"(application id {application}). It was left as it was; choose another path."
+        )
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > _VERSION:
+        raise UnreadableFile(
+            f"{path}: expected schema version {_VERSION} or earlier, got {version}, written by a "
+            "newer release. It was left as it was; upgrade the library to read it."
+        )
+    found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise _damaged(path, found)
+
+
+def _damaged(path: Path, found: str) -> UnreadableFile:
+    return UnreadableFile(
+        f"{path}: expected a feedback store, got a file that is damaged or of another format "
+        f"({' '.join(found.split())}). It was left as it was. Restore it from a copy, or save "
+        f"what can be saved with `sqlite3 {shlex.quote(str(path))} .recover | sqlite3 "
+        "rescued.sqlite` and open that."
+    )
+
+
+class _ClipTable:
+    """Clips of a store, each kept once by content, as safetensors.
+
+    Args:
+        db: The open store.
+    """
+
+    def __init__(self, db: _Database) -> None:
+        self._db = db
+
+    def put(self, blob: bytes, twin: int) -> int:
+        """Return the id of a clip, stored now if it isn't yet; call it in a transaction.
+
+        Two clips of a query may hold the same frames; the second is then kept as a twin, since
+        a query of a clip against itself is what every reader refuses.
+        """
+        db = self._db.connection
+        key = (hashlib.sha256(blob).digest(), twin)
+        sql = "INSERT INTO clips (sha256, twin, data) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+        db.execute(sql, (*key, blob))
+        sql = "SELECT id FROM clips WHERE sha256 = ? AND twin = ?"
+        return int(db.execute(sql, key).fetchone()[0])
+
+    def load(self, clip: int) -> Clips:
+        """Return one clip as it was stored.
+
+        Raises:
+            Missing: There is none of that id.
+            UnreadableFile: Its bytes have changed.
+        """
+        with self._db.reading() as db:
+            sql = "SELECT sha256, data FROM clips WHERE id = ?"
+            found = db.execute(sql, (clip,)).fetchone()
+        if found is None:
+            raise Missing(f"ids: expected clips in {self._db.path}, got {clip}, which isn't.")
+        digest, blob = found
+        if hashlib.sha256(blob).digest() != digest:
+            raise UnreadableFile(
+                f"{self._db.path}: expected clip {clip} as it was stored, got other bytes (its "
+                "checksum differs); restore the file from a copy."
+            )
+        return Clips(**{name: v[None] for name, v in safetensors.torch.load(blob).items()})
+
+    def check_frames(self, clips: Clips) -> None:
+        """Raise InvalidInput for frames of another shape than the stored clips'."""
+        with self._db.reading() as db:
+            known = db.execute("SELECT min(id) FROM clips").fetchone()[0]
+        stored = None if known is None else self.load(known)
+        for name in () if stored is None else ("observations", "actions", "states"):
+            old, new = getattr(stored, name), getattr(clips, name)
+            if old is not None and new is not None and old.shape[2:] != new.shape[2:]:
+                raise InvalidInput(
+                    f"clips.{name}: expected frames of shape {tuple(old.shape[2:])} like those "
+                    f"in {self._db.path}, got {tuple(new.shape[2:])}; use another file for another "
+                    "task."
+                )
+
+
+def _pack(clips: Clips, index: int) -> bytes:
+    """Serialise one clip, cut after its last real frame."""
+    end = int(clips.mask[index].nonzero().max()) + 1
+    named = {
+        name: getattr(clips, name)
+        for name in ("observations", "actions", "mask", "rewards", "states")
+    }
+    return safetensors.torch.save(
+        {
+            name: value[index, :end].detach().cpu().contiguous().clone()
+            for name, value in named.items()
+            if value is not None
+        }
+    )

@@ -14,8 +14,7 @@ from typing import Final, final
 
 import torch
 
-from active.acquisition import mutual_information
-from active.pairs import all_pairs
+from active.acquisition import all_pairs, mutual_information
 from rewardmodels.errors import InvalidInput
 from rewardmodels.posterior import ReturnPosterior
 

@@ -1,35 +1,97 @@
-"""Synthetic teachers: answers from the task's own reward, with the ways in which people err."""
+"""Teachers: sources of comparisons, behind one interface that the training loop calls.
+
+Synthetic ones compare by the task's own reward, with the errors that people make; `HumanTeacher`
+waits for people at the labelling page; `ReplayTeacher` repeats recorded comparisons. A new one
+implements `Teacher.answer` if it answers at once, or else `Teacher.collect`, and is a line in
+`TEACHERS`; a user's own is named by its import path.
+"""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Final, final
+from pathlib import Path
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
 
-from active.pairs import check_pairs
+from active.acquisition import check_pairs
+from active.feedback import FeedbackStore, Query, import_feedback
 from rewardmodels.clips import Clips
+from rewardmodels.comparisons import Marks
 from rewardmodels.errors import InvalidInput
 
 SKIPPED: Final = math.nan
+_POLL_SECONDS: Final = 0.5  # between looks at the store while waiting for people
 
 
-class Annotator(ABC):  # noqa: B024
-    """Whoever says which of two clips is better, at once (a `Teacher`) or in their own time."""
+@dataclass(frozen=True)
+class Request:
+    """What a round of training asks of a teacher.
+
+    Args:
+        store: Where queries and comparisons are kept.
+        round: Round of asking.
+        due: Comparisons that there should be in all by now.
+        propose: Puts so many new queries, chosen by the strategy, into the store.
+        first: True before the policy is first trained, when all that are due must be there.
+        generator: Source of the teacher's randomness.
+        report: Shows a line about the progress.
+    """
+
+    store: FeedbackStore
+    round: int
+    due: int
+    propose: Callable[[int], None]
+    first: bool = False
+    generator: torch.Generator | None = None
+    report: Callable[[str], Any] = str
 
 
-class Teacher(Annotator):
-    """An annotator who answers at once."""
+class Teacher:
+    """Source of comparisons.
 
-    @abstractmethod
+    A subclass who answers at once implements `answer`; one who answers in its own time, or about
+    clips of its own, overrides `collect`.
+    """
+
+    def check(self, observation: Sequence[int] | None, action: Sequence[int] | None) -> None:
+        """Raise, before work starts, if a task can't be taught.
+
+        Args:
+            observation: Shape of the task's observations; None isn't looked at.
+            action: Shape of the task's actions.
+
+        Raises:
+            InvalidInput: The teacher is for another task.
+        """
+
+    def collect(self, request: Request) -> None:
+        """Bring the store's comparisons up to what is due, as far as the teacher gives them.
+
+        By default the missing queries are proposed, unless the round's were before an
+        interruption, and all open ones of the round are answered by `answer`.
+        """
+        store, round = request.store, request.round
+        missing = request.due - store.counts().answered
+        if missing > 0 and not store.queries(round):
+            request.propose(missing)
+        if unanswered := [query.id for query in store.queries(round, unanswered=True)]:
+            preference = self.answer(*store.clips_of(unanswered), request.generator)
+            for query, value in zip(unanswered, preference.tolist(), strict=True):
+                store.answer(query, value, type(self).__name__)
+
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Answers every pair.
+        """Answer every pair at once.
 
         Args:
             clips: The N clips.
@@ -40,14 +102,18 @@ class Teacher(Annotator):
             `(Q,)`: 0 the first is better, 1 the second, 0.5 "the same", NaN skipped.
 
         Raises:
-            InvalidInput: Wrong shapes, an index out of range, or clips that lack what the
-                teacher judges by.
+            InvalidInput: Wrong shapes, an index out of range, clips that lack what the teacher
+                compares by, or a teacher who doesn't answer at once.
         """
+        raise InvalidInput(
+            f"teacher: expected one who answers at once, got {type(self).__name__}; pass a "
+            "synthetic teacher, or a class that implements `answer`."
+        )
 
 
 @final
 class SyntheticTeacher(Teacher):
-    r"""A teacher who judges by the task's reward, and errs in the ways that B-Pref lists.
+    r"""A synthetic teacher who compares by the task's reward, with the errors of B-Pref.
 
     For returns $R = \sum_t r_t$ and discounted returns $G = \sum_t \gamma^{H-t} r_t$ over a
     clip's H real frames (Lee et al. 2021, arXiv 2111.03026, §3 and Algorithm 1), in this order:
@@ -61,9 +127,8 @@ class SyntheticTeacher(Teacher):
     is preferred, not whether there is anything to see. A mistake turns a preference round, so
     it never touches "the same" or a skip.
 
-    A mistake rate here is the paper's, the chance of the opposite answer. `mistake_rate` in
-    `rewardmodels.likelihood` is the chance of a random answer, half of which are right: a model
-    of this teacher has twice the rate.
+    A flipped answer is the opposite one. `random_answer_rate` of the predictors is the probability
+    of a random answer, half of which are right: a model of this teacher has twice the rate.
 
     Sums are correctly rounded, so a clip's return doesn't depend on how far it was padded, and
     clips that tie exactly are seen to tie. Returns may be of either sign, and clips of any length.
@@ -77,14 +142,12 @@ class SyntheticTeacher(Teacher):
     - a rationality of 0 (there: of 0 or below, -1 by default) is a rational teacher's;
     - a threshold for "the same" may be negative, and is then never met.
 
-    What that code sets the thresholds to is `published_threshold`.
-
     Args:
         rationality: $\beta$, at least 0, per reward unit; infinity always prefers the higher
             discounted return and calls an exact tie "the same", 0 tosses a coin.
         myopia: $\gamma$ from 0 to 1, weight lost with each frame back from the clip's last: 1
             remembers all frames alike, 0 only the last.
-        mistake_rate: $\epsilon$ from 0 to 1, probability of the opposite answer.
+        flip_rate: $\epsilon$ from 0 to 1, probability of the opposite answer.
         skip_threshold: $d_\text{skip}$, reward units; None never skips.
         same_threshold: $d_\text{same}$, at least 0, reward units; None never says "the same",
             save of an exact tie at infinite rationality.
@@ -106,23 +169,23 @@ class SyntheticTeacher(Teacher):
         self,
         rationality: float = math.inf,
         myopia: float = 1.0,
-        mistake_rate: float = 0.0,
+        flip_rate: float = 0.0,
         skip_threshold: float | None = None,
         same_threshold: float | None = None,
         as_published: bool = False,
     ) -> None:
         _require("rationality", rationality >= 0, "a number, at least 0", rationality)
         _require("myopia", 0 <= myopia <= 1, "a discount from 0 to 1", myopia)
-        _require("mistake_rate", 0 <= mistake_rate <= 1, "a probability", mistake_rate)
+        _require("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate)
         skip = 0.0 if skip_threshold is None else skip_threshold
         same = 0.0 if same_threshold is None else same_threshold
         _require("skip_threshold", math.isfinite(skip), "a finite number or None", skip)
         least = -math.inf if as_published else 0.0
-        right = math.isfinite(same) and same >= least
-        _require("same_threshold", right, "a finite number from 0 or None", same)
+        valid = math.isfinite(same) and same >= least
+        _require("same_threshold", valid, "a finite number from 0 or None", same)
         self.rationality = rationality
         self.myopia = myopia
-        self.mistake_rate = mistake_rate
+        self.flip_rate = flip_rate
         self.skip_threshold = skip_threshold
         self.same_threshold = same_threshold
         self.as_published = as_published
@@ -130,7 +193,7 @@ class SyntheticTeacher(Teacher):
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Answers every pair from `clips.rewards`; see `Teacher.answer` and the class."""
+        """Answer every pair from `clips.rewards`; see `Teacher.answer` and the class."""
         if clips.rewards is None:
             raise InvalidInput(
                 "clips.rewards: expected the task's own reward, by which a synthetic teacher "
@@ -140,8 +203,8 @@ class SyntheticTeacher(Teacher):
         used, at = torch.unique(pairs.cpu().long(), return_inverse=True)
         clips = clips[used.to(clips.mask.device)]
         plain = _discounted(clips, 1.0)
-        felt = plain if self.myopia == 1 else _discounted(clips, self.myopia)
-        preference = self._prefer(felt[at[:, 1]] - felt[at[:, 0]], generator)
+        weighted = plain if self.myopia == 1 else _discounted(clips, self.myopia)
+        preference = self._prefer(weighted[at[:, 1]] - weighted[at[:, 0]], generator)
         first, second = plain[at].unbind(1)
         if self.same_threshold is not None:
             preference[(first - second).abs() < self.same_threshold] = 0.5
@@ -167,68 +230,220 @@ class SyntheticTeacher(Teacher):
             preference = 0.5 + 0.5 * difference.sign()
         else:
             preference = (luck[:, 0] < torch.sigmoid(self.rationality * difference)).double()
-        mistaken = luck[:, 1] < self.mistake_rate
+        mistaken = luck[:, 1] < self.flip_rate
         return torch.where(mistaken, 1 - preference, preference)
 
 
-# B-Pref's, as far as they are the same on every task (Lee et al. 2021, §5): those who skip, or
-# say "the same", need thresholds in the task's own reward units.
-TEACHERS: Final[dict[str, Callable[[], Teacher]]] = {
+@final
+class HumanTeacher(Teacher):
+    """People, who answer in their own time on the page that `rewardmodels label RUN` serves.
+
+    Queries and comparisons meet in the run's `answers.sqlite`, which both commands have open;
+    either may be stopped and started again. As many queries are kept open as comparisons are due.
+    Training waits for the comparisons due before it first begins; after that it goes on with those
+    that there are.
+
+    Args:
+        patience: Share of the comparisons due in a later round, from 0 to 1, that its training
+            waits for as well. Simulators are fast: at 0 a run may end before the budget is spent.
+
+    Raises:
+        InvalidInput: A patience outside [0, 1].
+    """
+
+    def __init__(self, patience: float = 0.0) -> None:
+        if not 0 <= patience <= 1:
+            raise InvalidInput(f"patience: expected a share from 0 to 1, got {patience}.")
+        self.patience = patience
+
+    def collect(self, request: Request) -> None:
+        """Keep as many queries open as comparisons are missing, and wait for the required ones.
+
+        A skipped query is replaced, by the next round at the latest.
+        """
+        store, due = request.store, request.due
+        required = due if request.first else int(self.patience * due)
+        while True:
+            counts = store.counts()
+            still_open = counts.put - counts.answered - counts.skipped
+            if (missing := due - counts.answered - still_open) > 0:
+                request.propose(missing)
+            if counts.answered >= required:
+                return
+            page = shlex.join(["rewardmodels", "label", str(store.path.parent)])
+            request.report(f"waiting for {required - counts.answered} comparisons: {page}")
+            time.sleep(_POLL_SECONDS)
+
+
+@final
+class ReplayTeacher(Teacher):
+    """Recorded comparisons: a run's `answers.sqlite`, or what `export_feedback` wrote.
+
+    Another policy meets other clips, which nobody has compared. So the recorded queries themselves
+    are put, in their order and with their comparisons, as many in each round as are due; strategies
+    aren't used. Skipped and open ones are left out, and when all have been put nothing more is
+    asked.
+
+    Args:
+        file: File of the store, or directory of an export.
+
+    Raises:
+        InvalidInput: There is no such file or directory.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> clips, pairs = Clips(torch.rand(3, 5, 2), torch.rand(3, 5, 1)), [[0, 1], [1, 2], [2, 0]]
+        >>> with FeedbackStore(folder / "recorded.sqlite") as store:
+        ...     ids = store.add_queries(clips, torch.tensor(pairs), round=0)
+        ...     for query, preference in zip(ids, (1.0, None, 0.5)):
+        ...         _ = store.answer(query, preference, "ann")
+        >>> with FeedbackStore(folder / "answers.sqlite") as store:
+        ...     request = Request(store, round=0, due=10, propose=lambda n: None)
+        ...     ReplayTeacher(folder / "recorded.sqlite").collect(request)
+        ...     [(query.teacher, query.preference) for query in store.queries()]
+        [('ann', 1.0), ('ann', 0.5)]
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = Path(file)
+        if not self.file.exists():
+            raise InvalidInput(
+                f"file: expected an answers.sqlite or the directory of an export, got {file}, "
+                "which doesn't exist."
+            )
+
+    def check(self, observation: Sequence[int] | None, action: Sequence[int] | None) -> None:
+        """Raise if the recording holds no comparison or clips of another task.
+
+        Raises:
+            InvalidInput: As said.
+            UnreadableFile: A damaged recording.
+        """
+        with self._recorded() as (store, answered):
+            if not answered:
+                raise InvalidInput(f"file: expected comparisons, got {self.file} without any.")
+            clips, _ = store.clips_of([answered[0].id])
+        for name, wanted in (("observations", observation), ("actions", action)):
+            shape = tuple(getattr(clips, name).shape[2:])
+            if wanted is not None and shape != tuple(wanted):
+                raise InvalidInput(
+                    f"file: expected clips whose {name} have the task's shape {tuple(wanted)}, got "
+                    f"{shape} in {self.file}; pass the task that it was recorded on."
+                )
+
+    def collect(self, request: Request) -> None:
+        """Put the next recorded queries into the store, with their comparisons."""
+        store = request.store
+        with self._recorded() as (recorded, answered):
+            if more := [query.id for query in answered[len(store.queries()) : request.due]]:
+                store.add_queries(*recorded.clips_of(more), round=request.round)
+        # All of them, since a run may have been killed between a query and its comparison.
+        for query, old in zip(store.queries(), answered, strict=False):
+            if query.teacher is None:
+                store.answer(query.id, old.preference, str(old.teacher))
+
+    @contextmanager
+    def _recorded(self) -> Iterator[tuple[FeedbackStore, list[Query]]]:
+        """Open the recording; yield it with its queries that have a preference."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = self.file
+            if file.is_dir():
+                file = Path(folder) / "recorded.sqlite"
+                import_feedback(self.file, file)
+            with FeedbackStore(file) as store:
+                yield store, [query for query in store.queries() if query.preference is not None]
+
+
+# B-Pref's variants, as far as they are the same on every task (Lee et al. 2021, §5): skipping and
+# "the same" need thresholds in the task's own reward units.
+TEACHERS: Final[dict[str, Callable[..., Teacher]]] = {
+    "synthetic": SyntheticTeacher,
+    "human": HumanTeacher,
+    "replay": ReplayTeacher,
     "oracle": SyntheticTeacher,
     "stochastic": partial(SyntheticTeacher, rationality=1.0),
-    "mistaken": partial(SyntheticTeacher, mistake_rate=0.1),
+    "mistaken": partial(SyntheticTeacher, flip_rate=0.1),
     "myopic": partial(SyntheticTeacher, myopia=0.9),
 }
 
 
-def published_threshold(
-    share: float,
-    episode_returns: Sequence[float],
-    *,
-    clip_length: int,
-    episode_length: int,
-    first_round: bool,
-) -> float:
-    r"""The threshold that B-Pref's public code skips, or says "the same", below.
+@final
+class SyntheticMarker:
+    r"""A synthetic teacher who marks the best part of each clip good and the worst bad.
 
-    $\epsilon\,\bar R\,H / T$ in the first round of questions, for the mean $\bar R$ of recent
-    episodes' returns, and $\epsilon^2\,\bar R\,H / T$ in every later one: `train_PEBBLE.py`
-    multiplies by the share, and `set_teacher_thres_skip` and `set_teacher_thres_equal` in
-    `reward_model.py` do so again. What is 10 in the first round at a share of a tenth is 1
-    ever after. The paper (Lee et al. 2021, arXiv 2111.03026, §3) multiplies once, and so does the
-    code's other half, PrefPPO (`on_policy_with_reward_algorithm.py`), whose every round is as
-    PEBBLE's first.
-
-    Both are of the sign of the returns. A `SyntheticTeacher` that isn't `as_published` had
-    better be given thresholds in reward units.
+    Of all stretches of `length` frames within a clip those with the highest and the lowest sum of
+    true rewards are looked at, the first such of several. A stretch is marked if its mean reward
+    is above that of the clip's other frames, or below it for a bad one, by at least `threshold`;
+    and with probability $\epsilon$ a mark says the opposite, as with a mistaken `SyntheticTeacher`.
+    Clips of no more than `length` frames aren't marked.
 
     Args:
-        share: $\epsilon$, `teacher_eps_skip` or `teacher_eps_equal` there.
-        episode_returns: The task's own returns of recent training episodes, at least one.
-            PEBBLE's keeps ten, and until ten have ended a zero before the first.
-        clip_length: H, frames.
-        episode_length: T, frames, the task's limit.
-        first_round: Whether PEBBLE's has asked nothing before; True for PrefPPO.
-
-    Returns:
-        A threshold in reward units, for a `SyntheticTeacher` that answers `as_published`.
+        length: Frames of a stretch, at least 1.
+        threshold: How far it has to stand out, at least 0, reward units per frame.
+        flip_rate: $\epsilon$ from 0 to 1, probability that good is called bad, or bad good.
 
     Raises:
-        InvalidInput: No episodes, or lengths below 1.
+        InvalidInput: A value outside its range.
 
     Example:
-        >>> settings = dict(clip_length=50, episode_length=1000)
-        >>> published_threshold(0.1, [1500.0, 2500.0], first_round=True, **settings)
-        10.0
-        >>> published_threshold(0.1, [1500.0, 2500.0], first_round=False, **settings)
-        1.0
+        >>> clips = Clips(torch.zeros(2, 4, 1), torch.zeros(2, 4, 1),
+        ...               rewards=torch.tensor([[0.0, 5.0, 0.0, -2.0], [1.0, 1.0, 1.0, 1.0]]))
+        >>> SyntheticMarker(length=1, threshold=0.5).mark(clips).rows
+        tensor([[0, 1, 1, 1],
+                [0, 3, 3, 0]])
     """
-    if not episode_returns:
-        raise InvalidInput("episode_returns: expected at least one return, got none.")
-    for name, length in (("clip_length", clip_length), ("episode_length", episode_length)):
-        _require(name, length >= 1, "at least 1 frame", length)
-    margin = math.fsum(episode_returns) / len(episode_returns) * (clip_length / episode_length)
-    return share * margin if first_round else share * (share * margin)
+
+    def __init__(self, length: int = 5, threshold: float = 0.0, flip_rate: float = 0.0) -> None:
+        for name, valid, expected, value in (
+            ("length", length >= 1, "at least 1 frame", length),
+            ("threshold", 0 <= threshold < math.inf, "a finite number from 0", threshold),
+            ("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate),
+        ):
+            if not valid:
+                raise InvalidInput(f"{name}: expected {expected}, got {value}.")
+        self.length, self.threshold, self.flip_rate = length, threshold, flip_rate
+
+    def mark(self, clips: Clips, generator: torch.Generator | None = None) -> Marks:
+        """Mark N clips.
+
+        Args:
+            clips: With the task's own rewards.
+            generator: Source of wrong marks, on the CPU. Each clip takes the same number of draws,
+                so that its marks depend on its place alone.
+
+        Returns:
+            Two marks a clip at most, by clip, the good one first.
+
+        Raises:
+            InvalidInput: Clips without rewards.
+        """
+        if clips.rewards is None:
+            raise InvalidInput(
+                "clips.rewards: expected the task's own reward, by which a synthetic teacher "
+                "marks, got None; record the clips with rewards, or ask a person."
+            )
+        luck = torch.rand(len(clips), 2, dtype=torch.double, generator=generator)
+        if clips.length <= self.length:
+            return Marks(clips, torch.zeros(0, 4, dtype=torch.long))
+        rewards = clips.rewards.detach().cpu().double().masked_fill(~clips.mask.cpu(), 0)
+        lengths = clips.lengths.cpu()
+        sums = rewards.unfold(1, self.length, 1).sum(2)
+        outside = torch.arange(sums.shape[1]) > (lengths - self.length)[:, None]
+        rows = []
+        for good in (1, 0):
+            sign = 2 * good - 1
+            best, start = (sign * sums).masked_fill(outside, -math.inf).max(1)
+            rest = (sign * rewards.sum(1) - best) / (lengths - self.length)
+            marked = best / self.length - rest >= self.threshold
+            marked &= lengths > self.length
+            sign_given = torch.where(luck[:, good] < self.flip_rate, 1 - good, good)
+            rows.append(self._rows(start, sign_given, marked))
+        both = torch.cat(rows)
+        return Marks(clips, both[both[:, 0].argsort(stable=True)])
+
+    def _rows(self, start: Tensor, good: Tensor, marked: Tensor) -> Tensor:
+        clip = torch.arange(len(start))
+        return torch.stack([clip, start, start + self.length - 1, good], 1)[marked]
 
 
 def _discounted(clips: Clips, discount: float) -> Tensor:
@@ -243,6 +458,6 @@ def _discounted(clips: Clips, discount: float) -> Tensor:
     return torch.tensor([math.fsum(row) for row in rewards.tolist()], dtype=torch.float64)
 
 
-def _require(name: str, right: bool, expected: str, came: float) -> None:
-    if not right:
-        raise InvalidInput(f"{name}: expected {expected}, got {came}.")
+def _require(name: str, valid: bool, expected: str, value: float) -> None:
+    if not valid:
+        raise InvalidInput(f"{name}: expected {expected}, got {value}.")

@@ -86,13 +86,12 @@ def _run(arguments: list[str]) -> None:
 
 def _learn(words: str, arguments: list[str]) -> None:
     # Each command imports its own modules when it runs: Lightning alone takes seconds.
-    from experiments.people import spelled_out
     from experiments.training.config import LearnConfig
     from experiments.training.learn import learn
     from experiments.training.run_directory import RunDirectory
     from rewardmodels.errors import InvalidInput
 
-    arguments = _expand_classes(spelled_out(arguments))
+    arguments = _expand_classes(arguments)
     parser = _parser(words)
     parser.add_argument("--config", action="config", help="YAML with any of these settings")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -335,11 +334,11 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "export": (
         "write a run's comparisons, marks and ratings as CSV or Parquet",
-        _call("active.export:export_feedback", positional=True),
+        _call("active.feedback:export_feedback", positional=True),
     ),
     "import": (
         "read an export into a new feedback store",
-        _call("active.export:import_feedback", positional=True),
+        _call("active.feedback:import_feedback", positional=True),
     ),
     "pool": (
         "record an agent at every stage of its training, as a Minari data set",

@@ -15,8 +15,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from active import ACQUISITIONS, SCHEDULES, STRATEGIES, TEACHERS, QueryStrategy, Schedule, Teacher
-from active.rules import BatchRule
+from active import (
+    ACQUISITIONS,
+    BATCH_RULES,
+    SCHEDULES,
+    STRATEGIES,
+    TEACHERS,
+    BatchRule,
+    QueryStrategy,
+    Schedule,
+    Teacher,
+)
 from ood import DETECTORS, STATISTICS, OODDetector, Statistic
 from rewardmodels import InvalidInput, RewardModel, UnknownName
 from rewardmodels.saving import PREDICTORS
@@ -38,7 +47,9 @@ class Kind:
 
     def classes(self) -> dict[str, Callable[..., Any]]:
         """Registered names and our other concrete classes that were imported, by name."""
-        return {**_concrete_subclasses(self.base), **self.registered}
+        own = _concrete_subclasses(self.base)
+        own.pop(self.base.__name__, None)
+        return {**own, **self.registered}
 
 
 KINDS: dict[str, Kind] = {
@@ -46,7 +57,7 @@ KINDS: dict[str, Kind] = {
     "strategy": Kind(QueryStrategy, STRATEGIES),
     "schedule": Kind(Schedule, SCHEDULES),
     "teacher": Kind(Teacher, TEACHERS),
-    "rule": Kind(BatchRule, {}),
+    "rule": Kind(BatchRule, BATCH_RULES),
     "detector": Kind(OODDetector, DETECTORS),
     "statistic": Kind(Statistic, STATISTICS),
 }

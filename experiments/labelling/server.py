@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from active import Conflict, Missing
-from active.leases import SECONDS
+from active.feedback import LEASE_SECONDS
 from experiments.labelling.auth import Authentication, Person
 from experiments.labelling.questions import Choice, Kind, Questions
 from experiments.labelling.videos import Videos, VideoUnavailable
@@ -95,7 +95,7 @@ def make_app(
     port: int,
     people: int = 1,
     repeat_every: int = 10,
-    lease_seconds: float = SECONDS,
+    lease_seconds: float = LEASE_SECONDS,
 ) -> Authentication:
     """Build the application of a run's page, behind its authentication.
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from active import (
-    Annotator,
     Constant,
     GreedyInformation,
     Hyperbolic,
     QueryStrategy,
     Schedule,
     SyntheticTeacher,
+    Teacher,
 )
 from experiments.envs.tasks import find_task
 from rewardmodels import DeepEnsemble, InvalidInput, RewardModel
@@ -126,7 +126,7 @@ class LearnConfig:
     model: RewardModel = field(default_factory=default_model)
     strategy: QueryStrategy = field(default_factory=GreedyInformation)
     schedule: Schedule | None = None
-    teacher: Annotator = field(default_factory=SyntheticTeacher)
+    teacher: Teacher = field(default_factory=SyntheticTeacher)
     algorithm: str = "PPO"
     pessimism: float = 0.0
     warm_up: int | None = None

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from active import (
     FeedbackStore,
+    Request,
     Schedule,
-    Teacher,
     Uniform,
     all_pairs,
     mean_information,
@@ -40,7 +40,6 @@ from experiments.envs.rendering import RenderingUnavailable, render_states
 from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
 from experiments.envs.video import write_video
-from experiments.people import Human, Replay
 from experiments.training.agents import PPO_ENVS, make_agent
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.config import LearnConfig
@@ -146,7 +145,7 @@ class Learner:
             self.model.discrete_actions = self.model.discrete_actions or choices
         self.normalised = VecNormalize(self.env)
         self.agent = make_agent(config.algorithm, self.normalised, self.task, config.seed)
-        if isinstance(config.teacher, Replay) and config.reward == "learned":
+        if config.reward == "learned":
             config.teacher.check(self.env.observation_space.shape, self.env.action_space.shape)
         run.restore(self._read)
         self._started = time.monotonic() - self.seconds
@@ -163,40 +162,33 @@ class Learner:
         self.rng = np.random.default_rng(number)
         self.generator = torch.Generator().manual_seed(int(number))
 
-    def ask(self, round: int, answers: FeedbackStore, tell: Callable[[str], Any] = str) -> None:
-        """Chooses queries among the agent's latest clips, and has the teacher answer them.
+    def ask(self, round: int, answers: FeedbackStore, report: Callable[[str], Any] = str) -> None:
+        """Let the teacher compare clips of the agent, as many as are due in a round.
 
         Args:
-            round: Which round this is.
-            answers: Where queries and answers are kept.
-            tell: Shown while people are waited for.
+            round: Round of asking.
+            answers: Store of the queries and comparisons.
+            report: Shows a line while people are waited for.
         """
         if round == 0:
             self._act_at_random()
-        teacher, answered = self.config.teacher, answers.counts().answered
-        due = self._due(round, answered)
-        if isinstance(teacher, Replay):
-            teacher.ask(answers, due, round)
-        elif isinstance(teacher, Human):
-            first = round < self.warm_up
-            teacher.ask(answers, due, lambda n: self._put(n, round, answers), tell, first=first)
-        else:
-            assert isinstance(teacher, Teacher)
-            if due > answered and not answers.queries(round):  # else put before an interruption
-                self._put(due - answered, round, answers)
-            self._have_answered(teacher, round, answers)
+        self.config.teacher.collect(
+            Request(
+                answers,
+                round,
+                due=self._due(round, answers.counts().answered),
+                propose=lambda n: self._propose(n, round, answers),
+                first=round < self.warm_up,
+                generator=self.generator,
+                report=report,
+            )
+        )
 
-    def _put(self, n: int, round: int, answers: FeedbackStore) -> None:
+    def _propose(self, n: int, round: int, answers: FeedbackStore) -> None:
+        """Put n queries about the agent's latest clips, chosen by the strategy."""
         clips = self._latest_clips(self.config.candidates)
         pairs = self._choose(clips, min(n, len(clips) * (len(clips) - 1) // 2))
         answers.add_queries(clips, pairs, round=round)
-
-    def _have_answered(self, teacher: Teacher, round: int, answers: FeedbackStore) -> None:
-        if unanswered := [query.id for query in answers.queries(round, unanswered=True)]:
-            clips, pairs = answers.clips_of(unanswered)
-            said = teacher.answer(clips, pairs, self.generator)
-            for query, preference in zip(unanswered, said.tolist(), strict=True):
-                answers.answer(query, preference, type(teacher).__name__)
 
     def fit_reward(self, answers: FeedbackStore) -> None:
         """Fit the model to all comparisons so far, and replace the reward by the new one."""

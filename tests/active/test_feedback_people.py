@@ -19,9 +19,9 @@ from active import (
     export_feedback,
     import_feedback,
 )
-from active.database import APPLICATION
-from active.leases import Leases
-from active.schema import STEPS
+from active.feedback import APPLICATION
+from active.feedback import Leases
+from active.feedback import STEPS
 from rewardmodels import Clips, InvalidInput, UnknownName, UnreadableFile
 
 

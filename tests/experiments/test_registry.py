@@ -8,7 +8,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from active import STRATEGIES, Hyperbolic, ScoredStrategy, SyntheticTeacher, preference_variance
-from active.rules import Power
+from active.batch import Power
 from experiments.registry import KINDS, describe, describe_settings, find_class
 from experiments.training.config import LearnConfig
 from rewardmodels import DeepEnsemble, InvalidInput, UnknownName

@@ -270,7 +270,7 @@ def test_patience_is_a_share(patience):
 
 def test_the_command_takes_short_names(recorded, tmp_path, capsys):
     for words, shown in (
-        (["--teacher", "human"], "experiments.people.Human"),
+        (["--teacher", "human"], "active.HumanTeacher"),
         (["--teacher=human", "--teacher.patience=0.5"], "patience: 0.5"),
         (["--teacher", "replay", str(recorded)], f"file: {recorded}"),
         (["--teacher=SyntheticTeacher"], "SyntheticTeacher"),

@@ -1,21 +1,25 @@
-"""Rules that choose a batch one pair at a time, each for what the ones before leave to ask.
+"""Rules that choose a batch of pairs once every pair has a score.
 
-Two clips that every posterior sample values alike are twins: to the belief they are one clip,
-and a pair of one is the same question as that pair of the other. A pool in which clips come
-twice (overlapping stretches of one episode nearly do) doesn't fool these rules: they come back
-to a question only when there is no other.
+One batch is answered before the model learns from any of it, so the pairs with the highest scores
+are often the same question many times over; a rule trades score for variety. `TopK` and `Power`
+look at scores alone. The others choose one pair at a time, for its value given those before. To
+them, two clips that every posterior sample values alike are one (overlapping parts of one episode
+nearly are), so they repeat a question only when there is no other. A new rule is a class with
+`choose`, and a line in `BATCH_RULES`.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from active.rules import BatchRule, Candidates
+from rewardmodels.errors import InvalidInput
 
 # Two clips are twins if no sample's returns differ by more than this much of the spread of all
 # returns, besides what the order of a network's sums may do to one clip's return.
@@ -23,18 +27,104 @@ _SAME: Final = 1e-5
 _ROUNDING: Final = 8
 
 
-class OneByOne(BatchRule):
-    """A rule that chooses one pair at a time, and values what is left anew after each.
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Scored pairs, and the samples that they were scored from.
 
-    Pairs of equal value are drawn at random, and no question is put twice, in the words of twin
-    clips, before every other has been put once.
+    Args:
+        scores: `(Q,)`, at least 0; the unit is the acquisition's.
+        pairs: `(Q, 2)` long, indices into the N clips.
+        returns: `(S, N)`, joint posterior samples, reward units.
+    """
+
+    scores: Tensor
+    pairs: Tensor
+    returns: Tensor
+
+
+class BatchRule(ABC):
+    """A rule that turns scored pairs into a batch; its constructor takes hyper-parameters only."""
+
+    @abstractmethod
+    def choose(
+        self, candidates: Candidates, n: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Choose `(n,)` distinct indices into `candidates.pairs`, n at most Q."""
+
+
+@final
+class TopK(BatchRule):
+    """The n pairs with the highest scores, best first.
+
+    Equal scores are drawn at random, since a model that is sure of everything would otherwise
+    always ask about its first clip. A batch may hold one question many times over.
+
+    Example:
+        >>> scores, pairs = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([[0, 1], [0, 2], [1, 2]])
+        >>> TopK().choose(Candidates(scores, pairs, torch.zeros(1, 3)), 2)
+        tensor([1, 2])
+    """
+
+    def choose(
+        self, candidates: Candidates, n: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Choose the n highest scores; see the class."""
+        return _highest(candidates.scores, n, generator)
+
+
+@final
+class Power(BatchRule):
+    r"""Pairs drawn one after another with probability proportional to score to a power.
+
+    The n largest of $\beta \log s_i + G_i$ with standard Gumbel noise $G_i$, which is sampling
+    without replacement from $p_i \propto s_i^\beta$ (Kirsch et al. 2023, "Stochastic Batch
+    Acquisition", arXiv 2106.12059, §3, "power acquisition"). Pairs with a score of zero come
+    last, in random order.
+
+    Args:
+        power: $\beta$, at least 0: 0 is uniform, the paper uses 1, and large values approach
+            `TopK`.
+
+    Raises:
+        InvalidInput: A power that is negative, NaN or infinite.
+
+    Example:
+        >>> scores, pairs = torch.tensor([0.0, 0.3, 0.2]), torch.tensor([[0, 1], [0, 2], [1, 2]])
+        >>> sorted(Power(1.0).choose(Candidates(scores, pairs, torch.zeros(1, 3)), 2).tolist())
+        [1, 2]
+    """
+
+    def __init__(self, power: float = 1.0) -> None:
+        if not 0 <= power < math.inf:
+            raise InvalidInput(f"power: expected a finite number, at least 0, got {power}.")
+        self.power = power
+
+    def choose(
+        self, candidates: Candidates, n: int, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw n pairs without replacement; see the class."""
+        # Doubles: an exponential of 0 in single precision (once in 10^8 draws) is infinite noise.
+        scores = candidates.scores.double()
+        # The clamp makes log 0 about -708, below any score that is drawn, and not -inf, which
+        # would tie all zeros and turn a power of 0 into NaN.
+        log_scores = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+        exponential = torch.empty(len(scores), dtype=scores.dtype).exponential_(generator=generator)
+        gumbel = -exponential.log().to(scores.device)
+        return _highest(self.power * log_scores + gumbel, n, generator)
+
+
+class OneByOne(BatchRule):
+    """A rule that chooses one pair at a time, and values the rest anew after each.
+
+    Pairs of equal value are drawn at random, and no question is repeated, with twin clips, before
+    every other has been asked once.
     """
 
     @final
     def choose(
         self, candidates: Candidates, n: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Chooses n pairs one after another; see the class."""
+        """Choose n pairs one after another; see the class."""
         order = torch.randperm(len(candidates.pairs), generator=generator)
         order = order.to(candidates.pairs.device)
         shuffled = Candidates(
@@ -44,24 +134,24 @@ class OneByOne(BatchRule):
         )
         clips = _without_twins(candidates.returns)[shuffled.pairs].sort(1).values
         question = clips[:, 0] * shuffled.returns.shape[1] + clips[:, 1]
-        # A clip against its twin asks nothing at all.
-        worn = (clips[:, 0] == clips[:, 1]).double()
+        # A clip against its twin asks nothing.
+        repeats = (clips[:, 0] == clips[:, 1]).double()
         values = self.values(shuffled, clips)
         chosen: list[int] = []
-        value = next(values) if n else worn
+        value = next(values) if n else repeats
         for _ in range(n):
-            # Least worn first, then the highest value.
-            best = int(value.masked_fill(worn > worn.min(), -torch.inf).argmax())
+            # Least repeated first, then the highest value.
+            best = int(value.masked_fill(repeats > repeats.min(), -torch.inf).argmax())
             chosen.append(best)
-            worn[question == question[best]] += 1
-            worn[best] = torch.inf
+            repeats[question == question[best]] += 1
+            repeats[best] = torch.inf
             if len(chosen) < n:
                 value = values.send(best)
         return order[chosen]
 
     @abstractmethod
     def values(self, candidates: Candidates, clips: Tensor) -> Generator[Tensor, int, None]:
-        """Yields `(Q,)` finite values of all pairs, and is sent the index of the pair it led to.
+        """Yield `(Q,)` finite values of all pairs; receive the index of the chosen pair.
 
         Args:
             candidates: The scored pairs, in doubles.
@@ -71,7 +161,7 @@ class OneByOne(BatchRule):
 
 @final
 class EachClipOnce(OneByOne):
-    """The highest scores, no clip in two pairs; when all clips are used, from the start again.
+    """The highest scores with no clip in two pairs; when all clips are used, it starts again.
 
     A greedy matching, for scores that one clip drives: else it's in every question of the
     batch. Its total is at least half of the best matching's (Avis 1983).
@@ -83,7 +173,7 @@ class EachClipOnce(OneByOne):
     """
 
     def values(self, candidates: Candidates, clips: Tensor) -> Generator[Tensor, int, None]:
-        """A pair's score, below all of pairs whose clips have been used less often."""
+        """Yield scores, ranked below pairs whose clips have been used less often."""
         used = torch.zeros(candidates.returns.shape[1], device=clips.device, dtype=torch.float64)
         # Scores squeezed into [0, 1/2], so that they never outweigh a use.
         tiny = torch.finfo(torch.float64).tiny
@@ -95,7 +185,7 @@ class EachClipOnce(OneByOne):
 
 @final
 class GreedyLogDet(OneByOne):
-    r"""Pairs that together teach most, each counted for what the ones before leave open.
+    r"""Pairs that are jointly informative: greedy maximisation of a log determinant.
 
     Greedily maximises $\log\det(I + D^{1/2} C D^{1/2})$ over the batch, for scores D and the
     correlation C, over posterior samples, of the pairs' return differences. With
@@ -117,7 +207,7 @@ class GreedyLogDet(OneByOne):
     """
 
     def values(self, candidates: Candidates, clips: Tensor) -> Generator[Tensor, int, None]:
-        """The rise of the determinant, less one: each score at first, less of it ever after."""
+        """Yield the rise of the determinant, less one."""
         centred = candidates.returns - candidates.returns.mean(0)
         first, second = candidates.pairs.unbind(1)
         spread = _norms(centred, candidates.pairs)
@@ -138,7 +228,7 @@ class GreedyLogDet(OneByOne):
 
 @final
 class FarthestFirst(OneByOne):
-    r"""Pairs far from one another in what samples say of them: k-center (Gonzalez 1985).
+    r"""Pairs with return differences far from one another: k-center (Gonzalez 1985).
 
     A pair is the point of its S return differences, and $d(x, y) = \min(|x - y|, |x + y|)$, so
     that the order of its clips doesn't matter. Each pick is the pair with the highest score
@@ -188,3 +278,14 @@ def _without_twins(returns: Tensor) -> Tensor:
     number = torch.zeros_like(order)
     number[order[1:]] = new.long().cumsum(0)
     return number
+
+
+def _highest(keys: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    shuffled = torch.randperm(len(keys), generator=generator).to(keys.device)
+    order = keys[shuffled].argsort(descending=True, stable=True)
+    return shuffled[order[:n]]
+
+
+BATCH_RULES: Final[dict[str, type[BatchRule]]] = {
+    rule.__name__: rule for rule in (TopK, Power, EachClipOnce, GreedyLogDet, FarthestFirst)
+}
