@@ -667,7 +667,7 @@ def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
         ...     (query,) = store.add_queries(clips, torch.tensor([[0, 1]]), round=0)
         ...     _ = store.answer(query, 1.0, "ann")
         >>> export_feedback(folder / "answers.sqlite", folder / "export")
-        >>> import_feedback(folder / "said", folder / "again.sqlite")
+        >>> import_feedback(folder / "export", folder / "again.sqlite")
         >>> with FeedbackStore(folder / "again.sqlite") as store:
         ...     store.counts()
         Counts(put=1, answered=1, skipped=0)

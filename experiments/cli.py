@@ -254,7 +254,8 @@ def _readable_error(message: str, parser: ArgumentParser) -> RewardModelsError:
     if m := found(r"unrecognized arguments: (\S+)"):
         return InvalidInput(_unknown_flag(m[1], parser))
     if m := found(r"argument (\S+): expected one argument|arguments are required: ([^\s,]+)"):
-        return InvalidInput(f"{m[1] or m[2]}: expected a value, got none.")
+        name = m[1] or ".".join(filter(None, (argument, m[2])))
+        return InvalidInput(f"{name}: expected a value, got none.")
     if m := found(r"[Oo]ption '([\w.]+)' is not accepted"):
         if path := found(r"class_path '([^']+)\.(\w+)'"):
             cls = getattr(import_module(path[1]), path[2])

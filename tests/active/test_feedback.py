@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from active import Counts, FeedbackStore, database
+from active import Counts, FeedbackStore
+from active import feedback as database
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
@@ -307,7 +308,7 @@ def die_making(path: Path, say: int) -> None:
         return db
 
     database._open = opened
-    database.connect(path)
+    database._connect(path)
 
 
 def test_a_kill_while_the_file_is_made_leaves_one_that_opens(path):

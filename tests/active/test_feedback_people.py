@@ -19,9 +19,7 @@ from active import (
     export_feedback,
     import_feedback,
 )
-from active.feedback import APPLICATION
-from active.feedback import Leases
-from active.feedback import STEPS
+from active.feedback import _APPLICATION, _STEPS, Leases
 from rewardmodels import Clips, InvalidInput, UnknownName, UnreadableFile
 
 
@@ -208,9 +206,9 @@ def test_marks_and_ratings_come_back_as_rows(path):
 
 def test_a_file_of_the_first_version_is_brought_up_to_date(path):
     db = sqlite3.connect(path)
-    for statement in STEPS[0]:
+    for statement in _STEPS[0]:
         db.execute(statement)
-    db.execute(f"PRAGMA application_id = {APPLICATION}")
+    db.execute(f"PRAGMA application_id = {_APPLICATION}")
     db.execute("PRAGMA user_version = 1")
     db.execute("INSERT INTO clips (sha256, twin, data) VALUES (x'00', 0, x''), (x'01', 0, x'')")
     db.execute("INSERT INTO queries (round, first, second) VALUES (0, 1, 2), (1, 2, 1)")

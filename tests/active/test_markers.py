@@ -51,7 +51,7 @@ def test_clips_no_longer_than_a_stretch_are_left_alone():
 
 
 def test_mistakes_are_as_many_as_said_and_come_again():
-    clips, person = drawn(1000), SyntheticMarker(3, mistake_rate=0.2)
+    clips, person = drawn(1000), SyntheticMarker(3, flip_rate=0.2)
     right = SyntheticMarker(3).mark(clips).rows
     said = person.mark(clips, torch.Generator().manual_seed(1)).rows
     assert torch.equal(said[:, :3], right[:, :3])
@@ -67,7 +67,7 @@ def test_what_cannot_be_is_refused():
         {"length": 0},
         {"threshold": -1.0},
         {"threshold": math.inf},
-        {"mistake_rate": 2},
+        {"flip_rate": 2},
     ):
         with pytest.raises(InvalidInput, match=f"{next(iter(settings))}: expected"):
             SyntheticMarker(**settings)

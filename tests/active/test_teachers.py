@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
-from active import SyntheticTeacher, published_threshold
+from active import SyntheticTeacher
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
 
@@ -79,22 +79,22 @@ def test_the_extremes_of_myopia():
     assert ask(SyntheticTeacher(myopia=0.110), clips, (0, 1)) == [1.0]
 
 
-@pytest.mark.parametrize("mistake_rate", [0.0, 0.1, 0.5, 1.0])
-def test_mistakes_turn_the_answer_round(mistake_rate):
+@pytest.mark.parametrize("flip_rate", [0.0, 0.1, 0.5, 1.0])
+def test_mistakes_turn_the_answer_round(flip_rate):
     clips = clips_of([0.0], [1.0])
-    teacher = SyntheticTeacher(mistake_rate=mistake_rate)
-    assert_binomial(frequency(teacher, clips), 1 - mistake_rate)
+    teacher = SyntheticTeacher(flip_rate=flip_rate)
+    assert_binomial(frequency(teacher, clips), 1 - flip_rate)
     # On top of a stochastic preference: P (1 - ε) + (1 - P) ε.
     p = 1 / (1 + math.exp(-2.0))
-    both = SyntheticTeacher(2.0, mistake_rate=mistake_rate)
-    assert_binomial(frequency(both, clips), p * (1 - mistake_rate) + (1 - p) * mistake_rate)
+    both = SyntheticTeacher(2.0, flip_rate=flip_rate)
+    assert_binomial(frequency(both, clips), p * (1 - flip_rate) + (1 - p) * flip_rate)
 
 
 def test_a_mistake_of_ours_is_twice_the_likelihoods_rate():
     from rewardmodels.likelihood import preference_probability
 
-    teacher = SyntheticTeacher(1.0, mistake_rate=0.15)
-    p = preference_probability(torch.tensor(0.8, dtype=torch.float64), mistake_rate=0.3)
+    teacher = SyntheticTeacher(1.0, flip_rate=0.15)
+    p = preference_probability(torch.tensor(0.8, dtype=torch.float64), random_answer_rate=0.3)
     assert_binomial(frequency(teacher, clips_of([0.0], [0.8])), float(p))
 
 
@@ -116,7 +116,7 @@ def test_says_the_same_of_returns_that_are_close_and_mistakes_leave_that_alone()
     clips = clips_of(*[[r] for r in returns])
     pairs = [(a, b) for a in range(6) for b in range(6) if a != b]
     for rate in (0.0, 1.0):
-        teacher = SyntheticTeacher(same_threshold=0.5, mistake_rate=rate)
+        teacher = SyntheticTeacher(same_threshold=0.5, flip_rate=rate)
         for answer, (a, b) in zip(ask(teacher, clips, *pairs), pairs, strict=True):
             if abs(returns[a] - returns[b]) < 0.5:
                 assert answer == 0.5
@@ -144,7 +144,7 @@ NAN = math.nan
     [
         # Pairs:      0-1  1-0  1-2  2-1  3-4  4-3  0-4
         ({}, (0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)),
-        ({"mistake_rate": 1.0},
+        ({"flip_rate": 1.0},
          (1.0, 0.0, 0.5, 0.5, 1.0, 0.0, 1.0), (1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0)),
         ({"skip_threshold": 4.0},  # at 4 itself only the public code skips
          (0.0, 1.0, 0.5, 0.5, NAN, NAN, 0.0), (0.0, 1.0, NAN, NAN, NAN, NAN, 0.0)),
@@ -152,7 +152,7 @@ NAN = math.nan
          (0.0, 1.0, 0.5, 0.5, NAN, NAN, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)),
         ({"skip_threshold": 0.0},
          (0.0, 1.0, 0.5, 0.5, NAN, NAN, 0.0), (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)),
-        ({"same_threshold": 2.5, "mistake_rate": 1.0},
+        ({"same_threshold": 2.5, "flip_rate": 1.0},
          (0.5, 0.5, 0.5, 0.5, 1.0, 0.0, 1.0), (0.5, 0.5, 0.5, 0.5, 1.0, 0.0, 1.0)),
         ({"same_threshold": 2.0},  # at 2 itself both prefer; an exact tie is closer than that
          (0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0), (0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0)),
@@ -179,39 +179,6 @@ def test_as_published_no_rationality_is_all_of_it_and_a_negative_threshold_ties_
     p = 1 / (1 + math.exp(0.2 * 2))
     for as_published in (False, True):
         assert_binomial(frequency(SyntheticTeacher(0.2, as_published=as_published), clips), p)
-
-
-def test_published_thresholds_shrink_after_the_first_round_and_follow_the_sign():
-    by_hand = [
-        # mean 2,000 over 1,000 frames is 2 a frame, so 100 for a clip of 50
-        ((0.1, [1000.0, 3000.0], 50, 1000), 10.0, 1.0),
-        ((0.2, [1000.0, 3000.0], 50, 1000), 20.0, 4.0),
-        ((1.0, [1000.0, 3000.0], 50, 1000), 100.0, 100.0),
-        # Reacher or Pendulum: -150 over 200 frames, a clip of 40
-        ((0.1, [-100.0, -200.0], 40, 200), -3.0, -0.3),
-        # The zero that stands before the first episode counts as one.
-        ((0.5, [0.0, 8.0], 10, 10), 2.0, 1.0),
-        ((0.0, [5.0], 5, 10), 0.0, 0.0),
-    ]
-    for (share, returns, clip, episode), first, later in by_hand:
-        for first_round, expected in ((True, first), (False, later)):
-            came = published_threshold(
-                share, returns, clip_length=clip, episode_length=episode, first_round=first_round
-            )
-            assert came == pytest.approx(expected, rel=1e-12)
-
-
-def test_thresholds_of_a_negative_task_vanish_as_published():
-    clips = clips_of([-9.0, -9.0], [-9.0, -8.9], [-1.0, -1.0])
-    lengths = {"clip_length": 2, "episode_length": 20}
-    below = published_threshold(0.1, [-40.0, -60.0], first_round=True, **lengths)
-    assert below == pytest.approx(-0.5)
-    published = SyntheticTeacher(skip_threshold=below, same_threshold=below, as_published=True)
-    assert ask(published, clips, (0, 1), (0, 2)) == [1.0, 1.0]
-    # In reward units, the same teacher finds nothing to see in -18 against -17.9.
-    exact = SyntheticTeacher(skip_threshold=-10.0, same_threshold=0.5)
-    assert ask(exact, clips, (0, 1), (0, 2)) == pytest.approx([NAN, 1.0], nan_ok=True)
-    assert ask(SyntheticTeacher(same_threshold=0.5), clips, (0, 1), (0, 2)) == [0.5, 1.0]
 
 
 def noisy() -> SyntheticTeacher:
@@ -249,7 +216,7 @@ def test_bad_input_is_refused_by_name():
     bad = {
         "rationality": (-1.0, math.nan),
         "myopia": (-0.1, 1.1, math.nan),
-        "mistake_rate": (-0.1, 1.1, math.nan),
+        "flip_rate": (-0.1, 1.1, math.nan),
         "skip_threshold": (math.inf, math.nan),
         "same_threshold": (-0.1, math.inf, math.nan),
     }
@@ -259,12 +226,6 @@ def test_bad_input_is_refused_by_name():
                 SyntheticTeacher(**{name: value})
     with pytest.raises(InvalidInput, match=r"same_threshold: .* got nan"):
         SyntheticTeacher(same_threshold=math.nan, as_published=True)
-    lengths = {"clip_length": 5, "episode_length": 10, "first_round": True}
-    with pytest.raises(InvalidInput, match=r"episode_returns: .* got none"):
-        published_threshold(0.1, [], **lengths)
-    for name in ("clip_length", "episode_length"):
-        with pytest.raises(InvalidInput, match=f"{name}: .* got 0"):
-            published_threshold(0.1, [1.0], **{**lengths, name: 0})
     without = Clips(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
     with pytest.raises(InvalidInput, match=r"clips.rewards: .*None"):
         SyntheticTeacher().answer(without, torch.tensor([[0, 1]]))

@@ -9,10 +9,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from active import Constant, FeedbackStore, export_feedback
-from experiments import people
+from active import (
+    Constant,
+    FeedbackStore,
+    HumanTeacher,
+    ReplayTeacher,
+    Request,
+    export_feedback,
+    teachers,
+)
 from experiments.cli import main
-from experiments.people import Human, Replay
 from experiments.training import learn as loop
 from experiments.training.config import LearnConfig
 from experiments.training.learn import learn
@@ -23,7 +29,7 @@ COMPARISONS, ROUNDS, FIRST = 20, 3, 10
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch):
-    monkeypatch.setattr(people, "_LOOK_EVERY", 0.02)
+    monkeypatch.setattr(teachers, "_POLL_SECONDS", 0.02)
 
 
 def tiny(out, teacher, **settings):
@@ -93,7 +99,7 @@ def test_training_waits_for_the_first_share_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "fit", lambda m, c, **k: fitted.append(len(c)) or fit(m, c, **k))
     out = tmp_path / "run"
     with somebody(out, most=FIRST):  # who then goes home
-        result = learn(tiny(out, Human()), progress=False)
+        result = learn(tiny(out, HumanTeacher()), progress=False)
     assert fitted == [FIRST] * ROUNDS
     # As many stand open as are due, round by round, though nobody answers any more.
     assert [int(row["queries"]) for row in metrics(out)] == [10, 15, 20]
@@ -103,14 +109,14 @@ def test_training_waits_for_the_first_share_alone(tmp_path, monkeypatch):
 def test_a_patient_run_has_every_answer_that_is_due(tmp_path):
     out = tmp_path / "run"
     with somebody(out):
-        learn(tiny(out, Human(patience=1.0)), progress=False)
+        learn(tiny(out, HumanTeacher(patience=1.0)), progress=False)
     assert [int(row["comparisons"]) for row in metrics(out)] == [10, 15, 20]
 
 
 def test_what_people_skip_is_put_anew(tmp_path):
     out = tmp_path / "run"
     with somebody(out, skip=lambda query: query.id % 2 == 1):
-        result = learn(tiny(out, Human(patience=1.0)), progress=False)
+        result = learn(tiny(out, HumanTeacher(patience=1.0)), progress=False)
     assert result["comparisons"] == COMPARISONS
     assert result["skipped"] >= COMPARISONS - 1
     assert result["queries"] == result["comparisons"] + result["skipped"]
@@ -131,9 +137,9 @@ def test_waiting_says_for_what_and_how_to_answer(tmp_path):
             said.append(text)
             answer(store, most=2)
 
-        Human().ask(store, 4, ask, tell, first=True)
+        HumanTeacher().collect(Request(store, 0, 4, ask, first=True, report=tell))
     assert put == [4]
-    assert said == [f"waiting for {n} answers: rewardmodels label '{out}'" for n in (4, 2)]
+    assert said == [f"waiting for {n} comparisons: rewardmodels label '{out}'" for n in (4, 2)]
 
 
 def _label(out, most):
@@ -156,10 +162,10 @@ def test_either_side_may_stop_and_start_again(tmp_path, monkeypatch):
         assert process.exitcode == 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(people.time, "sleep", interrupt)
+        patch.setattr(teachers.time, "sleep", interrupt)
         for resume, answers in ((False, 4), (True, 3)):
             with pytest.raises(KeyboardInterrupt):
-                learn(tiny(out, Human()), resume=resume, progress=False)
+                learn(tiny(out, HumanTeacher()), resume=resume, progress=False)
             with FeedbackStore(out / "answers.sqlite") as store:
                 assert len(store.queries()) == FIRST  # not put a second time
             page(answers)
@@ -169,7 +175,7 @@ def test_either_side_may_stop_and_start_again(tmp_path, monkeypatch):
         clips, _ = store.clips_of([before[0].id])
         assert clips.states.shape == (2, 40, 2)  # from which the page draws them
     with somebody(out):
-        result = learn(tiny(out, Human()), resume=True, progress=False)
+        result = learn(tiny(out, HumanTeacher()), resume=True, progress=False)
     assert result["comparisons"] >= FIRST
     with FeedbackStore(out / "answers.sqlite") as store:
         assert [query for query in store.queries() if query.teacher][:7] == before
@@ -205,7 +211,7 @@ def check_replayed(recorded, file):
 
 def test_recorded_queries_get_the_answers_that_they_got(recorded, tmp_path):
     out = tmp_path / "run"
-    result = learn(tiny(out, Replay(recorded)), progress=False)
+    result = learn(tiny(out, ReplayTeacher(recorded)), progress=False)
     # As many as are due, until there are no more.
     assert [int(row["comparisons"]) for row in metrics(out)] == [10, 13, 13]
     assert result["queries"] == result["comparisons"] == 13
@@ -217,11 +223,11 @@ def test_an_export_replays_as_the_store_does(recorded, form, tmp_path):
     if form == "parquet":
         pytest.importorskip("pyarrow")
     export_feedback(recorded, tmp_path / "export", form)
-    replay = Replay(tmp_path / "export")
+    replay = ReplayTeacher(tmp_path / "export")
     replay.check((3,), (1,))
     with FeedbackStore(tmp_path / "answers.sqlite") as store:
         for round, due in enumerate((5, 5, 20)):
-            replay.ask(store, due, round)
+            replay.collect(Request(store, round, due, propose=len))
             assert store.counts().answered == min(due, 13)
     check_replayed(recorded, tmp_path / "answers.sqlite")
 
@@ -239,11 +245,11 @@ def test_a_replay_cut_off_between_query_and_answer_goes_on(recorded, tmp_path, m
         with monkeypatch.context() as patch:
             patch.setattr(FeedbackStore, "answer", die_at_the_sixth)
             with pytest.raises(KeyboardInterrupt):
-                Replay(recorded).ask(store, 10, 0)
+                ReplayTeacher(recorded).collect(Request(store, 0, 10, propose=len))
         assert store.counts() == (10, 5, 0)
-        Replay(recorded).ask(store, 10, 0)
+        ReplayTeacher(recorded).collect(Request(store, 0, 10, propose=len))
         assert store.counts() == (10, 10, 0)
-        Replay(recorded).ask(store, 12, 1)
+        ReplayTeacher(recorded).collect(Request(store, 1, 12, propose=len))
         said = [query.preference for query in store.queries()]
         with FeedbackStore(recorded) as then:
             assert said == [q.preference for q in then.queries() if q.preference is not None][:12]
@@ -252,32 +258,37 @@ def test_a_replay_cut_off_between_query_and_answer_goes_on(recorded, tmp_path, m
 def test_a_recording_of_another_task_is_refused_before_anything_is_made(recorded, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(InvalidInput, match=r"shape \(17,\), got \(3,\)"):
-        learn(tiny(out, Replay(recorded), task="HalfCheetah"), progress=False)
-    with pytest.raises(InvalidInput, match="isn't there"):
-        learn(tiny(out, Replay(tmp_path / "none")), progress=False)
+        learn(tiny(out, ReplayTeacher(recorded), task="HalfCheetah"), progress=False)
+    with pytest.raises(InvalidInput, match="exist"):
+        learn(tiny(out, ReplayTeacher(tmp_path / "none")), progress=False)
     with FeedbackStore(tmp_path / "empty.sqlite"):
         pass
     with pytest.raises(InvalidInput, match="without any"):
-        learn(tiny(out, Replay(tmp_path / "empty.sqlite")), progress=False)
+        learn(tiny(out, ReplayTeacher(tmp_path / "empty.sqlite")), progress=False)
     assert not out.exists()
 
 
 @pytest.mark.parametrize("patience", [-0.1, 1.1, float("nan")])
 def test_patience_is_a_share(patience):
     with pytest.raises(InvalidInput, match="patience"):
-        Human(patience)
+        HumanTeacher(patience)
 
 
 def test_the_command_takes_short_names(recorded, tmp_path, capsys):
     for words, shown in (
-        (["--teacher", "human"], "active.HumanTeacher"),
+        (["--teacher", "human"], "HumanTeacher"),
         (["--teacher=human", "--teacher.patience=0.5"], "patience: 0.5"),
-        (["--teacher", "replay", str(recorded)], f"file: {recorded}"),
+        (["--teacher", "replay", "--teacher.file", str(recorded)], f"file: {recorded}"),
         (["--teacher=SyntheticTeacher"], "SyntheticTeacher"),
     ):
         with pytest.raises(SystemExit):
             main(["learn", *words, "--print_config"])
         assert shown in capsys.readouterr().out
-    flags = ["--task=Pendulum", f"--out={tmp_path / 'run'}", "--teacher", "replay", "/nowhere"]
+    flags = [
+        "--task=Pendulum",
+        f"--out={tmp_path / 'run'}",
+        "--teacher=replay",
+        "--teacher.file=/nowhere",
+    ]
     assert main(["learn", *flags]) == 2
-    assert "isn't there" in capsys.readouterr().err
+    assert "exist" in capsys.readouterr().err
