@@ -190,7 +190,7 @@ def _call(path: str, *, positional: bool = False, config: str = "") -> Command:
         module, name = path.split(":")
         function = getattr(import_module(module), name)
         parser = _parser(words)
-        skip: set[str | int]: set[str | int] = {"quick"} & set(signature(function).parameters)
+        skip: set[str | int] = {p for p in signature(function).parameters if p == "quick"}
         if skip:
             parser.add_argument("--quick", action="store_true", help=_QUICK)
         if config:
