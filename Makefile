@@ -49,7 +49,7 @@ format: $(INSTALLED) ## let ruff repair what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-ci: test slow lint types imports ## all that a change must pass
+ci: test slow docs lint types imports ## all that a change must pass
 
 clean: ## remove the environment and the caches; runs/ stays
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
