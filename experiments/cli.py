@@ -345,10 +345,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         "record an agent at every stage of its training, as a Minari data set",
         _call("experiments.datasets.minari:export_pool"),
     ),
-    "study predictors": (
-        "compare predictors: calibration, uncertainty and cost",
-        _study,
-    ),
+    "study predictors": ("compare predictors: calibration, uncertainty and cost", _study),
     "study strategies": (
         "compare query strategies: the comparisons that they save over uniform ones",
         _study,

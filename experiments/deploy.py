@@ -20,7 +20,7 @@ from experiments.envs.shifts import Severity, shifted
 from experiments.envs.tasks import find_task, make_env
 from experiments.envs.vector import make_vec_env
 from experiments.registry import find_class, make_detector
-from experiments.studies.limits import check_least
+from experiments.studies import check_least
 from experiments.training.run_directory import RunDirectory
 from ood import (
     AlarmResponse,
@@ -79,10 +79,9 @@ class GuardConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_least(
-            ("episodes", self.episodes, 1), ("familiar", self.familiar, 1),
-            ("seed", self.seed, 0), ("onset", self.onset or 0, 0),
-        )  # fmt: skip
+        check_least(self, episodes=1, familiar=1, seed=0)
+        if self.onset is not None:
+            check_least(self, onset=0)
         if self.calibration < (needed := episodes_needed(self.alpha, standardise=0.25)):
             raise InvalidInput(
                 f"calibration: expected at least {needed} episodes, since fewer can't promise "

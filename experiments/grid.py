@@ -357,31 +357,3 @@ def _compute(function: Callable[..., Result], cell: Cell) -> Record:
         return {"error": f"{type(error).__name__}: {error}", "traceback": trace}
     record = {"function": function.__qualname__, "cell": cell, "versions": versions()}
     return {**record, "seconds": time.perf_counter() - started, "result": result}
-
-
-def run_study(
-    function: Callable[..., Result], cells: Sequence[Cell], out: Path, *, progress: bool = True,
-    **where: Any,
-) -> list[Result]:  # fmt: skip
-    """Compute cells; for studies that don't have the runner's form yet."""
-    return run_cells(function, cells, Run(out, **where), progress=progress)
-
-
-def read_study(out: Path, function: str | None = None) -> list[dict[str, Any]]:
-    """Return every result in a study's directory as rows: settings, seconds and figures.
-
-    Args:
-        out: Directory of the results.
-        function: Name of the function whose cells to read; None for all.
-
-    Raises:
-        InvalidInput: The directory holds no study.
-    """
-    if not (out / "study.json").is_file():
-        raise InvalidInput(f"out: expected a study's directory, got {out}: no study.json there.")
-    found = [record for file in sorted(out.glob(f"{'?' * 20}.json")) if (record := read_cell(file))]
-    return [
-        {**record["cell"], "seconds": record["seconds"], **record["result"]}
-        for record in found
-        if function in (None, record.get("function"))
-    ]

@@ -68,11 +68,11 @@ def fragile(n, log, once=(), always=()):
 
 
 if __name__ == "__main__":
-    from experiments.grid import run_study
+    from experiments.grid import Run, run_cells
 
     out, log, n, seconds, jobs = sys.argv[1:]
     grid = [{"n": k, "log": log, "seconds": float(seconds)} for k in range(int(n))]
-    found = run_study(slow, grid, Path(out), jobs=int(jobs), progress=False)
+    found = run_cells(slow, grid, Run(Path(out), jobs=int(jobs)), progress=False)
     print(sum(result["square"] for result in found))
 """
 

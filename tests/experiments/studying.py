@@ -1,6 +1,6 @@
 """Studies of the cells of `conftest.py`, and what they computed."""
 
-from experiments.grid import Run, run_cells
+from experiments.grid import Run, read_cell, run_cells
 
 
 def grid(log, *n, **more):
@@ -13,6 +13,12 @@ def computed(log):
 
 def names(out):
     return {file.name for file in out.iterdir()}
+
+
+def finished(out):
+    """Settings and result of every finished cell in a directory."""
+    records = [read_cell(file) for file in sorted(out.glob(f"{'?' * 20}.json"))]
+    return [{**record["cell"], **record["result"]} for record in records]
 
 
 def run(function, cells, out, **options):

@@ -18,9 +18,9 @@ import pytest
 
 from experiments import grid as study
 from experiments import grid_workers as workers
-from experiments.grid import StudyIncomplete, read_study
+from experiments.grid import StudyIncomplete
 
-from .studying import computed, grid, run
+from .studying import computed, finished, grid, run
 
 
 def deadly(killers, together):
@@ -67,7 +67,7 @@ def test_cells_whose_workers_die_run_again_and_the_guilty_one_alone_is_named(
     said = str(caught.value)
     assert "expected 8 results, got 7. 1 failed" in said
     assert f"{grid(log, 6)[0]}: its worker failed 3 times, last by RuntimeError: killed" in said
-    assert sorted(row["n"] for row in read_study(out)) == [0, 1, 2, 3, 4, 5, 7]
+    assert sorted(row["n"] for row in finished(out)) == [0, 1, 2, 3, 4, 5, 7]
     assert tried.count(6) == 3
     assert tried.count(1) == 3
     assert max(tried.count(n) for n in range(8)) == 3
@@ -179,7 +179,7 @@ def test_ctrl_c_stops_at_once_and_loses_nothing(cells, log, out, jobs):
     assert time.monotonic() - pressed < 5
     assert process.returncode != 0
     until(lambda: not alive(process.pid), 10)  # no worker is left in its group
-    kept = {row["n"] for row in read_study(out)}
+    kept = {row["n"] for row in finished(out)}
     assert len(kept) >= 2
     before = len(computed(log))
     assert before - len(kept) <= jobs
@@ -208,7 +208,7 @@ def test_cells_survive_the_death_of_their_workers(cells, log, out, backend):
         run(cells.fragile, mortal, out, jobs=2, backend=backend)
     assert "expected 6 results, got 5. 1 failed" in str(caught.value)
     assert str(mortal[4]) in str(caught.value)
-    assert sorted(row["square"] for row in read_study(out)) == [0, 1, 4, 9, 25]
+    assert sorted(row["square"] for row in finished(out)) == [0, 1, 4, 9, 25]
     assert computed(log).count(2) >= 2
 
 
