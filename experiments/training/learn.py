@@ -87,7 +87,7 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
     learner = Learner(config, run)
     run.start(config)  # only now, so that settings that raise leave no directory behind
     with (
-        FeedbackStore(config.out / "answers.sqlite") as answers,
+        FeedbackStore(config.out / "answers.sqlite") as store,
         tqdm(
             total=config.steps,
             initial=learner.step,
@@ -100,11 +100,11 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
         for round in range(learner.rounds_done, learner.rounds):
             learner.seed(round)
             if config.reward == "learned":
-                learner.ask(round, answers, bar.set_postfix_str)
-                learner.fit_reward(answers)
+                learner.ask(round, store, bar.set_postfix_str)
+                learner.fit_reward(store)
             learner.train_policy(learner.steps_after(round), bar)
-            learner.save_round(round, answers, bar)
-        result = learner.finish(answers)
+            learner.save_round(round, store, bar)
+        result = learner.finish(store)
     write_report(config.out)
     return result
 
@@ -162,37 +162,37 @@ class Learner:
         self.rng = np.random.default_rng(number)
         self.generator = torch.Generator().manual_seed(int(number))
 
-    def ask(self, round: int, answers: FeedbackStore, report: Callable[[str], Any] = str) -> None:
+    def ask(self, round: int, store: FeedbackStore, report: Callable[[str], Any] = str) -> None:
         """Let the teacher compare clips of the agent, as many as are due in a round.
 
         Args:
-            round: Round of asking.
-            answers: Store of the queries and comparisons.
+            round: Index of the round.
+            store: Keeps queries and comparisons.
             report: Shows a line while people are waited for.
         """
         if round == 0:
             self._act_at_random()
         self.config.teacher.collect(
             Request(
-                answers,
+                store,
                 round,
-                due=self._due(round, answers.counts().answered),
-                propose=lambda n: self._propose(n, round, answers),
+                due=self._due(round, store.counts().answered),
+                propose=lambda n: self._propose(n, round, store),
                 first=round < self.warm_up,
                 generator=self.generator,
                 report=report,
             )
         )
 
-    def _propose(self, n: int, round: int, answers: FeedbackStore) -> None:
+    def _propose(self, n: int, round: int, store: FeedbackStore) -> None:
         """Put n queries about the agent's latest clips, chosen by the strategy."""
         clips = self._latest_clips(self.config.candidates)
         pairs = self._choose(clips, min(n, len(clips) * (len(clips) - 1) // 2))
-        answers.add_queries(clips, pairs, round=round)
+        store.add_queries(clips, pairs, round=round)
 
-    def fit_reward(self, answers: FeedbackStore) -> None:
+    def fit_reward(self, store: FeedbackStore) -> None:
         """Fit the model to all comparisons so far, and replace the reward by the new one."""
-        comparisons = answers.comparisons()
+        comparisons = store.comparisons()
         if comparisons is None or len(comparisons) < MIN_COMPARISONS:
             return  # the teacher has skipped nearly everything so far
         latest = self._latest_clips(100)
@@ -217,9 +217,9 @@ class Learner:
         if until > self.step:
             self.agent.learn(until - self.step, callback=advance, reset_num_timesteps=False)
 
-    def save_round(self, round: int, answers: FeedbackStore, bar: tqdm) -> None:
+    def save_round(self, round: int, store: FeedbackStore, bar: tqdm) -> None:
         """Log the round's metrics, and write a checkpoint from which the next round starts."""
-        row = self._metrics(answers)
+        row = self._metrics(store)
         self.run.log(row)
         self.run.checkpoint(round, self._write)
         returned = (
@@ -229,7 +229,7 @@ class Learner:
             f"round {round + 1}/{self.rounds}, {row['comparisons']:.0f} comparisons, {returned}"
         )
 
-    def finish(self, answers: FeedbackStore) -> dict[str, Any]:
+    def finish(self, store: FeedbackStore) -> dict[str, Any]:
         """Evaluate the final policy, and write the result, a video and the model."""
         self.seed(self.rounds)
         config, out = self.config, self.config.out
@@ -237,7 +237,7 @@ class Learner:
         clips = play(
             self.agent, self.normalised, self.task, episodes=config.evaluate, seed=config.seed + 1
         )
-        put, answered, skipped = answers.counts()
+        put, answered, skipped = store.counts()
         result = {
             "task": self.task.name,
             "reward": config.reward,
@@ -315,8 +315,8 @@ class Learner:
         )
         return pairs[chosen]
 
-    def _metrics(self, answers: FeedbackStore) -> dict[str, float]:
-        put, answered, skipped = answers.counts()
+    def _metrics(self, store: FeedbackStore) -> dict[str, float]:
+        put, answered, skipped = store.counts()
         row: dict[str, float] = {
             "step": self.step,
             "comparisons": answered,
