@@ -94,8 +94,9 @@ class LearnConfig:
         model: Reward predictor.
         strategy: Chooses the pairs of clips that are compared.
         schedule: Chooses how many comparisons each round asks for.
-        teacher: Compares the clips: a function of two clips, `human` for people at the page that
-            `rewardmodels label` serves, or `replay FILE` for recorded comparisons.
+        teacher: Compares the clips: a synthetic teacher by name, `human` for people at the page
+            that `rewardmodels label` serves, or `replay` with `--teacher.file` for recorded
+            comparisons.
         algorithm: Any Stable-Baselines3 algorithm, by name.
         pessimism: Standard deviations subtracted from the learned reward.
         warm_up: Rounds of asking and fitting before the policy is first trained, about an agent
