@@ -67,7 +67,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path, browser):
     curve = [(0, 0, -300), (10, 3000, -120), (20, 6000, 240), (30, 9000, 700)]
     lines = [f"{step},{n},{value}" for n, step, value in curve]
     (tmp_path / "metrics.csv").write_text("\n".join(["step,comparisons,task_return", *lines]))
-    keys, said, errors = list(KEYS), {}, []
+    keys, given_answers, errors = list(KEYS), {}, []
     with serve_in_background(tmp_path, "HalfCheetah") as link:
         context = browser.new_context(viewport={"width": 1100, "height": 1000})
         page = context.new_page()
@@ -79,7 +79,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path, browser):
         wait_for_pairs(page, 1, seconds=120)
         photograph(page, "first")
 
-        # The first clip, by keys: a stretch held down, and four stars.
+        # The first clip, by keys: a mark while + is held, and four stars.
         next_loaded(page)
         first = page.evaluate("pairs[0].clips.map((clip) => clip.id)")
         page.evaluate("pairs[0].videos.forEach((v) => { v.currentTime = 0.2; }); playOrPause()")
@@ -89,7 +89,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path, browser):
         idle(page)
         held = [*map(int, re.findall(r"\d+", page.inner_text("#status")))]
         page.keyboard.press("4")
-        # The second, by hand: dragged backwards over its lower lane, frames 14 to 5 of 25.
+        # The second, with the mouse: dragged backwards over its lower lane, frames 14 to 5 of 25.
         lane = page.locator(".pair.now .clip:nth-child(2) .lane.bad").bounding_box()
         y = lane["y"] + lane["height"] / 2
         page.mouse.move(lane["x"] + lane["width"] * 14.5 / 25, y)
@@ -122,7 +122,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path, browser):
                 next_loaded(page)
                 key = "ArrowUp"
                 page.keyboard.press(key)
-            said[query] = KEYS[key]
+            given_answers[query] = KEYS[key]
         idle(page)
         wait_until(page, "!document.getElementById('curve').hidden")
         names = page.evaluate(
@@ -141,8 +141,8 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path, browser):
         context.close()
     assert not errors
     standing = dict(rows(tmp_path, "SELECT query, preference FROM standing WHERE teacher = 'Ann'"))
-    assert standing == said
-    assert len(said) == 30
+    assert standing == given_answers
+    assert len(given_answers) == 30
     assert len(rows(tmp_path, "SELECT * FROM answers")) == 31
     assert len(rows(tmp_path, "SELECT * FROM withdrawals")) == 2
     assert all(0 <= taken < 60 for (taken,) in rows(tmp_path, "SELECT seconds FROM answers"))
@@ -152,11 +152,11 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path, browser):
     assert rows(tmp_path, "SELECT clip, rating FROM ratings")[0] == (first[0], 0.75)
 
 
-def test_kills_lose_and_double_nothing(tmp_path):
+def test_kills_neither_lose_nor_double_answers(tmp_path):
     put_queries(tmp_path, "Hopper", 120, clips=20)
     found = answer_during_kills(tmp_path, kills=3, lease_seconds=1.0)
     assert found["acknowledged_lost"] == found["doubled"] == found["left_open"] == 0
-    # All but the few that were stored when a kill took the reply away.
+    # A kill may take away the reply to an answer that is stored.
     assert 120 - 3 * 4 <= found["acknowledged"] <= 120
     assert len(rows(tmp_path, "SELECT DISTINCT query FROM answers")) == 120
 
@@ -196,7 +196,7 @@ def answer_pairs(page, n):
 
 
 @needs_chromium
-def test_learning_from_somebody_survives_a_kill_of_either_side(tmp_path, browser):
+def test_learning_from_a_person_survives_kills_of_both_processes(tmp_path, browser):
     run = tmp_path / "run"
     agent = start_learning(run)
     try:
@@ -217,16 +217,16 @@ def test_learning_from_somebody_survives_a_kill_of_either_side(tmp_path, browser
         with serve_in_background(run, "Hopper") as link:
             page = open_page(browser, link)
             answer_pairs(page, 2)
-            # The rest while it trains; fewer where it is through before they are answered.
+            # Further answers while it trains; it may finish before all are given.
             while agent.poll() is None:
                 if page.evaluate("pairs.length > 0 && pairs[0].seen"):
                     answer_pairs(page, 1)
                 time.sleep(0.05)
-        said = agent.communicate()[1]
+        log = agent.communicate()[1]
     finally:
         agent.kill()
         agent.wait()
-    assert agent.returncode == 0, said
+    assert agent.returncode == 0, log
     found = json.loads((run / "result.json").read_text())
     with FeedbackStore(run / "answers.sqlite") as store:
         counts, after = store.counts(), store.comparisons()
