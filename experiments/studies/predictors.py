@@ -195,10 +195,8 @@ def _on_task(settings: Settings, task: str, predictor: str, seed: int) -> list[d
         return Comparisons(clips, pairs, SyntheticTeacher().answer(clips, pairs, draw))
 
     known = compared(0, settings.comparisons, COMPARED)
-    tests = {
-        "in distribution": compared(1, settings.tests, COMPARED),
-        "shifted": compared(1, settings.tests, SHIFTED),
-    }
+    stages = {"in distribution": COMPARED, "shifted": SHIFTED}
+    tests = {name: compared(1, settings.tests, of) for name, of in stages.items()}
     held_out = round(settings.comparisons * CALIBRATION_SHARE)
     model, cost = _fitted(find_class("model", predictor, STUDIED)(), known[held_out:], seed=seed)
     calibrated = Calibrated(model).calibrate(known[:held_out], random=True)
@@ -265,9 +263,7 @@ def _fitted(
 def _speed(predictor: str) -> dict[str, Any]:
     """Medians of the seconds for HalfCheetah's frames, clips of 25, and samples of 1,000 clips."""
     draw = torch.Generator().manual_seed(0)
-    clips = Clips(
-        torch.randn(1000, 25, 17, generator=draw), torch.randn(1000, 25, 6, generator=draw)
-    )
+    clips = Clips(*(torch.randn(1000, 25, size, generator=draw) for size in (17, 6)))
     some = Comparisons(clips[:200], torch.arange(200).view(100, 2), torch.arange(100) % 2.0)
     model = fit(find_class("model", predictor, STUDIED)(), some, epochs=1)
     scorer = model.frame_scorer()

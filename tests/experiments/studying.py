@@ -1,6 +1,12 @@
-"""Studies of the cells of `conftest.py`, and what they computed."""
+"""Studies of the cells of `conftest.py`, what they computed, and small data for real studies."""
 
+import numpy as np
+import torch
+
+from experiments.datasets.people import HumanData
+from experiments.datasets.pools import Pool
 from experiments.grid import Run, read_cell, run_cells
+from rewardmodels import Clips, Comparisons
 
 
 def grid(log, *n, **more):
@@ -23,3 +29,21 @@ def finished(out):
 
 def run(function, cells, out, **options):
     return run_cells(function, cells, Run(out, **options), progress=False)
+
+
+def small_pool(weights=(1.0, -2.0)) -> Pool:
+    """Four episodes of 60 frames at each of two stages; rewards are linear in the observation."""
+    frames = torch.randn(8, 60, 2, generator=torch.Generator().manual_seed(0))
+    clips = Clips(frames, torch.zeros(8, 60, 1), rewards=frames @ torch.tensor(weights))
+    return Pool("Pendulum", 0, clips, torch.arange(2).repeat_interleave(4), torch.tensor([0, 1]))
+
+
+def small_people() -> HumanData:
+    """120 pairs in groups of two, every tenth undecided, every other one held out as "odd"."""
+    clips = Clips.of_items(torch.randn(240, 3, generator=torch.Generator().manual_seed(0)))
+    pairs = torch.arange(240).view(120, 2)
+    features = clips.observations[pairs, 0].diff(dim=1)[:, 0].double().numpy()
+    preference = torch.from_numpy(features[:, 0] > 0).float()
+    preference[::10] = 0.5
+    known, rows = Comparisons(clips, pairs, preference), np.arange(120)
+    return HumanData("trains", known, rows // 2, features, {"odd": rows % 2 == 1})

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from experiments import studies
-from experiments.datasets.pools import Pool
 from experiments.studies import marks as study
-from rewardmodels import Clips, InvalidInput
+from rewardmodels import InvalidInput
+
+from ..studying import small_pool
 
 COUNTS = [10, 20, 40, 80]
 
@@ -64,16 +65,9 @@ def test_a_mark_is_worth_the_comparisons_that_it_replaces():
     assert worth.iloc[3].value == np.inf
 
 
-def pool() -> Pool:
-    draw = torch.Generator().manual_seed(0)
-    frames = torch.randn(8, 60, 2, generator=draw)
-    clips = Clips(frames, torch.zeros(8, 60, 1), rewards=frames @ torch.tensor([1.0, -2.0]))
-    return Pool("Pendulum", 0, clips, torch.arange(2).repeat_interleave(4), torch.tensor([0, 1]))
-
-
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(studies, "find_pool", lambda *_, **__: pool())
+    monkeypatch.setattr(studies, "find_pool", lambda *_, **__: small_pool())
     monkeypatch.setattr(study, "EPOCHS", 2)
     return study.Settings(
         tasks=["Pendulum"], marked=[1, 2], counts=[5, 10], length=15, tests=20, seeds=2,

@@ -8,10 +8,10 @@ import torch
 from active import GreedyInformation
 from experiments import studies
 from experiments.cli import main
-from experiments.datasets.people import HumanData
-from experiments.datasets.pools import Pool
 from experiments.studies import strategies as study
-from rewardmodels import Clips, Comparisons, InvalidInput, UnknownName
+from rewardmodels import InvalidInput, UnknownName
+
+from ..studying import small_people, small_pool
 
 BATCHES = np.arange(20, 101, 20)
 
@@ -62,26 +62,10 @@ def test_missing_cells_leave_out_their_seed_alone():
     assert not len(alone.sections[0].table)
 
 
-def people() -> HumanData:
-    clips = Clips.of_items(torch.randn(240, 3, generator=torch.Generator().manual_seed(0)))
-    pairs = torch.arange(240).view(120, 2)
-    features = clips.observations[pairs, 0].diff(dim=1)[:, 0].double().numpy()
-    preference = torch.from_numpy(features[:, 0] > 0).float()
-    preference[::10] = 0.5
-    return HumanData("trains", Comparisons(clips, pairs, preference), np.arange(120), features, {})
-
-
-def pool(rewards: float = 1.0) -> Pool:
-    draw = torch.Generator().manual_seed(0)
-    frames = torch.randn(8, 60, 2, generator=draw)
-    clips = Clips(frames, torch.zeros(8, 60, 1), rewards=rewards * frames[..., 0])
-    return Pool("Pendulum", 0, clips, torch.arange(2).repeat_interleave(4), torch.tensor([0, 1]))
-
-
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    monkeypatch.setattr(studies, "find_pool", lambda *_, **__: pool())
-    monkeypatch.setattr(study, "HUMAN_DATA", {"trains": lambda folder: people()})
+    monkeypatch.setattr(studies, "find_pool", lambda *_, **__: small_pool())
+    monkeypatch.setattr(study, "HUMAN_DATA", {"trains": lambda folder: small_people()})
     monkeypatch.setattr(study, "EPOCHS", 2)
     return study.Settings(
         data=tmp_path, tasks=["Pendulum"], strategies=["GreedyInformation", f"{__name__}.Own"],
@@ -120,10 +104,9 @@ def test_a_small_study_leaves_a_page_and_resumes(small, tmp_path, monkeypatch):
 
 
 def test_a_pool_without_true_rewards_is_refused(small, monkeypatch):
-    monkeypatch.setattr(studies, "find_pool", lambda *_, **__: pool(rewards=0.0))
+    monkeypatch.setattr(studies, "find_pool", lambda *_, **__: small_pool((0.0, 0.0)))
     with pytest.raises(InvalidInput, match="pools"):
         study.prepare(small)
-    monkeypatch.setattr(studies, "find_pool", lambda *_, **__: pool())
 
 
 @pytest.mark.parametrize(
