@@ -152,8 +152,8 @@ class Clips:
             torch.Size([4, 1, 384])
         """
         if not isinstance(features, Tensor) or features.ndim < 2:
-            came = tuple(features.shape) if isinstance(features, Tensor) else type(features)
-            raise InvalidInput(f"features: expected a tensor (N, *features), got {came}.")
+            found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
+            raise InvalidInput(f"features: expected a tensor (N, *features), got {found}.")
         return cls(features[:, None], features.new_zeros(len(features), 1, 0))
 
     @classmethod

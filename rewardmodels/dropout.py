@@ -36,13 +36,6 @@ class MCDropout(SampledRewardModel):
         samples: S.
         rate: Share of units dropped, from 0 to below 1.
         options: As for `RewardModel`.
-
-    Raises:
-        InvalidInput: A number out of range.
-
-    Example:
-        >>> MCDropout(samples=100, rate=0.2).hparams["rate"]
-        0.2
     """
 
     network: FrameNetwork

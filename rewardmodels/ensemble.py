@@ -36,13 +36,6 @@ class DeepEnsemble(SampledRewardModel):
         members: K.
         prior_scale: $\beta$, in reward units per frame for outputs of about one; 0 for no prior.
         options: As for `RewardModel`.
-
-    Raises:
-        InvalidInput: A number out of range.
-
-    Example:
-        >>> DeepEnsemble(members=7, hidden=(64, 64)).hparams["members"]
-        7
     """
 
     network: MemberMLP | Members

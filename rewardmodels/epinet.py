@@ -42,13 +42,6 @@ class Epinet(SampledRewardModel):
         weight_decay: As for `RewardModel`. Each index is trained on all comparisons, none on a
             bootstrap, so that with less of it all agree too soon on rewards that are too large.
         options: As for `RewardModel`; the base network's.
-
-    Raises:
-        InvalidInput: A number out of range.
-
-    Example:
-        >>> Epinet(samples=256).hparams["index_dim"]
-        8
     """
 
     network: FrameNetwork

@@ -143,10 +143,9 @@ def fit(
         # First, so that the caller's callbacks find what it logs.
         trainer.callbacks.insert(0, stopping)  # type: ignore[attr-defined]
         batches = _Batches(data, (~held_out).nonzero().squeeze(1))
-        # Lightning's type wants batches put together one by one.
         loader = DataLoader(
             batches, options.batch_size, shuffle=True, collate_fn=lambda batch: batch
-        )  # type: ignore[arg-type]
+        )
         try:
             with _interruptible():
                 trainer.fit(model, loader)

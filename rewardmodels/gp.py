@@ -77,13 +77,6 @@ class GPHead(RewardModel):
             for a kernel on the normalised inputs themselves; a network of your own, or that of
             images, is $\phi$ in their place, and needn't keep distances. `learning_rate` is
             $\phi$'s, ten times as much that of the process; `weight_decay` is for $\phi$ alone.
-
-    Raises:
-        InvalidInput: A number out of range.
-
-    Example:
-        >>> GPHead(hidden=(), inducing=128).hparams["random_features"]
-        512
     """
 
     network: nn.Module

@@ -50,13 +50,6 @@ class LaplaceHead(RewardModel):
 
     Attributes:
         precision: The $\lambda$ in use.
-
-    Raises:
-        InvalidInput: A number out of range.
-
-    Example:
-        >>> LaplaceHead(hidden=(64, 32)).hparams["prior_precision"] is None
-        True
     """
 
     network: FrameNetwork

@@ -34,7 +34,7 @@ _CALIBRATION = "calibration."
 PREDICTORS: dict[str, type[RewardModel]] = {
     cls.__name__: cls for cls in (DeepEnsemble, Epinet, GPHead, LaplaceHead, MCDropout)
 }
-"""Those that `load` knows by name. It never imports what a file names."""
+"""Registry of predictors by name: `load` reads these, and tests and studies run on them."""
 
 
 @contextmanager
@@ -91,15 +91,16 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 
 def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> None:
-    """Writes a fitted model to one safetensors file, whole or not at all.
+    """Write a fitted model to one safetensors file, atomically.
 
     Args:
         model: A fitted model whose hyper-parameters are numbers, strings or tuples, or a
             calibrated one that holds such a model.
-        path: The file; one that stands there is replaced.
+        path: File, replaced if it exists.
 
     Raises:
-        NotFitted: There is nothing to save yet.
+        NotFitted: The model isn't fitted, or `Calibrated` not calibrated.
+        InvalidInput: A calibrated model that holds no RewardModel.
 
     Example:
         >>> save(DeepEnsemble(), "model.safetensors")
@@ -138,20 +139,18 @@ def load(
     *,
     network: nn.Module | MakeNetwork | None = None,
 ) -> Any:
-    """Reads a model that `save` wrote; its answers are the same to the last bit.
-
-    What was saved as `Calibrated` comes back so.
+    """Read a model that `save` wrote, calibrated or not; its posterior is bitwise the same.
 
     Args:
-        path: The file.
-        cls: The model's class, where it isn't one of the library's own.
-        network: The network that the model was made with, where it was one of the caller's: a file
-            holds its tensors, and no code.
+        path: File.
+        cls: Class of the model, if it isn't one of `PREDICTORS`.
+        network: Network that the model was made with, if it was your own: a file holds its
+            tensors, but no code.
 
     Raises:
-        UnreadableFile: Not such a file, damaged, of a newer format, or of another class.
-        InvalidInput: A network that the file's model wasn't made with, or none though it was.
-        FileNotFoundError: There is no such file.
+        UnreadableFile: Another kind of file, a damaged one, a newer format, or another class.
+        InvalidInput: `network` was passed for a model made without one, or the other way round.
+        FileNotFoundError: The file doesn't exist.
 
     Example:
         >>> load("pyproject.toml")
@@ -226,13 +225,13 @@ def _rebuilt(
 ) -> RewardModel:
     model = cls(**hyper_parameters)
     model.spec = spec
-    # What is empty until a first fit, and may be what `build` looks at.
+    # Buffers that are None until a first fit, and that `build` may depend on.
     for name in set(tensors) & {name for name, value in model._buffers.items() if value is None}:
         setattr(model, name, tensors[name])
     model.configure_model()
     model.load_state_dict(tensors)
     model.fitted = True
     model.eval()
-    # Whether shapes fit together shows when they are used.
+    # Tensors whose shapes don't match raise here.
     model.frame_posterior(model.reference_observations[:1], model.reference_actions[:1])
     return model

@@ -138,8 +138,8 @@ class FrameScorer:
             observations = numbers[:, :observed].reshape(observations.shape)
             if not self.spec.discrete_actions:
                 actions = numbers[:, observed:].reshape(actions.shape)
-            belief = self._posterior(torch.tensor(observations), torch.tensor(actions))
-            return as_array(belief.mean), as_array(belief.variance.sqrt())
+            posterior = self._posterior(torch.tensor(observations), torch.tensor(actions))
+            return as_array(posterior.mean), as_array(posterior.variance.sqrt())
         inputs = (numbers[:, : len(self._mean)] - self._mean) * self._inverse_scale
         if self._choices:
             chosen = actions[:, None] == np.arange(self._choices)
