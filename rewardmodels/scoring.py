@@ -127,7 +127,7 @@ class FrameScorer:
             self._check_choices(actions)
             del parts[1]
         numbers = np.concatenate(parts, 1, dtype=np.float32, casting="unsafe")
-        if not np.isfinite(numbers).all():
+        if not np.logical_and.reduce(np.isfinite(numbers), None):  # sooner than all()
             name = "actions" if np.isfinite(numbers[:, :observed]).all() else "observations"
             raise InvalidInput(
                 f"{name}: expected finite numbers in single precision, got NaN, infinity or more "
@@ -140,7 +140,9 @@ class FrameScorer:
                 actions = numbers[:, observed:].reshape(actions.shape)
             posterior = self._posterior(torch.tensor(observations), torch.tensor(actions))
             return as_array(posterior.mean), as_array(posterior.variance.sqrt())
-        inputs = (numbers[:, : len(self._mean)] - self._mean) * self._inverse_scale
+        if len(self._mean) < numbers.shape[1]:  # the reward is one of the observation alone
+            numbers = numbers[:, : len(self._mean)]
+        inputs = (numbers - self._mean) * self._inverse_scale
         if self._choices:
             chosen = actions[:, None] == np.arange(self._choices)
             inputs = np.concatenate([inputs, chosen], 1, dtype=np.float32)
@@ -179,8 +181,8 @@ _OPERATIONS = {
     "mm": "{0} @ {1}",
     "mv": "{0} @ {1}",
     "bmm": "{0} @ {1}",
-    "addmm": "affine({1}, {2}, {0})",
-    "baddbmm": "affine({1}, {2}, {0})",
+    "addmm": "{1} @ {2}; {out} += {0}",
+    "baddbmm": "{1} @ {2}; {out} += {0}",
     "add": "{0} + {1}",
     "sub": "{0} - {1}",
     "mul": "{0} * {1}",
@@ -251,7 +253,7 @@ class _NumpyFunction:
     def __init__(self, source: str, constants: dict[str, Any]) -> None:
         self._parts = source, constants
         scope: dict[str, Any] = {"np": np, "inf": np.inf, **constants}
-        scope |= {"affine": _affine, "silu": _silu, "leaky_relu": _leaky_relu}
+        scope |= {"silu": _silu, "leaky_relu": _leaky_relu}
         exec(source, scope)
         self._function = scope["compiled"]
 
@@ -335,11 +337,11 @@ def _source(two: _Trace, three: _Trace, outputs: list[int]) -> tuple[str, dict[s
             template = _OPERATIONS[name]
             if kwargs or any(f"{{{i}}}" not in template for i in range(len(args))):
                 raise KeyError(name)  # an option that the template doesn't have
-            if "@" in template or "affine" in template:  # matmul broadcasts by itself, and sooner
+            if "@" in template:  # matmul broadcasts by itself, and sooner
                 values = [expanded.get(value, value) for value in values]
             axes = args[1] if name == "mean" else ()
             count = math.prod(two.shapes[args[0]][axis] for axis in axes) if axes else 1
-            code = template.format(*values, count=count)
+            code = template.format(*values, count=count, out=f"v{place}")
         names.append(f"v{place}")
         lines.append(f"    {names[-1]} = {code}")
     returned = "".join(f"{names[output]}, " for output in outputs)
@@ -349,12 +351,6 @@ def _source(two: _Trace, three: _Trace, outputs: list[int]) -> tuple[str, dict[s
 def as_array(value: Tensor) -> Array:
     """Return a copy of a tensor, in single precision and on the CPU."""
     return np.array(value.detach().cpu().numpy(), dtype=np.float32, order="C")
-
-
-def _affine(frames: Array, weight: Array, bias: Array) -> Array:
-    result: Array = frames @ weight
-    result += bias
-    return result
 
 
 def _silu(hidden: Array, out: Array | None = None) -> Array:
