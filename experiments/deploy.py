@@ -15,12 +15,13 @@ import torch
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 
-from experiments.envs.guard_episodes import Act, acting, play
-from experiments.envs.shifts import Severity, shifted
+from experiments.envs.perturbations import Severity, shifted
+from experiments.envs.rollout import Policy, play
 from experiments.envs.tasks import find_task, make_env
 from experiments.envs.vector import make_vec_env
 from experiments.registry import find_class, make_detector
 from experiments.studies import check_least
+from experiments.training.agents import exploring_policy
 from experiments.training.run_directory import RunDirectory
 from ood import (
     AlarmResponse,
@@ -137,7 +138,7 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
         recorded = config.familiar + config.calibration
         print(f"Recording {recorded} episodes, to fit and calibrate a guard.", flush=True)
         with isolated_randomness(seed):
-            usual = play(make, act, recorded, seed, features=_FEATURES).features
+            usual = play(make, act, recorded, seed).features(_FEATURES)
         monitor.detector.fit(torch.cat(usual[: config.familiar]))
         monitor.calibrate(usual[config.familiar :], config.alpha)
         save_monitor(monitor, file, agent=fingerprint)
@@ -180,14 +181,14 @@ def _agent_files(run: RunDirectory) -> list[Path]:
     return [run.checkpoints[-1] / name for name in _AGENT]
 
 
-def _load_agent(run: RunDirectory) -> Act:
+def _load_agent(run: RunDirectory) -> Policy:
     agent_file, normalise_file = _agent_files(run)
     cls: Any = getattr(stable_baselines3, run.settings["algorithm"])
     task = find_task(run.settings["task"])
     with isolated_randomness(0), closing(make_vec_env(task, 1, 0)) as venv:
         normalised = VecNormalize.load(str(normalise_file), venv)
         agent = cls.load(agent_file, device="cpu")
-    return acting(agent, normalised)
+    return exploring_policy(agent, normalised)
 
 
 def _check_same(file: Path, kept: Monitor, wanted: Monitor, alpha: float) -> None:
@@ -204,7 +205,7 @@ def _check_same(file: Path, kept: Monitor, wanted: Monitor, alpha: float) -> Non
             )
 
 
-def _play_guarded(guard: Guard, act: Act, scorer: FrameScorer, seed: int) -> dict[str, Any]:
+def _play_guarded(guard: Guard, act: Policy, scorer: FrameScorer, seed: int) -> dict[str, Any]:
     observation, _ = guard.reset(seed=seed)
     steps: list[tuple[Any, Any, float]] = []
     alarm, reason, ended = None, "", False

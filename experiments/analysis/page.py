@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from experiments.analysis import plots
 from experiments.analysis.stats import Interval, number
-from experiments.envs.video import write_video
+from experiments.envs.rendering import write_video
 from experiments.training.run_directory import versions
 from rewardmodels.errors import InvalidInput
 from rewardmodels.saving import write_text_atomically

@@ -20,9 +20,9 @@ from threadpoolctl import threadpool_limits
 
 from active import GreedyInformation, KCenter, QueryStrategy, all_pairs, mutual_information
 from experiments.analysis.page import check_json, publish
-from experiments.envs.guard_episodes import Act, load_policy, play, train
+from experiments.envs.rollout import Policy, play
 from experiments.envs.tasks import Task, find_task, make_env
-from experiments.training.agents import PPO_ROLLOUT
+from experiments.training.agents import PPO_ROLLOUT, load_policy, train_agent
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner
 from experiments.training.rewards import LearnedReward
@@ -231,7 +231,7 @@ def guard_steps(
     short = replace(find_task(task), horizon=400)
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        train(short, 0, Path(folder) / "agent")  # an untrained policy takes as long
+        train_agent(short, 0, Path(folder) / "agent")  # an untrained policy takes as long
         act = load_policy(short, Path(folder) / "agent")
     for name, (_, _, features) in _MONITORS.items():
         monitor = _monitor(short, act, name)
@@ -243,11 +243,11 @@ def guard_steps(
     return figures
 
 
-def _monitor(task: Task, act: Act, name: str) -> Monitor:
+def _monitor(task: Task, act: Policy, name: str) -> Monitor:
     make, statistic, features = _MONITORS[name]
-    episodes = play(
-        lambda: make_env(task), act, _FAMILIAR + _CALIBRATION, seed=0, features=features
-    ).features
+    episodes = play(lambda: make_env(task), act, _FAMILIAR + _CALIBRATION, seed=0).features(
+        features
+    )
     size = make_env(task).observation_space.shape[0]  # type: ignore[index]
     monitor = Monitor(make(size).fit(torch.cat(episodes[:_FAMILIAR])), statistic)
     threshold = monitor.calibrate(episodes[_FAMILIAR:], alpha=0.1)
@@ -256,7 +256,7 @@ def _monitor(task: Task, act: Act, name: str) -> Monitor:
 
 
 def _step_round(
-    task: Task, act: Act, monitor: Monitor, features: str, steps: int
+    task: Task, act: Policy, monitor: Monitor, features: str, steps: int
 ) -> tuple[float, float]:
     """Microseconds that the guard adds to a step, and that over simulation and policy."""
     bare, guarded = make_env(task), Guard(make_env(task), monitor, features)

@@ -24,10 +24,10 @@ from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.envs.rollout import play_agent
 from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
 from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
-from experiments.training.evaluation import play
 from experiments.training.run_directory import versions
 from rewardmodels import Clips, InvalidInput, UnreadableFile
 from rewardmodels.clips import cut
@@ -258,7 +258,7 @@ def _record(
             own_seed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0] % _MAX_SEED)
             # What is drawn here mustn't change what is learned next.
             with isolated_randomness(own_seed):
-                clips = play(agent, normalised, task, episodes=episodes, seed=own_seed)
+                clips = play_agent(agent, normalised, task, episodes=episodes, seed=own_seed)
             recorded.append(clips)
             trained_for.append(step)
             bar.set_postfix_str(f"level {level + 1}/{levels}, return {clips.returns.mean():.0f}")

@@ -25,9 +25,8 @@ import torch
 from numpy.typing import NDArray
 
 from active import FeedbackStore
-from experiments.envs.rendering import Renderer, RenderingUnavailable
+from experiments.envs.rendering import Renderer, RenderingUnavailable, write_video
 from experiments.envs.tasks import find_task
-from experiments.envs.video import write_video
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import RewardModelsError, load

@@ -45,15 +45,14 @@ from active import BALD, Constant, Schedule, SyntheticTeacher, WhenUnsure, all_p
 from experiments.analysis import plots
 from experiments.analysis.page import Report, Section
 from experiments.analysis.stats import bootstrap, interquartile_mean
-from experiments.envs.guard_episodes import train
 from experiments.envs.rendering import RenderingUnavailable, render_states
+from experiments.envs.rollout import play_agent
 from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
 from experiments.registry import find_class
 from experiments.studies import check_least, seed_range
-from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
+from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent, train_agent
 from experiments.training.clip_buffer import ClipBuffer
-from experiments.training.evaluation import play
 from experiments.training.pausing import PauseOnAlarm
 from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward
 from ood import Mahalanobis, Monitor
@@ -150,7 +149,7 @@ def prepare(settings: Settings) -> None:
     """Train the agent that all arms start from."""
     if not settings.agent.exists():
         task = replace(find_task(settings.task), horizon=settings.horizon)
-        train(task, settings.before, settings.agent)
+        train_agent(task, settings.before, settings.agent)
 
 
 def cells(settings: Settings) -> list[dict[str, Any]]:
@@ -234,7 +233,7 @@ class _Training:
         self.played += 1
         (own,) = np.random.SeedSequence([self.seed, self.played]).generate_state(1)
         seed = int(own % 2**30)  # EnvPool's are 32 bits
-        return play(self.agent, self.normalised, self.task, episodes=PLAYED, seed=seed)
+        return play_agent(self.agent, self.normalised, self.task, episodes=PLAYED, seed=seed)
 
     def ask(self, episodes: Clips, n: int) -> None:
         """Compare n pairs of clips of these episodes, and refit the reward."""

@@ -3,9 +3,10 @@
 **Detection.** An agent is trained with PPO on each task's own reward. Some of its episodes teach
 each detector what is familiar, others give each statistic the threshold with the promised rate of
 false alarms (`ood.conformal`), and others test. Each test episode is played again, from the same
-first state, in a world that changes at a known step (`envs.shifts`). The monitor only watches, so
-the cost of the shift is measured on the same episodes. Those with an alarm are played a third time
-and halted where it came: what is earned so, less what was earned unguarded, is the harm prevented.
+first state, in a world that changes at a known step (`envs.perturbations`). The monitor only
+watches, so the cost of the shift is measured on the same episodes. Those with an alarm are played a
+third time and halted where it came: what is earned so, less what was earned unguarded, is the harm
+prevented.
 
 **Promise.** False alarms per episode of every detector and statistic, over several calibrations.
 
@@ -39,11 +40,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from experiments.analysis import plots
 from experiments.analysis.page import Report, Section
 from experiments.analysis.stats import over_tasks
-from experiments.envs.guard_episodes import Episodes, load_policy, play, play_batch, train
-from experiments.envs.shifts import SHIFTS, Severity, shifted
+from experiments.envs.perturbations import SHIFTS, Severity, shifted
+from experiments.envs.rollout import play, play_batch
 from experiments.envs.tasks import Task, find_task, make_env
 from experiments.registry import find_class, make_detector
 from experiments.studies import check_least, compare_by_return, pool_of, seed_range
+from experiments.training.agents import load_policy, train_agent
 from ood import MEWMA, STATISTICS, Monitor, OODDetector
 from ood.conformal import conformal_rank, episode_maxima
 from ood.selective import confidence, select
@@ -163,7 +165,7 @@ def prepare(settings: Settings) -> None:
     """Train the agents and the pools, which cells share."""
     for task in settings.tasks:
         if not settings.agent(task).exists():
-            train(find_task(task), settings.steps, settings.agent(task))
+            train_agent(find_task(task), settings.steps, settings.agent(task))
         if "selection" in settings.parts:
             pool_of(settings, task, progress=True)
 
@@ -205,8 +207,8 @@ def _detection(
     task, first = settings.task(task_name), settings.familiar + settings.calibration
     policy = load_policy(task, settings.agent(task_name))
     usual = play(lambda: make_env(task), policy, first + settings.tests, seed)
-    test = usual.part(first, first + settings.tests)
-    frames = torch.cat(usual.features[: settings.familiar])
+    features, test = usual.features(), usual[first : first + settings.tests]
+    frames = torch.cat(features[: settings.familiar])
     fitted = _fitted(detector, task, frames, seed)
     size = make_env(task).observation_space.shape[0]  # type: ignore[index]
     std = frames[:, -size:].double().numpy().std(0)
@@ -215,8 +217,8 @@ def _detection(
     }
     usual_values = {}
     for name, monitor in monitors.items():
-        monitor.calibrate(usual.features[settings.familiar : first], settings.alpha)
-        usual_values[name] = _along(monitor, test)
+        monitor.calibrate(features[settings.familiar : first], settings.alpha)
+        usual_values[name] = _along(monitor, test.features())
     rows = []
     for shift in _shifts(task, settings.shifts, settings.severities):
         for severity in settings.severities:
@@ -227,7 +229,7 @@ def _detection(
             other = play(changed, policy, settings.tests, seed, first=first)
             for name, monitor in monitors.items():
                 assert monitor.threshold is not None
-                values, threshold = _along(monitor, other), monitor.threshold.value
+                values, threshold = _along(monitor, other.features()), monitor.threshold.value
                 alarms = values > threshold
                 halts = np.where(alarms.any(1), alarms.argmax(1) + 1.0, np.inf)
                 halted = (
@@ -306,7 +308,7 @@ def _promise(settings: Settings, name: str, detector: str, seed: int) -> list[di
     calibrations = max(4, round(share * CALIBRATIONS))
     task = replace(find_task(name), horizon=max(50, round(share * count["horizon"])))
     act, each = load_policy(task, settings.agent(name)), calibration + tests
-    episodes = play_batch(task, act, familiar + calibrations * each, seed)
+    episodes = play_batch(task, act, familiar + calibrations * each, seed).features()
     fitted = _fitted(detector, task, torch.cat(episodes[:familiar]), seed)
     rows = []
     for statistic in settings.statistics:
@@ -381,10 +383,10 @@ def _published(settings: Settings, name: str, detector: str, seed: int) -> list[
     table = pd.read_csv(settings.published)
     task = replace(find_task(name), horizon=1000)
     act, first = load_policy(task, settings.agent(name)), 90
-    usual = play(lambda: make_env(task), act, first, seed)
-    fitted = _fitted(detector, task, torch.cat(usual.features[:50]), seed)
+    usual = play(lambda: make_env(task), act, first, seed).features()
+    fitted = _fitted(detector, task, torch.cat(usual[:50]), seed)
     monitor = Monitor(fitted, MEWMA())
-    monitor.calibrate(usual.features[50:], alpha=0.1)
+    monitor.calibrate(usual[50:], alpha=0.1)
     onsets, rows = np.random.default_rng(seed).integers(2, task.horizon, settings.tests), []
     for mod, (shift, severity) in PUBLISHED.items():
         found = table[(table["env"] == "MJHalfCheetah-v0") & (table["mod"] == mod)]
@@ -398,10 +400,10 @@ def _published(settings: Settings, name: str, detector: str, seed: int) -> list[
                  first=first + place)
             for place, onset in enumerate(onsets)
         ]  # fmt: skip
-        features = [episode.features[0] for episode in other]
+        features = [episode.features()[0] for episode in other]
         after = np.arange(task.horizon) >= onsets[:, None]
         frames = np.stack([fitted.score(episode).numpy() for episode in features])
-        along = _along(monitor, Episodes(features, np.empty(0)))
+        along = _along(monitor, features)
         scores = {
             f"{detector}, single frames": _ranking(after.ravel(), frames.ravel()),
             f"{detector}, MEWMA": _ranking(after.ravel(), along.ravel()),
@@ -431,12 +433,12 @@ def _ranking(truth: Array, values: Array) -> tuple[float, float, float]:
     )
 
 
-def _along(monitor: Monitor, episodes: Episodes) -> Array:
-    """A calibrated monitor's statistic `(N, T)` along whole episodes."""
+def _along(monitor: Monitor, episodes: Sequence[torch.Tensor]) -> Array:
+    """A calibrated monitor's statistic `(N, T)` along the features of whole episodes."""
     assert monitor.threshold is not None
-    seen = [monitor.scores(episode).numpy() for episode in episodes.features]
-    steps = np.arange(len(seen[0]))
-    return monitor.statistic.run([monitor.threshold.standardise(row, steps) for row in seen])
+    scores = [monitor.scores(episode).numpy() for episode in episodes]
+    steps = np.arange(len(scores[0]))
+    return monitor.statistic.run([monitor.threshold.standardise(row, steps) for row in scores])
 
 
 def _changed(

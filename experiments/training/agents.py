@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import stable_baselines3
+import torch
+from safetensors.torch import load_file, save_file
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
+from experiments.envs.rollout import Array, Policy
 from experiments.envs.tasks import Task
+from experiments.envs.vector import make_vec_env
 from rewardmodels.errors import InvalidInput, UnknownName
+from rewardmodels.fitting import isolated_randomness
+from rewardmodels.saving import atomic_path
 
 PPO_ENVS = 32  # environments that PPO's settings were measured with
 PPO_ROLLOUT = 2048  # steps between two updates, over all environments together
@@ -120,3 +129,57 @@ def make_agent(
             f"algorithm: expected one for {task.name}'s actions, {env.action_space}, got "
             f"{algorithm!r}: {error}"
         ) from error
+
+
+def train_agent(task: Task, steps: int, file: Path) -> None:
+    """Train PPO on the task's own reward, and write its policy and observation statistics."""
+    torch.set_num_threads(1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        isolated_randomness(0),
+        closing(VecNormalize(make_vec_env(task, PPO_ENVS, 0))) as normalised,
+    ):
+        agent = make_agent("PPO", normalised, task, 0)
+        if steps:
+            agent.learn(steps)
+        moments: Any = normalised.obs_rms
+        tensors = {f"policy.{name}": value for name, value in agent.policy.state_dict().items()}
+        tensors |= {"mean": torch.from_numpy(moments.mean), "var": torch.from_numpy(moments.var)}
+        with atomic_path(file) as temporary:
+            save_file(tensors, temporary)
+
+
+def load_policy(task: Task, file: Path) -> Policy:
+    """Load the policy that `train_agent` wrote; it explores, as in training."""
+    tensors = load_file(file)
+    with isolated_randomness(0), closing(VecNormalize(make_vec_env(task, 1, 0))) as normalised:
+        agent = make_agent("PPO", normalised, task, 0)
+    moments: Any = normalised.obs_rms
+    moments.mean, moments.var = (tensors.pop(name).numpy() for name in ("mean", "var"))
+    agent.policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items()})
+    policy: Any = agent.policy
+    space: Any = agent.action_space
+    spread = policy.log_std.detach().exp().numpy()
+
+    def act(observations: Array, noise: Array) -> Array:
+        inputs: Any = normalised.normalize_obs(observations.astype(np.float32))
+        with torch.no_grad():
+            mean = policy.get_distribution(torch.from_numpy(inputs)).distribution.mean.numpy()
+        return np.clip(mean + spread * noise, space.low, space.high).astype(space.dtype)
+
+    return act
+
+
+def exploring_policy(agent: BaseAlgorithm, normalised: VecNormalize) -> Policy:
+    """Return an agent of Stable-Baselines3 as a policy that explores, as in training.
+
+    Args:
+        agent: Acts; it draws from PyTorch's global generator.
+        normalised: Holds the statistics by which the agent's inputs are normalised.
+    """
+
+    def act(observations: Array, noise: Array) -> Array:
+        inputs: Any = normalised.normalize_obs(observations.astype(np.float32))
+        return agent.predict(inputs, deterministic=False)[0]
+
+    return act

@@ -36,14 +36,13 @@ from active import (
     all_pairs,
     mean_information,
 )
-from experiments.envs.rendering import RenderingUnavailable, render_states
+from experiments.envs.rendering import RenderingUnavailable, render_states, write_video
+from experiments.envs.rollout import play_agent
 from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
-from experiments.envs.video import write_video
 from experiments.training.agents import PPO_ENVS, make_agent
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.config import LearnConfig
-from experiments.training.evaluation import play
 from experiments.training.report import write_report
 from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward, relabel
 from experiments.training.run_directory import RunDirectory, versions
@@ -234,7 +233,7 @@ class Learner:
         self.seed(self.rounds)
         config, out = self.config, self.config.out
         last = {name: value for row in self.run.rows for name, value in row.items()}
-        clips = play(
+        clips = play_agent(
             self.agent, self.normalised, self.task, episodes=config.evaluate, seed=config.seed + 1
         )
         put, answered, skipped = store.counts()

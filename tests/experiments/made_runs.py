@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import yaml  # type: ignore[import-untyped]
 
-from experiments.envs.video import write_video
+from experiments.envs.rendering import write_video
 
 
 def make_run(

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from experiments.datasets import pools
 from experiments.datasets.pools import Pool, make_pool
+from experiments.envs.rollout import play_agent
 from experiments.envs.tasks import find_task, make_env
-from experiments.training.evaluation import play
 from rewardmodels import Clips, InvalidInput, RewardModelsError, UnreadableFile
 
 TINY = {"steps": 4096, "levels": 3, "episodes": 2, "progress": False}
@@ -114,12 +114,12 @@ def test_the_same_seed_makes_the_same_pool_and_leaves_the_callers_randomness(
 
     def watched(*args, **named):
         threads.append(torch.get_num_threads())
-        return play(*args, **named)
+        return play_agent(*args, **named)
 
     def draw():
         return random.random(), np.random.random(), float(torch.rand(()))  # noqa: NPY002
 
-    monkeypatch.setattr(pools, "play", watched)
+    monkeypatch.setattr(pools, "play_agent", watched)
 
     def seed_all():
         random.seed(123)
@@ -159,7 +159,7 @@ def test_policies_explore_as_in_training_and_skills_go_by_mean_return(made, tmp_
     noise = []
 
     def watched(agent, normalised, task, **named):
-        clips = play(agent, normalised, task, **named)
+        clips = play_agent(agent, normalised, task, **named)
         before, taken = clips.observations[:, :-1], clips.actions[:, 1:]
         for seen, action in zip(before, taken, strict=True):
             # The mean action at what the policy saw; where it stays clear of the bounds.
@@ -170,7 +170,7 @@ def test_policies_explore_as_in_training_and_skills_go_by_mean_return(made, tmp_
         rewards[:, 0] = torch.tensor(said.pop(0))
         return Clips(clips.observations, clips.actions, rewards=rewards)
 
-    monkeypatch.setattr(pools, "play", watched)
+    monkeypatch.setattr(pools, "play_agent", watched)
     once = {"steps": 2048, "levels": 2}
     pool = make_pool("Pendulum", folder=tmp_path, seed=1, **TINY | once)
     assert pool.steps.tolist() == [2048, 0]

@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from experiments.envs import video
-from experiments.envs.video import write_video
+from experiments.envs import rendering as video
+from experiments.envs.rendering import write_video
 from rewardmodels.errors import InvalidInput, RewardModelsError
 
 COLOURS = np.array([[200, 40, 40], [40, 180, 60], [30, 60, 210], [128, 128, 128]], dtype=np.uint8)
@@ -89,16 +89,16 @@ def test_refuses(tmp_path: Path, frames: np.ndarray, name: str, fps: float, word
 def test_a_failure_leaves_the_older_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "a.mp4"
     target.write_bytes(b"older")
-    monkeypatch.setattr(video, "CODECS", ("no-such-codec",))
+    monkeypatch.setattr(video, "_CODECS", ("no-such-codec",))
     with pytest.raises(RewardModelsError, match="no-such-codec"):
         write_video(plain(2, 16, 16), target, fps=10)
     assert target.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("codec", sorted(set(video.CODECS[1:]) & av.codecs_available))
+@pytest.mark.parametrize("codec", sorted(set(video._CODECS[1:]) & av.codecs_available))
 def test_the_other_encoders_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
-    monkeypatch.setattr(video, "CODECS", (codec,))
+    monkeypatch.setattr(video, "_CODECS", (codec,))
     write_video(plain(6, 64, 64), tmp_path / "a.mp4", fps=10)
     decoded, rate = decode(tmp_path / "a.mp4")
     assert rate == 10

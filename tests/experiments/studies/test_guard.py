@@ -1,6 +1,7 @@
 """The study of guards: scores by hand, episodes that pair up, and a small study end to end."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,8 +10,8 @@ import torch
 
 from experiments import studies
 from experiments.datasets.pools import Pool
-from experiments.envs.guard_episodes import play, play_batch
-from experiments.envs.shifts import shifted
+from experiments.envs.perturbations import shifted
+from experiments.envs.rollout import play
 from experiments.envs.tasks import TASKS, find_task, make_env
 from experiments.studies import guard as study
 from ood import CUSUM, Guard, Mahalanobis, Monitor, Spike, calibrate
@@ -58,18 +59,18 @@ def test_auroc_and_false_positive_rate_by_counting_pairs():
 def test_episodes_pair_up_until_the_onset():
     every = play(usual_world, act, 4, seed=3)
     other = play(lambda: shifted(usual_world(), "mass", "severe", 12, 0), act, 2, seed=3, first=2)
-    for usual, changed in zip(every.features[2:], other.features, strict=True):
+    for usual, changed in zip(every.features()[2:], other.features(), strict=True):
         np.testing.assert_array_equal(usual[:12], changed[:12])
         assert (usual[12:] != changed[12:]).any()
         # Before, action and after: what follows one step is what comes before the next.
         np.testing.assert_array_equal(usual[1:, :10], usual[:-1, 12:])
     np.testing.assert_array_equal(every.rewards[2:, :12], other.rewards[:, :12])
-    assert len({tuple(episode[0, :10].tolist()) for episode in every.features}) == 4
+    assert len({tuple(episode[0, :10].tolist()) for episode in every.features()}) == 4
 
 
 def test_halted_episodes_earn_what_a_guard_lets_them_earn():
     """Step by step under `ood.Guard`, against the alarms of a monitor that only watched."""
-    episodes = play(usual_world, act, 30, seed=0).features
+    episodes = play(usual_world, act, 30, seed=0).features()
     monitor = Monitor(Mahalanobis().fit(torch.cat(episodes[:10])), CUSUM())
     threshold = monitor.calibrate(episodes[10:], alpha=0.1).value
 
@@ -77,7 +78,7 @@ def test_halted_episodes_earn_what_a_guard_lets_them_earn():
         return shifted(usual_world(), "bias", "middle", 10, 0, observation_std=np.ones(10))
 
     other = play(changed, act, 3, seed=1)
-    alarms = study._along(monitor, other) > threshold
+    alarms = study._along(monitor, other.features()) > threshold
     halts = np.where(alarms.any(1), alarms.argmax(1) + 1.0, np.inf)
     assert np.isfinite(halts).any()
     halted = play(changed, act, 3, seed=1, halts=halts)
@@ -109,7 +110,8 @@ def test_the_limit_is_that_of_scores_that_keep_the_promise():
 def test_false_alarms_are_those_of_each_calibrations_own_episodes(small, monkeypatch):
     draw = torch.Generator().manual_seed(0)
     episodes = list(torch.randn(5 + 4 * 31, 10, 22, generator=draw, dtype=torch.double))
-    monkeypatch.setattr(study, "play_batch", lambda *_: episodes)
+    batch = SimpleNamespace(features=lambda: episodes)
+    monkeypatch.setattr(study, "play_batch", lambda *_: batch)
     rows = study.cell(small, "promise", "Reacher", "Mahalanobis", 0)
     detector, alarms = Mahalanobis().fit(torch.cat(episodes[:5])), 0
     for start in range(5, len(episodes), 31):
@@ -119,14 +121,6 @@ def test_false_alarms_are_those_of_each_calibrations_own_episodes(small, monkeyp
         alarms += (maxima > threshold.value).sum()
     rates = {row["statistic"]: row["false_alarms"] for row in rows}
     assert rates["Spike"] == alarms / 20
-
-
-def test_batched_episodes_are_whole_and_apart():
-    found = play_batch(find_task("Pendulum"), lambda seen, noise: noise.clip(-2, 2), 3, seed=0)
-    assert [tuple(x.shape) for x in found] == [(200, 7)] * 3
-    for episode in found:
-        torch.testing.assert_close(episode[1:, :3], episode[:-1, 4:])
-    assert not torch.equal(found[0], found[1])
 
 
 def test_frame_scores_by_counting_pairs():
@@ -210,7 +204,7 @@ def test_a_small_study_has_rows_of_everything_and_resumes(small, tmp_path, monke
 
 def test_published_figures_stand_beside_ours(small):
     cheetah = replace(small, tasks=["HalfCheetah"], shifts=None)
-    study.train(find_task("HalfCheetah"), 0, cheetah.agent("HalfCheetah"))
+    study.train_agent(find_task("HalfCheetah"), 0, cheetah.agent("HalfCheetah"))
     short = replace(find_task("HalfCheetah"), horizon=12)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "replace", lambda *_, **__: short)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import stable_baselines3 as sb3
@@ -6,7 +8,15 @@ from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 from experiments.envs.tasks import TASKS, find_task
 from experiments.envs.vector import make_vec_env
-from experiments.training.agents import PPO_ENVS, PPO_SETTINGS, make_agent, ppo_settings
+from experiments.training import agents
+from experiments.training.agents import (
+    PPO_ENVS,
+    PPO_SETTINGS,
+    load_policy,
+    make_agent,
+    ppo_settings,
+    train_agent,
+)
 from rewardmodels.errors import InvalidInput, UnknownName
 
 PENDULUM = TASKS["Pendulum"]
@@ -82,3 +92,26 @@ def test_ppo_learns_to_run_within_200_000_steps():
     agent = make_agent("PPO", venv, task, seed=0).learn(200_000)
     returns = [episode["r"] for episode in agent.ep_info_buffer]
     assert np.mean(returns[-20:]) > 500
+
+
+def test_a_saved_policy_acts_as_it_did(tmp_path, monkeypatch):
+    made = []
+    make = agents.make_agent
+    monkeypatch.setattr(agents, "make_agent", lambda *given: made.append(make(*given)) or made[-1])
+    short = replace(TASKS["Reacher"], horizon=20)
+    train_agent(short, 64, tmp_path / "agent.safetensors")
+    agent, normalised = made[0], made[0].get_vec_normalize_env()
+    policy = load_policy(short, tmp_path / "agent.safetensors")
+    assert normalised.obs_rms.count > 1
+    seen = np.random.default_rng(0).normal(size=(5, 10)).astype(np.float32)
+    inputs = normalised.normalize_obs(seen)
+    expected, _ = agent.predict(inputs, deterministic=True)
+    np.testing.assert_allclose(policy(seen, np.zeros((5, 2))), expected, atol=1e-6)
+    # In distribution, what the agent draws: the same mean and spread.
+    torch.manual_seed(0)
+    drawn = agent.predict(np.repeat(inputs[:1], 20_000, 0), deterministic=False)[0]
+    noise = np.random.default_rng(0).standard_normal((20_000, 2))
+    ours = policy(np.repeat(seen[:1], 20_000, 0), noise)
+    np.testing.assert_allclose(ours.mean(0), drawn.mean(0), atol=0.02)
+    np.testing.assert_allclose(ours.std(0), drawn.std(0), atol=0.02)
+    assert np.abs(ours).max() <= 1

@@ -8,8 +8,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from experiments.envs.changes import PUSH_PERIOD, PUSH_STEPS
-from experiments.envs.shifts import SHIFTS, Shift, shifted
+from experiments.envs.perturbations import PUSH_PERIOD, PUSH_STEPS, SHIFTS, Shift, shifted
 from experiments.envs.tasks import TASKS, make_env
 from rewardmodels.errors import InvalidInput, UnknownName
 
