@@ -278,7 +278,7 @@ class Learner:
             total_steps=max(1, (self.policy_rounds - 1) * a_round),
             budget=self.comparisons,
             answered=answered,
-            belief=self._belief if fitted else None,
+            belief=self._posterior if fitted else None,
         )
         return due if round >= self.warm_up else -(-due * (round + 1) // self.warm_up)
 
@@ -295,7 +295,7 @@ class Learner:
     def _latest_clips(self, n: int) -> Clips:
         return self.clip_buffer.sample(self.clip_length, n, self.rng)
 
-    def _belief(self) -> ReturnPosterior:
+    def _posterior(self) -> ReturnPosterior:
         return self.model.posterior(self._latest_clips(self.config.candidates))
 
     def _choose(self, clips: Clips, n: int) -> torch.Tensor:
@@ -378,10 +378,10 @@ def score_reward(
         frames: To spread.
 
     Returns:
-        `REWARD_SCORES`: over frames the Pearson correlation and the EPIC distance; over all pairs
-        of 200 random clips the expected calibration error of the predicted preference, and the
-        area under its risk-coverage curve, for the preference of the higher true return. None
-        where a score is undefined.
+        `REWARD_SCORES`: over frames the Pearson correlation and the EPIC distance (of rewards that
+        depend on the frame alone); over all pairs of 200 random clips the expected calibration
+        error of the predicted preference, and the area under its risk-coverage curve, for the
+        preference of the higher true return. None where a score is undefined.
     """
     assert clips.rewards is not None
     rows = torch.linspace(0, clips.mask.numel() - 1, frames).long()

@@ -115,9 +115,10 @@ def _sections(runs: Sequence[RunDirectory]) -> list[Section]:
             Section(
                 "Scores of the learned reward",
                 "Held-out scores are of comparisons kept from training. Correlation and EPIC "
-                "distance (Gleave et al. 2021) are over frames that the final policy visits; "
-                "calibration error and area under the risk-coverage curve are over pairs of its "
-                "clips, for the preference of the higher true return.",
+                "distance (Gleave et al. 2021, for rewards that depend on the frame alone) are "
+                "over frames that the final policy visits; calibration error and area under the "
+                "risk-coverage curve are over pairs of its clips, for the preference of the "
+                "higher true return.",
                 table=scores,
             )
         )
@@ -207,7 +208,7 @@ def _scores_table(run: RunDirectory) -> pd.DataFrame:
     if frames := run.frames:
         rows.append(("mean epistemic standard deviation", frames["std"].mean(), np.nan, "–"))
         rows.append(("frames", len(frames["std"]), np.nan, "–"))
-    return pd.DataFrame(rows, columns=["score", "value", "guessing", "verdict"], dtype=object)
+    return pd.DataFrame(rows, columns=["score", "value", "guessing", "than guessing"], dtype=object)
 
 
 def _video(run: RunDirectory) -> dict[str, str]:
