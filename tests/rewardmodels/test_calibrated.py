@@ -1,4 +1,4 @@
-"""Recalibration of beliefs whose fault is known, and coverage counted over many draws."""
+"""Recalibration of known faults, and coverage over many draws."""
 
 import math
 import warnings
@@ -92,7 +92,7 @@ def test_temperature_is_the_most_probable():
 
 
 @pytest.mark.parametrize("kind", ["sampled", "gaussian"])
-def test_the_belief_is_the_models_divided_by_the_temperature(kind):
+def test_the_posterior_is_the_models_divided_by_the_temperature(kind):
     said = asked(200)
     fake = Fake(3.0, 0.4, kind)
     found = Calibrated(fake).calibrate(said, random=True)
@@ -163,7 +163,7 @@ def test_isotonic_mends_what_a_temperature_cannot():
     assert loss["isotonic"] < loss["temperature"] - 0.02
 
 
-def test_a_few_right_answers_make_nothing_certain():
+def test_a_few_right_comparisons_make_nothing_certain():
     clips, pairs = clips_of(torch.tensor([0.0, 1.0, 0.0, 2.0])), torch.tensor([[0, 1], [2, 3]])
     for method in ("temperature", "isotonic"):
         found = Calibrated(Fake(), method).calibrate(
@@ -216,7 +216,7 @@ def test_prediction_set_is_its_definition():
     assert torch.equal(belief.prediction_set(said.pairs.flip(1), 0.8), chosen.flip(1))
 
 
-def test_says_how_many_answers_a_coverage_needs():
+def test_says_how_many_comparisons_a_coverage_needs():
     for n, coverage, needed in ((8, 0.9, 9), (18, 0.95, 19), (98, 0.99, 99)):
         said = asked(n + 1)
         few = Calibrated(Fake()).calibrate(said[:n], random=True).posterior(said.clips)

@@ -77,7 +77,7 @@ def test_log_loss_and_brier_are_scikit_learns():
 @pytest.mark.parametrize(
     "score", [log_loss, brier_score, expected_calibration_error, adaptive_calibration_error]
 )
-def test_a_tie_is_half_an_answer_each_way(score):
+def test_a_tie_is_half_an_comparison_each_way(score):
     p, said = answers(100)
     tied = torch.cat([said[:50], torch.full((50,), 0.5)])
     # Decided answers twice, so that each half of a tie weighs as much as half an answer.
@@ -132,7 +132,7 @@ def test_equal_probabilities_share_a_bin():
     assert adaptive_calibration_error(p, said) == pytest.approx(0, abs=1e-7)
 
 
-def test_calibrated_answers_have_a_small_error_and_overconfident_ones_a_larger():
+def test_calibrated_comparisons_have_a_small_error_and_overconfident_ones_a_larger():
     draw = np.random.default_rng(5)
     logit = torch.from_numpy(draw.normal(0, 2, 20000))
     said = torch.from_numpy((draw.random(20000) < torch.sigmoid(logit).numpy()).astype(float))

@@ -184,7 +184,7 @@ def meaning(comparisons: Comparisons) -> list[tuple[float, float, float]]:
     return list(zip(first.tolist(), second.tolist(), comparisons.preference.tolist(), strict=True))
 
 
-def test_compacting_joining_and_choosing_keep_what_was_said():
+def test_compacting_joining_and_choosing_keep_what_was_given():
     a, b = said([[0, 3], [3, 1]], [1.0, 0.25]), said([[1, 0]], [0.5], n=2)
     assert meaning(a) == [(0, 6, 1), (6, 2, 0.25)]
     assert meaning(a.compact()) == meaning(a)

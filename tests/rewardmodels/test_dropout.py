@@ -85,7 +85,7 @@ def test_masks_are_those_of_the_model_and_stay(model):
     assert not all(torch.equal(*both) for both in zip(before, other.masks(), strict=True))
 
 
-def test_loss_is_a_loop_over_answers_each_under_one_mask(model, monkeypatch):
+def test_loss_is_a_loop_over_comparisons_each_under_one_mask(model, monkeypatch):
     index = torch.tensor([3, 0, 8])
     first, second = COMPARISONS.pairs[index].T
     batch = PairBatch(CLIPS[first], CLIPS[second], COMPARISONS.preference[index], index)

@@ -174,16 +174,3 @@ def test_the_reference_is_spread_over_real_frames():
     assert chosen.unique().numel() == 1024
     assert set(chosen.tolist()) <= set(observations[mask].flatten().tolist())
     assert (chosen.min(), chosen.max()) == (0, observations[mask].max())
-
-
-@pytest.mark.slow
-def test_more_comparisons_teach_more():
-    held_out = linear_clips(n=300, seed=9)
-    rank = []
-    for n in (20, 80, 320):
-        model = fit(DeepEnsemble(learning_rate=3e-3), linear_comparisons(n), epochs=60)
-        rank.append(
-            scipy.stats.spearmanr(model.posterior(held_out).mean, held_out.returns).statistic
-        )
-    assert rank[0] < rank[1] < rank[2]
-    assert rank[2] > 0.95

@@ -63,7 +63,7 @@ def test_a_sample_is_one_index_for_every_clip_and_frame(model):
         np.testing.assert_allclose(found[sample], expected, atol=1e-4)
 
 
-def test_loss_is_a_loop_over_answers_and_indices(model, monkeypatch):
+def test_loss_is_a_loop_over_comparisons_and_indices(model, monkeypatch):
     rows = torch.tensor([3, 0, 8])
     first, second = COMPARISONS.pairs[rows].T
     batch = PairBatch(CLIPS[first], CLIPS[second], COMPARISONS.preference[rows], rows)
@@ -123,7 +123,7 @@ def test_frames_pass_the_base_network_once(model, monkeypatch):
     assert sum(passed) == 80
 
 
-def test_a_larger_prior_is_less_sure_far_out():
+def test_a_larger_prior_is_less_certain_far_out():
     far = Clips(CLIPS.observations * 30, CLIPS.actions)
     spread = [
         float(

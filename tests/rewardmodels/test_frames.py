@@ -1,4 +1,4 @@
-"""What a frame may be: vectors, images, discrete actions, transitions, items; any network."""
+"""Kinds of frames: vectors, images, discrete actions, transitions, items; any network."""
 
 import numpy as np
 import pytest
@@ -18,9 +18,7 @@ from rewardmodels import (
     save,
     transitions,
 )
-from rewardmodels import networks as networks_module
 from rewardmodels.frames import FrameInputs, FrameSpec
-from rewardmodels.networks import CNN, FrameNetwork, MemberMLP
 
 from .data import of_neighbours as taught
 
@@ -149,13 +147,6 @@ def test_items_are_clips_of_one_frame(cls):
     assert accuracy(model, said[150:]) > 0.85
 
 
-def test_a_linear_network_is_logistic_regression():
-    model = fit(LaplaceHead(hidden=(), learning_rate=0.03), taught(vectors(200)), epochs=60)
-    weights = model.weights[:-1].detach()
-    # Inputs are normalised, and the reward is one of the first and minus the last.
-    assert float(weights[[1, 2, 3]].abs().max()) < 0.35 * float(weights[[0, 4]].abs().min())
-
-
 def test_a_reward_of_transitions():
     draw = torch.Generator().manual_seed(0)
     walk = torch.randn(600, 5, 2, generator=draw)
@@ -221,37 +212,3 @@ def test_actions_that_never_came_can_be_announced():
     assert model.frame_posterior(torch.zeros(1, 2), torch.tensor([8])).mean.isfinite().all()
     with pytest.raises(InvalidInput, match="actions: expected numbers from 0 to 2, got 4"):
         fit(LaplaceHead(discrete_actions=3), taught(choices(40)), epochs=1)
-
-
-@pytest.mark.parametrize("hidden", [(), (8,), (6, 4)])
-def test_members_together_are_members_alone(hidden, monkeypatch):
-    network, frames = MemberMLP(3, 5, hidden), torch.randn(11, 5)
-    for bias in network.biases:
-        torch.nn.init.normal_(bias)
-    together, gradients = network(frames), []
-    for at_most in (10**6, 1):
-        monkeypatch.setattr(networks_module, "_TOGETHER", at_most)
-        network.zero_grad()
-        torch.testing.assert_close(network(frames), together)
-        network(frames).square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
-    torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.parametrize("image", [(1, 3, 3), (3, 64, 64), (4, 84, 84), (2, 5, 200)])
-def test_a_cnn_sees_images_of_any_size(image):
-    inputs = torch.Size(image).numel() + 2
-    network = CNN(image, inputs, (7,))
-    frames = torch.randn(4, inputs)
-    found = network(frames)
-    assert found.shape == (4, 7)
-    # The same as the layers on images that were never flat.
-    seen = network.convolutions(frames[:, :-2].view(4, *image)).flatten(1)
-    torch.testing.assert_close(found, network.head(torch.cat([seen, frames[:, -2:]], 1)))
-
-
-def test_a_frame_network_leaves_the_mode_of_its_body():
-    body = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
-    assert FrameNetwork(body, 3).body.training
-    body.eval()
-    assert not FrameNetwork(body, 3).body.training

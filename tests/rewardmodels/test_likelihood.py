@@ -56,7 +56,7 @@ def test_stays_finite_and_has_a_gradient_far_out():
     assert difference.grad.tolist() == [-1, 1]
 
 
-def test_mistakes_bound_what_one_answer_costs_and_pulls():
+def test_mistakes_bound_what_one_comparison_costs_and_pulls():
     difference = torch.tensor([-1e4, 1e4], requires_grad=True)
     loss = negative_log_likelihood(difference, torch.tensor([1.0, 0.0]), random_answer_rate=0.1)
     np.testing.assert_allclose(loss.detach(), -math.log(0.05), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Marks and ratings are the answers they are said to be, and every predictor learns from them."""
+"""Marks and ratings as comparisons, and learning from them."""
 
 import math
 
@@ -9,7 +9,6 @@ from rewardmodels import (
     PREDICTORS,
     Clips,
     Comparisons,
-    DeepEnsemble,
     FitOptions,
     InvalidInput,
     LaplaceHead,
@@ -204,7 +203,7 @@ def gathered(comparisons: Comparisons | None, marks: Marks, ratings: Ratings) ->
     return TrainingSet.gather(comparisons, marks, ratings, FitOptions(held_out=0.3), seed=1)
 
 
-def test_marks_of_a_clip_are_kept_back_together_and_stay_so():
+def test_marks_of_a_clip_are_held_out_together_and_stay_so():
     clips = drawn(40)
     marks = best_and_worst(clips)
     ratings = Ratings(clips, torch.arange(40), clips.returns)
@@ -217,16 +216,6 @@ def test_marks_of_a_clip_are_kept_back_together_and_stay_so():
         assert torch.equal(answers.index[before:], alone.index)
     assert torch.equal(more.held_out[:20], few.held_out[:20])
     assert 0 < int(alone.held_out[:80].sum()) < 80
-
-
-def test_comparisons_alone_are_fitted_as_with_no_marks():
-    none = Marks(drawn(), torch.zeros(0, 4, dtype=torch.long))
-    fits = [
-        fit(DeepEnsemble(members=2, hidden=(4,)), some(), **given, epochs=3)
-        for given in ({}, {"marks": none})
-    ]
-    one, other = (model.posterior(drawn()).mean for model in fits)
-    assert torch.equal(one, other)
 
 
 def test_all_kinds_go_into_one_fit():

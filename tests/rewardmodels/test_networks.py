@@ -1,11 +1,12 @@
-"""Normalisation against NumPy, and the batched network against one network at a time."""
+"""Normalisation against NumPy, batched members against single networks, convolutions."""
 
 import numpy as np
 import pytest
 import torch
 
+from rewardmodels import networks as networks_module
 from rewardmodels.frames import RunningNorm
-from rewardmodels.networks import PRIOR_GAIN, MemberMLP
+from rewardmodels.networks import CNN, PRIOR_GAIN, FrameNetwork, MemberMLP
 
 
 @pytest.mark.parametrize("sizes", [(100,), (1, 99), (30, 50, 20), (10,) * 10])
@@ -20,13 +21,6 @@ def test_norm_in_pieces_is_numpy_at_once(sizes):
     found = norm(frames)
     np.testing.assert_allclose(found.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(found.std(0, correction=0), 1, rtol=1e-4)
-
-
-def test_norm_changes_only_in_update():
-    norm = RunningNorm(2)
-    before = [buffer.clone() for buffer in norm.buffers()]
-    norm(torch.randn(5, 2) + 3)
-    assert all(torch.equal(a, b) for a, b in zip(before, norm.buffers(), strict=True))
 
 
 def test_a_constant_input_stays_small():
@@ -90,3 +84,37 @@ def test_members_start_apart_and_as_linear_layers_do():
 def test_untrained_priors_are_of_about_one(inputs, hidden):
     outputs = MemberMLP(50, inputs, hidden, PRIOR_GAIN)(torch.randn(500, inputs)).detach()
     assert 0.5 < float(outputs.std(1).mean()) < 2
+
+
+@pytest.mark.parametrize("hidden", [(), (8,), (6, 4)])
+def test_members_together_are_members_alone(hidden, monkeypatch):
+    network, frames = MemberMLP(3, 5, hidden), torch.randn(11, 5)
+    for bias in network.biases:
+        torch.nn.init.normal_(bias)
+    together, gradients = network(frames), []
+    for at_most in (10**6, 1):
+        monkeypatch.setattr(networks_module, "_TOGETHER", at_most)
+        network.zero_grad()
+        torch.testing.assert_close(network(frames), together)
+        network(frames).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("image", [(1, 3, 3), (3, 64, 64), (4, 84, 84), (2, 5, 200)])
+def test_a_cnn_sees_images_of_any_size(image):
+    inputs = torch.Size(image).numel() + 2
+    network = CNN(image, inputs, (7,))
+    frames = torch.randn(4, inputs)
+    found = network(frames)
+    assert found.shape == (4, 7)
+    # The same as the layers on images that were never flat.
+    seen = network.convolutions(frames[:, :-2].view(4, *image)).flatten(1)
+    torch.testing.assert_close(found, network.head(torch.cat([seen, frames[:, -2:]], 1)))
+
+
+def test_a_frame_network_leaves_the_mode_of_its_body():
+    body = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5))
+    assert FrameNetwork(body, 3).body.training
+    body.eval()
+    assert not FrameNetwork(body, 3).body.training

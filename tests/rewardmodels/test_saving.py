@@ -1,4 +1,4 @@
-"""A saved model answers as before, and a bad file is refused before anything runs."""
+"""Saved models, refused files, and atomic writes."""
 
 import json
 import pickle
