@@ -15,7 +15,6 @@ is chosen inside each training fold, as is the penalty of the regression to comp
 from __future__ import annotations
 
 import statistics
-import time
 import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -227,9 +226,9 @@ def _on_people(task: str, folder: Path, predictor: str, fold: int) -> dict[str, 
 
     tests = comparisons(test).compact()
     if predictor == BASELINE:
-        started = time.perf_counter()
+        started = timeit.default_timer()
         probability = torch.from_numpy(baseline(data, train, test))
-        seconds = time.perf_counter() - started
+        seconds = timeit.default_timer() - started
         return {"fit_seconds": seconds, **preference_scores(probability, tests.preference)}
 
     def fitted(rows: np.ndarray, weight_decay: float) -> tuple[RewardModel, dict[str, Any]]:
@@ -253,9 +252,9 @@ def _fitted(
     model: RewardModel, comparisons: Comparisons, **options: Any
 ) -> tuple[RewardModel, dict[str, Any]]:
     """The model fitted, with the seconds that it took and its number of parameters."""
-    started = time.perf_counter()
+    started = timeit.default_timer()
     fit(model, comparisons, **options)
-    seconds = time.perf_counter() - started
+    seconds = timeit.default_timer() - started
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model, {"fit_seconds": seconds, "parameters": parameters}
 
@@ -334,8 +333,7 @@ def return_scores(posterior: ReturnPosterior, comparisons: Comparisons) -> dict[
     """
     mean, variance = (x.double().cpu() for x in posterior.difference(comparisons.pairs))
     returns = comparisons.clips.returns.double()
-    first, second = returns[comparisons.pairs].T
-    true = second - first
+    true = returns[comparisons.pairs].diff(dim=1)[:, 0]
     scale = float((mean * true).sum() / mean.square().sum())
     error = (scale * mean - true).abs()
     return {
@@ -442,7 +440,7 @@ def _scores(rows: pd.DataFrame, first: str) -> pd.DataFrame:
             "EPIC": over_tasks(of, "epic"),
             "error AUROC": _mean(of["error_auroc"]),
             "rank correlation": _mean(of["rank_correlation"]),
-            "of differences": _mean(raw["difference_rank_correlation"]),
+            "rank correlation, differences": _mean(raw["difference_rank_correlation"]),
         }
         own = gaps[gaps["predictor"] == name]
         table.append(line | _compared(own, f"log loss less {first}'s"))
@@ -575,6 +573,7 @@ def _people_figure(rows: pd.DataFrame, look: Mapping[str, plots.Look]) -> Figure
                 axes.errorbar(value, place, xerr=reach, label=name, **bar)
             title = f"{column.replace('_', ' ')}: to the {side} is better\nthan {BASELINE}"
             axes.set_title(title, fontsize=11)
+            axes.locator_params(axis="x", nbins=5)
         panels[0].set_yticks(range(len(tasks)), tasks)
         panels[0].invert_yaxis()
         plots.legend_below(figure)
@@ -602,7 +601,8 @@ def _figures(kinds: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         for name, of in kinds["simulated"].groupby("predictor", sort=False):
             for figure, (test, version, column) in FIGURES.items():
                 chosen = of[(of["test"] == test) & (of["version"] == version)]
-                figures[f"{figure}.{_key(name)}"] = _mean(chosen[column])
+                if not np.isnan(mean := _mean(chosen[column])):
+                    figures[f"{figure}.{_key(name)}"] = mean
             held = of.reindex(columns=["coverage"])["coverage"].dropna()  # of one seed
             if len(held):
                 figures[f"coverage.{_key(name)}"] = float(interquartile_mean(held))
