@@ -17,6 +17,7 @@ from experiments.analysis.stats import bootstrap, interquartile_mean
 from experiments.studies import check_least, seed_range
 from experiments.training.config import LearnConfig
 from experiments.training.learn import learn
+from experiments.training.run_directory import RunDirectory
 
 GRID = ("seeds", "first_seed")
 QUICK = {"seeds": 1, "comparisons": 32, "steps": 4096}
@@ -60,7 +61,7 @@ def cell(settings: Settings, seed: int) -> dict[str, Any]:
     config = LearnConfig(
         "backflip", comparisons=settings.comparisons, steps=settings.steps, seed=seed, out=out
     )
-    result = learn(config, resume=(out / "config.yaml").exists(), progress=False)
+    result = learn(config, resume=RunDirectory(out).exists, progress=False)
     return {
         "backflips": result["backflips_per_1000_steps"],
         "asked": result["comparisons"],
