@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+from joblib import cpu_count
+from joblib.externals.loky import get_reusable_executor
 from tqdm import tqdm
 
-from experiments.grid_workers import Submit, check_workers, workers
 from experiments.training.run_directory import versions
-from rewardmodels.errors import InvalidInput, RewardModelsError, UnreadableFile
+from rewardmodels.errors import InvalidInput, RewardModelsError, UnknownName, UnreadableFile
 from rewardmodels.saving import write_text_atomically
 
 FORMAT = 1
@@ -46,6 +49,13 @@ Record = dict[str, Any]
 
 class StudyIncomplete(RewardModelsError, RuntimeError):
     """Some cells of a study have no result; the finished ones are kept."""
+
+
+BACKENDS = {"loky": "joblib", "ray": "ray", "dask": "distributed"}
+"""Module that each backend needs."""
+
+Submit = Callable[..., Future]
+"""Takes a function and its arguments; returns the future of its result."""
 
 
 @dataclass(frozen=True)
@@ -357,3 +367,117 @@ def _compute(function: Callable[..., Result], cell: Cell) -> Record:
         return {"error": f"{type(error).__name__}: {error}", "traceback": trace}
     record = {"function": function.__qualname__, "cell": cell, "versions": versions()}
     return {**record, "seconds": time.perf_counter() - started, "result": result}
+
+
+def check_workers(backend: str, address: str | None) -> None:
+    """Raise for what `workers` couldn't start.
+
+    Raises:
+        InvalidInput: An address without a cluster, or an extra that isn't installed.
+        UnknownName: No such backend.
+
+    Example:
+        >>> check_workers("loky", "10.0.0.1:8786")
+        Traceback (most recent call last):
+            ...
+        rewardmodels.errors.InvalidInput: address: expected none with loky, ...
+    """
+    if backend not in BACKENDS:
+        raise UnknownName("backend", backend, BACKENDS)
+    if address is not None and backend == "loky":
+        raise InvalidInput(
+            f"address: expected none with loky, which stays on this machine, got {address!r}. Pass "
+            "backend='ray' or 'dask' for a cluster."
+        )
+    if find_spec(BACKENDS[backend]) is None:
+        raise InvalidInput(
+            f"backend: expected {backend} to be installed, got none; pip install "
+            f"'rewardmodels[{backend}]' brings it."
+        )
+
+
+@contextmanager
+def workers(backend: str, jobs: int, address: str | None) -> Iterator[Submit]:
+    """Start workers, or join a cluster's; those that it started end with the block.
+
+    joblib's own Ray backend returns results only when all are there, and its look-ahead takes
+    calls long before they start. So each backend's futures are used directly.
+
+    Args:
+        backend: Of `BACKENDS`.
+        jobs: Calls at once; of loky, 1 computes in this process.
+        address: The cluster's; None starts one here, or takes what `ray.init` connected to.
+
+    Yields:
+        A `Submit`. A call whose worker dies has a future that raises.
+
+    Raises:
+        InvalidInput: No cluster answers at the address.
+    """
+    start = {"loky": _here if jobs == 1 else _loky, "ray": _ray, "dask": _dask}[backend]
+    with start(jobs, address) as submit:
+        yield submit
+
+
+@contextmanager
+def _here(jobs: int, address: str | None) -> Iterator[Submit]:
+    def submit(function: Callable[..., Any], *arguments: Any) -> Future:
+        done: Future = Future()
+        done.set_result(function(*arguments))
+        return done
+
+    yield submit
+
+
+@contextmanager
+def _loky(jobs: int, address: str | None) -> Iterator[Submit]:
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // jobs)))
+    options = {"max_workers": jobs, "env": {"OMP_NUM_THREADS": threads}}
+    try:
+        # Asked for at each call, as it makes new workers where one has died.
+        yield lambda *call: get_reusable_executor(**options).submit(*call)
+    finally:
+        get_reusable_executor(**options).shutdown(wait=True, kill_workers=True)
+
+
+@contextmanager
+def _dask(jobs: int, address: str | None) -> Iterator[Submit]:
+    from distributed import Client
+
+    local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with _reaching(address):
+        started = Client(address) if address else Client(**local)
+    with started as client:
+        yield client.get_executor().submit
+
+
+@contextmanager
+def _ray(jobs: int, address: str | None) -> Iterator[Submit]:
+    import ray
+
+    joined = ray.is_initialized()
+    if not joined:
+        # Workers here find the modules that this process finds; a cluster has paths of its own.
+        path = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
+        local = {"address": "local", "num_cpus": jobs, "runtime_env": path}
+        where = {"address": address} if address else local
+        with _reaching(address):
+            ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        call = ray.remote(max_retries=0)(lambda function, *arguments: function(*arguments))
+        yield lambda *arguments: call.remote(*arguments).future()
+    finally:
+        if not joined:
+            ray.shutdown()
+
+
+@contextmanager
+def _reaching(address: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # no connection, or none in time
+        if address is None:
+            raise
+        raise InvalidInput(
+            f"address: expected that of a cluster that answers, got {address!r}: {error}."
+        ) from error

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from active import FeedbackStore, all_pairs
-from experiments.benchmarks.figures import check_settings, publish
+from experiments.analysis.page import check_json, publish
 from experiments.envs.tasks import find_task, make_env, simulator_state
 from experiments.labelling.auth import Person
 from experiments.labelling.questions import PREFERENCES, Choice
@@ -66,7 +66,7 @@ def benchmark_page(
     Raises:
         InvalidInput: The file's folder, Chromium or Playwright is missing.
     """
-    check_settings(json)
+    check_json(json)
     if find_spec("playwright") is None or not Path(chromium).is_file():
         raise InvalidInput(
             f"chromium: expected Chromium, and Playwright to drive it, got {chromium}; install "
@@ -82,7 +82,8 @@ def benchmark_page(
         figures |= answer_during_kills(killed, kills=2 if quick else 10)
         figures["pair_render_seconds"] = statistics.median(asyncio.run(_render_pairs(shown, task)))
         figures |= _response_times(shown, task, Path(chromium), answers=8 if quick else 30)
-    return publish(figures, json)
+    publish(figures, json)
+    return figures
 
 
 def put_queries(run: Path, task: str, n: int, *, clips: int, length: int = 25) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import grid_workers as workers
+from experiments import grid as workers
 from experiments.grid import Run, StudyIncomplete, cell_file, read_cells, run_cells
 from experiments.training.run_directory import versions
 from rewardmodels import InvalidInput, UnknownName, UnreadableFile, saving

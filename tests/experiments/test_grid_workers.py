@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import grid as study
-from experiments import grid_workers as workers
+from experiments import grid as workers
 from experiments.grid import StudyIncomplete
 
 from .studying import computed, finished, grid, run

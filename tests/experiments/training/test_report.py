@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.analysis import figures
 from experiments.training import report
+from experiments.training import report as figures
 from experiments.training.report import write_report
 from experiments.training.run_directory import RunDirectory
 from rewardmodels.errors import InvalidInput, UnreadableFile

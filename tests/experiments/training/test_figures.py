@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from matplotlib import rcParams
 
-from experiments.analysis import figures, plots
+from experiments.analysis import plots
 from experiments.analysis.plots import ARMS, spread_labels
+from experiments.training import report as figures
 from experiments.training.run_directory import RunDirectory
 
 from ..made_runs import column
