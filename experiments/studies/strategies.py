@@ -237,15 +237,18 @@ def report(results: pd.DataFrame) -> Report:
             )
         )
     ranks, p = _ranks(results)
-    sections.append(
+    strategies, tasks = len(ranks), ranks.shape[1] - 2
+    sections += [
         Section(
-            "Ranks by mean accuracy over the whole budget",
-            "1 is best. Friedman's test that all strategies rank alike (Demšar 2006, section "
-            f"3.2.2; it takes three tasks and three strategies): p = {p:.3f}.",
-            table=ranks,
-            digits=1,
-        )
-    )
+            "Ranks by mean accuracy over the whole budget", "1 is best.", table=ranks, digits=1
+        ),
+        Section(
+            "Friedman's test",
+            "Null hypothesis: all strategies rank alike (Demšar 2006, section 3.2.2). It takes "
+            "three tasks and three strategies.",
+            table=pd.DataFrame({"strategies": [strategies], "tasks": [tasks], "p": [p]}),
+        ),
+    ]
     figures: dict[str, Any] = {"friedman_p": p}
     for row in savings.to_dict("records"):
         suffix = row["task"] if row["strategy"] == HEADLINE else f"{row['task']}.{row['strategy']}"
@@ -325,7 +328,7 @@ def _looks(names: Sequence[str]) -> dict[str, plots.Look]:
 def _curves_figure(results: pd.DataFrame) -> Figure:
     look, tasks = _looks(results["strategy"].unique()), results.groupby("task", sort=False)
     with plots.style():
-        figure, panels = plots.panels(len(tasks), columns=2, width=8.6, height=3.1)
+        figure, panels = plots.panels(len(tasks), columns=min(2, len(tasks)), width=8.6, height=3.1)
         for axes, (task, on_task) in zip(panels, tasks, strict=True):
             plots.seed_curves(axes, on_task, "comparisons", "accuracy", "strategy", look)
             axes.set_title(task, fontsize=11)
@@ -339,7 +342,9 @@ def _savings_figure(savings: pd.DataFrame) -> Figure | None:
     look, tasks = _looks(savings["strategy"].unique()), savings.groupby("task", sort=False)
     with plots.style():
         height = 0.9 + 0.22 * savings["strategy"].nunique()
-        figure, panels = plots.panels(len(tasks), columns=2, width=8.6, height=height)
+        figure, panels = plots.panels(
+            len(tasks), columns=min(2, len(tasks)), width=8.6, height=height
+        )
         for axes, (task, on_task) in zip(panels, tasks, strict=True):
             ratios = on_task.set_index("strategy")["comparisons needed, over uniform's"]
             plots.interval_rows(axes, ratios.to_dict(), look, even=1)
