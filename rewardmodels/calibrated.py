@@ -35,13 +35,10 @@ class ActivelyChosenWarning(UserWarning):
 
 
 class HasPosterior(Protocol):
-    """Model that can be calibrated: a fitted RewardModel, or another with the same methods."""
+    """Model that can be calibrated: a fitted RewardModel, or another with this method."""
 
     def posterior(self, clips: Clips) -> ReturnPosterior:
         """Joint posterior over the returns of N clips."""
-
-    def frame_posterior(self, observations: Tensor, actions: Tensor) -> ReturnPosterior:
-        """Joint posterior over the rewards of B frames."""
 
 
 class Calibrated:
