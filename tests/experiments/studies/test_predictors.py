@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,6 @@ from rewardmodels import (
     Clips,
     Comparisons,
     DeepEnsemble,
-    GaussianPosterior,
     InvalidInput,
     SampledPosterior,
     UnknownName,
@@ -69,24 +69,30 @@ def test_scores_of_returns_dont_depend_on_the_posteriors_scale():
     assert 0.5 < found["return_rank_correlation"] < 1
 
 
-@pytest.mark.parametrize("kind", ["sampled", "gaussian"])
-def test_coverage_is_that_of_the_prediction_sets(kind, monkeypatch):
+def test_the_epic_distance_is_over_the_frames_that_exist():
+    clips = small_pool((1.0, -2.0)).trajectories
+    mask = torch.arange(60) < torch.tensor([60, 1, 30, 7, 60, 60, 60, 60])[:, None]
+    clips = replace(clips, mask=mask, rewards=clips.rewards.where(mask, 99.0))
+    for weights, distance in (((2.0, -4.0), 0.0), ((-1.0, 2.0), 1.0)):
+        rewards = torch.tensor(weights)
+        model = SimpleNamespace(
+            frame_posterior=lambda o, _, w=rewards: SampledPosterior((o @ w)[None])
+        )
+        assert study.reward_distance(model, clips) == pytest.approx(distance, abs=1e-3)
+
+
+def test_coverage_is_that_of_the_prediction_sets(monkeypatch):
     monkeypatch.setattr(study, "RESPLITS", 60)
     _, known = predicted(500)
-
-    class Model:
-        def posterior(self, clips):
-            returns = clips.observations[:, 0, 0]
-            if kind == "gaussian":
-                return GaussianPosterior(2 * returns, 0.1 * returns[:, None])
-            noise = torch.randn(8, 1, generator=torch.Generator().manual_seed(1))
-            return SampledPosterior(2 * returns + noise)
-
+    noise = torch.randn(8, 1, generator=torch.Generator().manual_seed(1))
+    model = SimpleNamespace(
+        posterior=lambda clips: SampledPosterior(2 * clips.observations[:, 0, 0] + noise)
+    )
     # Half the comparisons by a coin: sets of 95% then have to hold both preferences often.
     luck = torch.rand(500, generator=torch.Generator().manual_seed(2))
     preference = torch.where(luck < 0.5, (luck < 0.25).float(), known.preference)
     noisy = replace(known, preference=preference)
-    covered = study.coverage(Model(), noisy)
+    covered = study.coverage(model, noisy)
     assert study.COVERAGE - 0.01 < covered < study.COVERAGE + 0.03
 
 
@@ -196,7 +202,6 @@ def test_a_small_study_of_tasks_people_and_speed_leaves_a_page(fitted, tmp_path,
 @pytest.mark.parametrize(
     ("change", "error", "argument"),
     [
-        ({"seeds": 0}, InvalidInput, "seeds"),
         ({"comparisons": 3}, InvalidInput, "comparisons"),
         ({"tests": 100}, InvalidInput, "tests"),
         ({"predictors": ["Laplace"]}, UnknownName, "LaplaceHead"),
