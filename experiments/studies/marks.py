@@ -38,7 +38,6 @@ from experiments.registry import find_class
 from experiments.studies import check_least, check_tasks, pool_of, seed_range
 from rewardmodels import Comparisons, InvalidInput, fit
 from rewardmodels import calibration as score
-from rewardmodels.saving import PREDICTORS
 
 EPOCHS = 100
 FRAMES = 200  # clips whose single frames are scored
@@ -104,7 +103,7 @@ class Settings:
         if not self.marked or not set(self.marked) <= {1, 2}:
             raise InvalidInput(f"marked: expected 1, 2 or both, got {list(self.marked)}.")
         SyntheticMarker(self.stretch, self.stands_out, self.flip_rate)
-        find_class("model", self.predictor, PREDICTORS)
+        find_class("model", self.predictor)
         check_tasks(self.tasks, self.length)
 
 
@@ -146,7 +145,7 @@ def cell(settings: Settings, task: str, marks_per_pair: int, seed: int) -> list[
     marks = marks[marks.rows[:, 0] % 2 < marks_per_pair]
     frames, decided, rows = tests[:FRAMES], preference != 0.5, []
     for n in settings.counts:
-        model = find_class("model", settings.predictor, PREDICTORS)()
+        model = find_class("model", settings.predictor)()
         known = marks[marks.rows[:, 0] < 2 * n]
         fit(model, comparisons[:n].compact(), marks=known, epochs=EPOCHS, seed=seed)
         predicted = model.posterior(tests).preference(test_pairs)
