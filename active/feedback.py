@@ -118,7 +118,7 @@ class Missing(InvalidInput):
 
 
 class Conflict(InvalidInput):
-    """A write that came too late, or was made before; nothing was changed."""
+    """A write that is too late, or a second one; nothing was changed."""
 
 
 # The store.

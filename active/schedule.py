@@ -1,8 +1,8 @@
-"""How many answers there should be by now.
+"""Schedules: how many comparisons are due at a step of the agent's training.
 
-A schedule counts answers received, not questions put: people skip, and a skipped question spends
-the teacher's time but teaches nothing. The caller asks `comparisons_by(...) - answered` more.
-`Timetable`s go by the agent's steps; `WhenUnsure` goes by what is believed of its policy.
+A schedule counts comparisons received, not queries put, since people skip. The caller asks for
+`comparisons_by(...) - answered` more. `Timetable`s depend on the agent's steps, `WhenUnsure` on the
+posterior about its policy.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ class Schedule(ABC):
         total_steps: int,
         budget: int,
         answered: int = 0,
-        belief: Callable[[], ReturnPosterior] | None = None,
+        posterior: Callable[[], ReturnPosterior] | None = None,
     ) -> int:
-        """How many answers there should be by a step.
+        """Return the number of comparisons due by a step.
 
         Args:
             step: Steps that the agent has taken.
             total_steps: Steps in the whole of the agent's training, at least 1.
             budget: Comparisons in the whole of the agent's training.
-            answered: Answers received so far.
-            belief: Makes the belief about the returns of the policy's latest clips; only called
-                by a schedule that looks at it. None before there is one.
+            answered: Comparisons received so far.
+            posterior: Makes the posterior over returns of the policy's latest clips; only called
+                by a schedule that uses it. None before there is one.
 
         Returns:
-            A count from 0 to the budget; no more are wanted where it is at most `answered`.
+            A count from 0 to the budget; none are due if it is at most `answered`.
 
         Raises:
             InvalidInput: A negative step, budget or number of answers, or fewer than 1 step in
@@ -83,9 +83,9 @@ class Timetable(Schedule):
         total_steps: int,
         budget: int,
         answered: int = 0,
-        belief: Callable[[], ReturnPosterior] | None = None,
+        posterior: Callable[[], ReturnPosterior] | None = None,
     ) -> int:
-        """A count that never falls as step rises; see `Schedule.comparisons_by`."""
+        """Return a count that never falls with the steps; see `Schedule.comparisons_by`."""
         _check(step, total_steps, budget, answered)
         if step >= total_steps:
             return budget
@@ -93,12 +93,12 @@ class Timetable(Schedule):
 
     @abstractmethod
     def share_by(self, step: int, total_steps: int) -> float:
-        """f(t): share of what follows the initial comparisons that is due by a step, 0 to 1."""
+        """f(t), from 0 to 1: share due by a step of the comparisons after the initial ones."""
 
 
 @final
 class Constant(Timetable):
-    r"""The same rate all the time: $f(t) = t / T$.
+    r"""A constant rate: $f(t) = t / T$.
 
     Args:
         initial: Share of the budget due at step 0.
@@ -118,7 +118,7 @@ class Constant(Timetable):
 
 @final
 class Hyperbolic(Timetable):
-    r"""Many at first, ever fewer later: a rate proportional to $c / (t + c)$.
+    r"""A decreasing rate, proportional to $c / (t + c)$.
 
     Its integral, normalised to reach 1 at the end, is
     $f(t) = \log(1 + t / c) / \log(1 + T / c)$. Christiano et al. 2017, Appendix A, use
@@ -154,12 +154,11 @@ class Hyperbolic(Timetable):
 
 @final
 class WhenUnsure(Schedule):
-    """Asks while the belief about what the policy now does is worse than a stated level.
+    """Ask while the posterior about the policy's latest clips is wider than a level.
 
-    Whenever it is looked at and `mean_information` of the policy's latest clips is above the
-    level, a share of the budget more is due; else nothing is, however much of the budget is
-    left. A policy that stays where answers have been given costs none, one that finds something
-    new is asked about at once.
+    Whenever `mean_information` of these clips is above the level, a share of the budget more is
+    due; else nothing is, however much of the budget is left. So a policy that stays where
+    comparisons were made costs none, and new behaviour is asked about at once.
 
     Args:
         level: Nats from 0 to log 2, mean information in an answer above which to ask. 0 asks
@@ -175,9 +174,9 @@ class WhenUnsure(Schedule):
         >>> unsure = SampledPosterior(torch.tensor([[0.0, 9.0], [0.0, -9.0]]))
         >>> sure = SampledPosterior(torch.tensor([[0.0, 9.0], [0.0, 9.0]]))
         >>> schedule, so_far = WhenUnsure(level=0.1), dict(total_steps=99, budget=80, answered=20)
-        >>> schedule.comparisons_by(50, belief=lambda: unsure, **so_far)
+        >>> schedule.comparisons_by(50, posterior=lambda: unsure, **so_far)
         28
-        >>> schedule.comparisons_by(50, belief=lambda: sure, **so_far)
+        >>> schedule.comparisons_by(50, posterior=lambda: sure, **so_far)
         20
     """
 
@@ -196,14 +195,14 @@ class WhenUnsure(Schedule):
         total_steps: int,
         budget: int,
         answered: int = 0,
-        belief: Callable[[], ReturnPosterior] | None = None,
+        posterior: Callable[[], ReturnPosterior] | None = None,
     ) -> int:
-        """The initial share, and then as many more as the belief needs; see the class."""
+        """Return the initial share, then more while the posterior is wide; see the class."""
         _check(step, total_steps, budget, answered)
         first = _part(budget, self.initial)
-        if belief is None or answered < first or answered >= budget:
+        if posterior is None or answered < first or answered >= budget:
             return min(budget, max(first, answered))
-        if mean_information(belief()) <= self.level:
+        if mean_information(posterior()) <= self.level:
             return answered
         return min(budget, answered + max(1, _part(budget, self.share)))
 
@@ -214,13 +213,13 @@ SCHEDULES: Final[dict[str, Callable[..., Schedule]]] = {
 
 
 def mean_information(posterior: ReturnPosterior) -> float:
-    """How much an answer about two of these clips would teach, on average over all pairs.
+    """Mutual information of a comparison and the reward function, averaged over all pairs.
 
     The mean of `active.acquisition.mutual_information`, from 60 samples; they are drawn from a
-    seed that is always the same, so that a belief has one value.
+    fixed seed, so that a posterior has one value.
 
     Args:
-        posterior: Belief about the returns of N clips, at least 2.
+        posterior: Over the returns of N clips, at least 2.
 
     Returns:
         Nats from 0 to log 2.
@@ -230,8 +229,8 @@ def mean_information(posterior: ReturnPosterior) -> float:
 
     Example:
         >>> from rewardmodels.posterior import SampledPosterior
-        >>> belief = SampledPosterior(torch.tensor([[0.0, 50.0, 0.0], [0.0, -50.0, 0.0]]))
-        >>> round(mean_information(belief), 3)  # two pairs of three tell everything, log 2
+        >>> posterior = SampledPosterior(torch.tensor([[0.0, 50.0, 0.0], [0.0, -50.0, 0.0]]))
+        >>> round(mean_information(posterior), 3)  # two pairs of three tell everything, log 2
         0.462
     """
     samples = posterior.rsample(_SAMPLES, torch.Generator().manual_seed(0)).detach()

@@ -194,7 +194,7 @@ class ScoredStrategy(QueryStrategy):
 
 @final
 class Disagreement(ScoredStrategy):
-    """Asks where posterior samples disagree about which clip is better.
+    """Query pairs where posterior samples disagree about which clip is better.
 
     `ScoredStrategy` with `preference_variance` (Christiano et al. 2017, §2.2.4).
 
@@ -216,7 +216,7 @@ class Disagreement(ScoredStrategy):
 
 @final
 class BALD(ScoredStrategy):
-    """Asks where an answer is expected to give most information about the reward function.
+    """Query pairs whose answer has most mutual information with the reward function.
 
     `ScoredStrategy` with `mutual_information` (Houlsby et al. 2011; Bıyık et al. 2019).
 
@@ -243,7 +243,7 @@ class BALD(ScoredStrategy):
 
 @final
 class Entropy(ScoredStrategy):
-    """Asks where the answer is hardest to foretell, for whatever reason.
+    """Query pairs whose predicted answer has the highest entropy.
 
     `ScoredStrategy` with `predictive_entropy` (Lewis & Gale 1994; one of the strategies of Lee
     et al. 2021, arXiv 2111.03026).
@@ -265,7 +265,7 @@ class Entropy(ScoredStrategy):
 
 @final
 class DOptimal(ScoredStrategy):
-    """Asks where an answer shrinks the volume of the belief most.
+    """Query pairs whose answer shrinks the posterior volume most.
 
     `ScoredStrategy` with `d_optimal`. `GreedyInformation` does so for the batch as a whole.
 
@@ -285,7 +285,7 @@ class DOptimal(ScoredStrategy):
 
 @final
 class EUBO(ScoredStrategy):
-    """Asks about pairs whose better clip is expected to be very good.
+    """Query pairs whose better clip has the highest expected return.
 
     `ScoredStrategy` with `expected_best` (Lin et al. 2022, arXiv 2203.11382), each clip once:
     the highest scores all hold the same favourite.
@@ -304,7 +304,7 @@ class EUBO(ScoredStrategy):
 
 @final
 class GreedyInformation(ScoredStrategy):
-    """Asks for the batch whose answers together teach most, chosen greedily.
+    """Query a batch that is jointly informative, chosen greedily.
 
     `ScoredStrategy` with `d_optimal` and `active.batch.GreedyLogDet`.
 
@@ -322,7 +322,7 @@ class GreedyInformation(ScoredStrategy):
 
 @final
 class KCenter(ScoredStrategy):
-    """Asks pairs that cover all pairs, by what samples say of them, however sure they are.
+    """Query pairs that cover all pairs in the space of sampled return differences.
 
     `ScoredStrategy` with all scores equal and `active.batch.FarthestFirst` (core-sets: Sener &
     Savarese 2018, arXiv 1708.00489; one of the strategies of Lee et al. 2021, arXiv 2111.03026,
@@ -382,7 +382,7 @@ class DrawnQueries(QueryStrategy):
 
 @final
 class Thompson(DrawnQueries):
-    r"""Compares the favourites of two draws (double Thompson sampling).
+    r"""Compare the favourites of two draws (double Thompson sampling).
 
     For draws f and g the pair with the highest $f(a) + g(b)$, either way round: f's favourite
     against g's, and against the next best where the two agree, or can't tell their favourites
@@ -401,7 +401,7 @@ class Thompson(DrawnQueries):
     draws_per_question = 2
 
     def values(self, draws: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """What the two clips are worth, each to one of the draws."""
+        """Sum of the returns of the two clips, each under one of the draws."""
         ours, theirs = draws
         worth = torch.maximum(ours[first] + theirs[second], ours[second] + theirs[first])
         # A favourite's copy is as good a favourite, and nothing to compare it with.
@@ -411,7 +411,7 @@ class Thompson(DrawnQueries):
 
 @final
 class BestVsWorst(DrawnQueries):
-    r"""Compares the best clip of a draw with its worst.
+    r"""Compare the best clip of a draw with its worst.
 
     For a draw f the pair with the largest $|f(b) - f(a)|$. Easy questions, whose answer would
     refute the draw if it were wrong. For an ensemble a draw is a member.
@@ -426,7 +426,7 @@ class BestVsWorst(DrawnQueries):
     draws_per_question = 1
 
     def values(self, draws: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """How far apart the draw sees the two clips, reward units."""
+        """Absolute difference of the two returns under the draw, reward units."""
         return (draws[0, second] - draws[0, first]).abs()
 
 

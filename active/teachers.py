@@ -34,7 +34,7 @@ _POLL_SECONDS: Final = 0.5  # between looks at the store while waiting for peopl
 
 @dataclass(frozen=True)
 class Request:
-    """What a round of training asks of a teacher.
+    """Request of a round of training to a teacher.
 
     Args:
         store: Where queries and comparisons are kept.

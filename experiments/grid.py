@@ -60,7 +60,7 @@ Submit = Callable[..., Future]
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how the cells of a study are computed.
+    """Place and manner of computing the cells of a study.
 
     Args:
         out: Directory of the results; a second call with the same directory resumes.

@@ -95,7 +95,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Origin:
-    """How the results of a page were made.
+    """Origin of the results on a page.
 
     Args:
         command: Makes them again.

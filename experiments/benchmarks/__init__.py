@@ -1,1 +1,1 @@
-"""What the README says of speed and quality, measured by one command each."""
+"""Benchmarks of speed and safety, one command each."""

@@ -1,4 +1,4 @@
-"""What has to be fast: training, scoring of pairs, choice of queries, single frames, guards."""
+"""Benchmark of speed: training, scoring of pairs, choice of queries, single frames, guards."""
 
 from __future__ import annotations
 

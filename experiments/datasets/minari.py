@@ -1,4 +1,4 @@
-"""Pools as Minari data sets: ours for others to read, and others' for our studies.
+"""Minari data sets: pools written as such, and any data set read as a pool.
 
 [Minari](https://minari.farama.org) is Farama's format for recorded behaviour, and needs the extra
 `rewardmodels[minari]`.
@@ -33,7 +33,7 @@ def export_pool(
     pools: Path = Path("runs/pools"),
     out: Path | None = None,
 ) -> Path:
-    """Trains an agent, records it at every stage of its training, and writes a Minari data set.
+    """Train an agent, record it at every stage of its training, and write a Minari data set.
 
     Args:
         task: A task's name, or a Gymnasium id with a time limit.
@@ -68,7 +68,7 @@ def export_pool(
 
 
 def write_minari(pool: Pool, out: Path, *, name: str) -> None:
-    """Writes a pool as a Minari data set, whole or not at all.
+    """Write a pool as a Minari data set, whole or not at all.
 
     In Minari an episode of T actions has T + 1 observations; a pool's frames are an action and the
     observation it led to. So the first frame's observation starts the episode and its action is
@@ -137,7 +137,7 @@ def write_minari(pool: Pool, out: Path, *, name: str) -> None:
 
 
 def pool_from_minari(name_or_path: str | Path, *, levels: int = 10) -> Pool:
-    """Reads any Minari data set with rewards as a pool.
+    """Read any Minari data set with rewards as a pool.
 
     A frame is an action, its reward and the observation it led to. Where no skill was recorded,
     skill k of L holds the episodes whose return is in the k-th L-quantile: another meaning, as
@@ -191,7 +191,7 @@ def pool_from_minari(name_or_path: str | Path, *, levels: int = 10) -> Pool:
 
 
 def find_pool(task: str, folder: Path, *, progress: bool = True, **made: int) -> Pool:
-    """A task's pool, made if need be; or a Minari data set's, as `minari:NAME` or `minari:PATH`.
+    """Return a task's pool, made if need be, or that of a Minari data set (`minari:NAME` or path).
 
     Args:
         task: Any that `make_pool` takes, or a data set.
@@ -210,7 +210,7 @@ def find_pool(task: str, folder: Path, *, progress: bool = True, **made: int) ->
 
 
 def is_minari(task: str) -> bool:
-    """Whether `find_pool` takes this for a Minari data set."""
+    """Return True for a Minari data set, `minari:NAME` or `minari:PATH`."""
     return task.startswith(_MINARI)
 
 
@@ -234,7 +234,7 @@ def _open(name_or_path: str | Path) -> Any:
 
 
 def _clip(episode: Any) -> Clips:
-    """An episode as a clip of its whole length."""
+    """Convert an episode to a clip of its whole length."""
     length = len(episode.actions)
     rewards = np.asarray(episode.rewards, np.float32)
     if rewards.shape != (length,) or not np.isfinite(rewards).all():
@@ -252,7 +252,7 @@ def _clip(episode: Any) -> Clips:
 
 
 def _tensor(values: Any) -> Tensor:
-    """`(T, *shape)`; what comes in several parts is laid side by side, in their order."""
+    """Return `(T, *shape)`; dictionaries are concatenated in their order."""
     if isinstance(values, Mapping):
         values = tuple(values.values())
     if isinstance(values, tuple):
@@ -268,7 +268,7 @@ def _tensor(values: Any) -> Tensor:
 
 
 def _quantile(returns: Tensor, levels: int) -> Tensor:
-    """`(N,)` long, 0 for the worst of `levels` groups of equal size, in order of return."""
+    """Return `(N,)` long, 0 for the worst of `levels` groups of equal size by return."""
     rank = returns.argsort(stable=True).argsort()
     return rank * levels // len(returns)
 

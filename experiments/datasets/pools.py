@@ -1,4 +1,4 @@
-"""Pools of behaviour of every skill, for studies that ask about clips and train no agent.
+"""Pools: recorded episodes of an agent at every stage of its training.
 
 A run of `learn` takes minutes, most of them spent on the policy. What a strategy, a predictor or a
 detector does with a fixed set of clips takes seconds, so a pool is made once for a task and a
@@ -90,7 +90,7 @@ class Pool:
 
     @property
     def returns(self) -> Tensor:
-        """`(N,)`, the episodes' true returns, in reward units."""
+        """True returns of the episodes, `(N,)`, reward units."""
         return self.trajectories.returns
 
     def half(self, which: int) -> Pool:
@@ -107,7 +107,7 @@ class Pool:
         *,
         skills: slice | Sequence[int] | None = None,
     ) -> Clips:
-        """Cuts n clips, as many from each skill as from any other (or one more), in random order.
+        """Cut n clips, equally many from each skill (up to one), in random order.
 
         Within a skill every place is equally likely, and draws are with replacement, so clips may
         overlap: to judge on behaviour that nobody labelled, take other skills.
@@ -155,7 +155,7 @@ def make_pool(
     folder: Path = Path("runs/pools"),
     progress: bool = True,
 ) -> Pool:
-    """Trains PPO on the task's own reward, and records what it does on the way; or reads the file.
+    """Train PPO on the task's own reward and record it on the way, or read the pool's file.
 
     The policy plays as it explores (actions drawn, not their mean), in environments of its own. It
     learns the same whatever `levels` and `episodes` are, and the same again from the same seed on
@@ -236,7 +236,7 @@ def _make_folder(folder: Path) -> None:
 def _record(
     task: Task, seed: int, steps: int, levels: int, episodes: int, bar: tqdm
 ) -> tuple[list[Clips], list[int]]:
-    """Episodes of each level in the order of training, and the steps it was trained for."""
+    """Return episodes of each level in the order of training, and its training steps."""
     recorded: list[Clips] = []
     trained_for: list[int] = []
     with (
@@ -267,7 +267,7 @@ def _record(
 
 @contextmanager
 def _global_state_kept(seed: int) -> Iterator[None]:
-    """Runs on one thread, and puts back that number and the generators that SB3 seeds."""
+    """Run on one thread; restore the number of threads and the generators that SB3 seeds."""
     threads, python, numpy = torch.get_num_threads(), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """The backflip: a Hopper that turns over backwards, off the ground, and lands on its foot.
 
-Nobody has written a reward for it (Christiano et al. 2017, arXiv 1706.03741, §3.2, taught it by 900
-comparisons). What stands in for a person here is `progress`, by which a synthetic teacher
-compares clips; what a policy is judged by is `backflips`, which looks at nothing but whole turns.
+Christiano et al. (2017, arXiv 1706.03741, §3.2) taught it by 900 comparisons of a person's. Here a
+synthetic teacher compares clips by `progress`; a policy is judged by `backflips`, the number of
+whole turns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MASS = np.array([3.67, 4.06, 2.78, 5.32])  # kg, of torso, thigh, leg and foot
 
 
 def clearances(poses: Floats) -> tuple[Floats, Floats]:
-    """How high a Hopper's body and its foot are above the ground, from its pose alone.
+    """Heights of a Hopper's body and its foot above the ground, from its pose alone.
 
     Its four limbs are capsules in a plane, end to end, so that one of their ends is lowest; the
     ankle never is.
@@ -50,20 +50,17 @@ def clearances(poses: Floats) -> tuple[Floats, Floats]:
 
 
 def backflips(poses: Floats) -> int:
-    """Full backward turns that were completed off the ground and landed on the foot.
+    """Count full backward turns that were completed off the ground and landed on the foot.
 
     Between two times on the foot (which alone touches the ground, the torso within 60 degrees of
     upright) the torso must have turned backwards once, with nothing on the ground whenever it was
     within 30 degrees of upside down, and nothing but the foot whenever its head was below its hip:
-    who rolls over the head or the back hasn't done a backflip. Turns between which nobody was on
-    the foot count together, so a double one counts as two.
+    rolling over the head or the back is no backflip. Turns without a landing in between count
+    together, so a double one counts as two.
 
     Args:
         poses: `(T, 5)` or wider, as for `clearances`, of one episode in order. The torso's angle
             may be kept within ±pi or not: from one frame to the next it turns by less.
-
-    Returns:
-        How many.
 
     Example:
         >>> poses = np.tile([1.25, 0.0, 0.0, 0.0, 0.0], (100, 1))
@@ -86,14 +83,14 @@ def backflips(poses: Floats) -> int:
     return int(turns[cleanly & (turns > 0)].sum())
 
 
-def felt(observations: Floats) -> Floats:
-    r"""What a Hopper's policy and predictors see for a backflip.
+def observe(observations: Floats) -> Floats:
+    r"""Map Hopper-v5's observations to those of policies and predictors for a backflip.
 
     The torso's angle is kept within $\pm\pi$, since upright is upright after any number of turns.
-    Two touch sensors are added, which say 1 while the body, or the foot, touches the ground. A pose
-    says so too, but by less than a centimetre: a reward that was learned from 780 comparisons
+    Two touch sensors are added, 1 while the body, or the foot, touches the ground. A pose shows
+    that too, but by less than a centimetre: a reward that was learned from 780 comparisons
     without them agreed with `progress` on frames of another policy by a correlation of 0.55, with
-    them by 0.91 (by policies that were paid another form of it; one draw).
+    them by 0.91 (policies trained on another form of it; one draw).
 
     Args:
         observations: `(..., 11)`, Hopper-v5's.
@@ -104,32 +101,32 @@ def felt(observations: Floats) -> Floats:
     Example:
         >>> fallen = np.zeros(11)
         >>> fallen[0], fallen[1] = 0.05, 1.5 * np.pi
-        >>> felt(fallen)[[1, 11, 12]].round(2).tolist()
+        >>> observe(fallen)[[1, 11, 12]].round(2).tolist()
         [-1.57, 1.0, 1.0]
     """
     touching = np.stack(clearances(observations), -1) < _TOUCHING
-    seen: Floats = np.concatenate([observations, touching.astype(observations.dtype)], -1)
-    seen[..., 1] = np.remainder(seen[..., 1] + np.pi, 2 * np.pi) - np.pi
-    return seen
+    found: Floats = np.concatenate([observations, touching.astype(observations.dtype)], -1)
+    found[..., 1] = np.remainder(found[..., 1] + np.pi, 2 * np.pi) - np.pi
+    return found
 
 
 def progress(observations: Floats, actions: Floats) -> Floats:
-    r"""What a teacher sees of a backflip in one frame: the body turns backwards on or off its foot.
+    r"""Reward of a frame for a backflip: the body turns backwards, on or off its foot.
 
     $w + z$ in the air, $w + z - 4 (1 - \cos\theta)$ on the foot, and
     $\min(w, 0) + z - 4 (1 - \cos\theta) - 8$ if anything else touches the ground, for the torso's
     height z and angle $\theta$ from upright, and the rate w at which the body as a whole turns
-    backwards, the mean over its limbs by mass. (Paid for the torso's turning in the air alone, an
-    agent kicked it back in the air and forth on the ground: 22 radians in 1,000 steps, for a tenth
-    of a turn. A turn that ends on the back is a turn too, and a fast one makes up for lying there:
-    with 4 in place of 8, a Hopper turned 8 times in 1,000 steps and landed 0.4.)
+    backwards, the mean over its limbs by mass. (On a reward for the torso's turning in the air
+    alone, an agent kicked it back in the air and forth on the ground: 22 radians in 1,000 steps for
+    a tenth of a turn. With 4 in place of 8 for lying on the ground a Hopper turned 8 times in 1,000
+    steps and landed 0.4.)
 
     Args:
-        observations: `(B, 11)`, Hopper-v5's, or `(B, 13)` as `felt` has them.
-        actions: `(B, 3)`; they don't matter.
+        observations: `(B, 11)`, Hopper-v5's, or `(B, 13)`, those of `observe`.
+        actions: `(B, 3)`, not used.
 
     Returns:
-        `(B,)`; of turning, radians a second.
+        `(B,)`; the turning part in radians per second.
     """
     # Each joint turns what hangs on it against what it hangs on.
     joints = np.cumsum(observations[:, 8:11], 1)

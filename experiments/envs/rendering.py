@@ -33,16 +33,16 @@ _Draw = Callable[[NDArray[np.float64], NDArray[np.uint8]], None]
 
 
 class RenderingUnavailable(RewardModelsError, RuntimeError):
-    """This machine or environment can't draw pictures; the message says what to install."""
+    """Pictures can't be rendered here; the message says what to install."""
 
 
 def render_states(
     task: Task, states: NDArray[np.floating[Any]], width: int = 240, height: int = 240
 ) -> NDArray[np.uint8]:
-    """Pictures of simulator states, drawn off screen; many clips want a `Renderer`.
+    """Render simulator states off screen; for many clips use a `Renderer`.
 
     Args:
-        task: Whose states they are.
+        task: Of the states.
         states: `(T, s)`, each `qpos` and `qvel` (or, outside MuJoCo, `state`), as `states()`
             of either backend gives them.
         width: Of a picture, in pixels.
@@ -61,7 +61,7 @@ def render_states(
 
 
 class Renderer:
-    """Draws states of a task, clip after clip, with one environment and one OpenGL context.
+    """Renderer of a task's states, with one environment and one OpenGL context.
 
     MuJoCo's bodies are seen by the model's camera `track`, which moves along with them, and
     without shadows and reflections, which take nine tenths of the time where no GPU draws. Any
@@ -104,7 +104,7 @@ class Renderer:
             self._open = stack.pop_all()
 
     def draw(self, states: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-        """Pictures of states.
+        """Render states.
 
         Args:
             states: `(T, s)`, as of `render_states`.
@@ -127,7 +127,7 @@ class Renderer:
         return frames
 
     def close(self) -> None:
-        """Gives the environment and the context back; closing twice does no harm."""
+        """Close the environment and the context; closing twice does no harm."""
         self._open.close()
 
     def __enter__(self) -> Self:
@@ -178,7 +178,7 @@ def _mujoco_drawer(simulator: Any, width: int, height: int, smooth: bool) -> Ite
 
 @contextmanager
 def _opengl(width: int, height: int) -> Iterator[None]:
-    """A current OpenGL context of MUJOCO_GL's kind; where that is unset, of one that works."""
+    """Make an OpenGL context of MUJOCO_GL's kind current; if that is unset, one that works."""
     kind = os.environ.get("MUJOCO_GL", "").lower()
     if not kind and sys.platform == "linux":
         # MuJoCo's own choice, GLFW, wants a screen. PyOpenGL can be told only once which library

@@ -1,8 +1,7 @@
-"""The tasks of the studies: Gymnasium environments whose episodes all have the same length.
+"""Tasks: Gymnasium environments whose episodes all have the same length.
 
-An episode that ends when the agent falls tells the agent, by its length, what the reward should be
-learned for, so early termination is switched off everywhere. An episode's end then never depends
-on what happened in it, and every end is a truncation.
+An episode that ends when the agent falls reveals the reward by its length, so early termination is
+switched off everywhere, and every end is a truncation. A new task is a line in `TASKS`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from experiments.envs.backflip import Floats, backflips, felt, progress
+from experiments.envs.backflip import Floats, backflips, observe, progress
 from rewardmodels.errors import InvalidInput, UnknownName
 
 
@@ -26,18 +25,18 @@ class Task:
     """An environment with a fixed horizon.
 
     Args:
-        name: What the studies call it.
-        env_id: Its Gymnasium id.
+        name: In `TASKS`.
+        env_id: Gymnasium id.
         horizon: Steps in every episode.
-        kwargs: What `gymnasium.make` is given besides.
-        ends_early: Whether the environment may terminate by itself with no flag against it, so
-            that `FixedHorizon` has to play on, which EnvPool can't.
-        reward: From the observations that actions led to, `(B, *obs)`, and the actions, rewards
-            `(B,)` in place of the environment's own.
-        observe: What of the environment's own observations, `(..., *obs)`, is seen, by policies and
-            predictors alike.
-        counts: What else a policy is judged by, by name: from an episode's observations
-            `(T, *obs)` how often it happened.
+        kwargs: Further arguments of `gymnasium.make`.
+        ends_early: True if the environment may terminate and has no flag against it, so that
+            `FixedHorizon` has to go on, which EnvPool can't.
+        reward: Maps observations after the actions, `(B, *obs)`, and actions to rewards `(B,)`, in
+            place of the environment's own.
+        observe: Maps the environment's own observations, `(..., *obs)`, to those of policies and
+            predictors.
+        counts: Events that a policy is judged by, by name: maps an episode's observations
+            `(T, *obs)` to a number.
 
     Raises:
         InvalidInput: If `horizon` is less than 1.
@@ -56,20 +55,20 @@ class Task:
         if self.horizon < 1:
             raise InvalidInput(f"horizon: expected at least 1 step, got {self.horizon}.")
 
-    def seen(self, observations: Floats) -> Floats:
-        """What is seen of the environment's own observations, `(..., *obs)`."""
+    def observed(self, observations: Floats) -> Floats:
+        """Map the environment's own observations, `(..., *obs)`, to those of the agent."""
         return observations if self.observe is None else self.observe(observations)
 
 
-_FALLEN_OR_NOT = {"terminate_when_unhealthy": False}
+_NO_TERMINATION = {"terminate_when_unhealthy": False}
 
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("HalfCheetah", "HalfCheetah-v5", 1000),
-        Task("Hopper", "Hopper-v5", 1000, _FALLEN_OR_NOT),
-        Task("Walker2d", "Walker2d-v5", 1000, _FALLEN_OR_NOT),
-        Task("Ant", "Ant-v5", 1000, _FALLEN_OR_NOT),
+        Task("Hopper", "Hopper-v5", 1000, _NO_TERMINATION),
+        Task("Walker2d", "Walker2d-v5", 1000, _NO_TERMINATION),
+        Task("Ant", "Ant-v5", 1000, _NO_TERMINATION),
         Task("Swimmer", "Swimmer-v5", 1000),
         Task("Reacher", "Reacher-v5", 50),
         Task("Pendulum", "Pendulum-v1", 200),
@@ -82,9 +81,9 @@ TASKS: dict[str, Task] = {
             "backflip",
             "Hopper-v5",
             1000,
-            _FALLEN_OR_NOT,
+            _NO_TERMINATION,
             reward=progress,
-            observe=felt,
+            observe=observe,
             counts={"backflips": backflips},
         ),
     )
@@ -92,7 +91,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task of that name, or one made of any registered Gymnasium id with a time limit.
+    """Return the task of that name, or one made of a Gymnasium id with a time limit.
 
     Raises:
         UnknownName: If it is neither a task nor a Gymnasium id.
@@ -119,41 +118,41 @@ def find_task(name: str) -> Task:
 
 
 class FixedHorizon(gym.Wrapper[Any, Any, Any, Any]):
-    """Plays on past termination, so that only a time limit inside it ends an episode."""
+    """Environment that goes on past termination, so that only a time limit ends an episode."""
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """As `gymnasium.Env.step`, with `terminated` always False."""
+        """Step, with `terminated` always False."""
         observation, reward, _, truncated, info = self.env.step(action)
         return observation, reward, False, truncated, info
 
 
-class Retold(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment with what a task sees of it, and its reward."""
+class TaskWrapper(gym.Wrapper[Any, Any, Any, Any]):
+    """Environment with a task's own observations and reward."""
 
     def __init__(self, env: gym.Env[Any, Any], task: Task) -> None:
         super().__init__(env)
         self.task = task
         space = env.observation_space
         if task.observe is not None and isinstance(space, Box):
-            seen = task.observe(np.zeros(space.shape, space.dtype))
-            self.observation_space = Box(-np.inf, np.inf, seen.shape, seen.dtype.type)
+            example = task.observe(np.zeros(space.shape, space.dtype))
+            self.observation_space = Box(-np.inf, np.inf, example.shape, example.dtype.type)
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
-        """As `gymnasium.Env.reset`."""
+        """Reset; see `gymnasium.Env.reset`."""
         observation, info = self.env.reset(**options)
-        return self.task.seen(observation), info
+        return self.task.observed(observation), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """As `gymnasium.Env.step`."""
+        """Step; see `gymnasium.Env.step`."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        observation = self.task.seen(observation)
+        observation = self.task.observed(observation)
         if self.task.reward is not None:
             reward = float(self.task.reward(observation[None], np.asarray(action)[None])[0])
         return observation, reward, terminated, truncated, info
 
 
 def make_env(task: Task, render_mode: str | None = None) -> gym.Env[Any, Any]:
-    """One Gymnasium environment whose every episode lasts `task.horizon` steps."""
+    """Make a Gymnasium environment whose episodes last `task.horizon` steps."""
     env: gym.Env[Any, Any] = gym.make(
         task.env_id,
         render_mode=render_mode,
@@ -162,11 +161,11 @@ def make_env(task: Task, render_mode: str | None = None) -> gym.Env[Any, Any]:
         **task.kwargs,
     )
     env = FixedHorizon(env)
-    return Retold(env, task) if task.observe or task.reward else env
+    return TaskWrapper(env, task) if task.observe or task.reward else env
 
 
 def simulator_state(simulator: Any) -> NDArray[np.float64] | None:
-    """`(s,)`: `qpos` and `qvel` of a MuJoCo environment, `state` of a classic one, else None."""
+    """Return `qpos` and `qvel` of a MuJoCo environment, `state` of a classic one, or None."""
     if hasattr(simulator, "set_state"):
         return np.concatenate([simulator.data.qpos, simulator.data.qvel])
     return np.array(simulator.state, float) if hasattr(simulator, "state") else None

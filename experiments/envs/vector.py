@@ -1,4 +1,4 @@
-"""Copies of a task that step together: EnvPool's where it can run it, else Gymnasium's."""
+"""Vector environments of a task: EnvPool's where it can run it, else Gymnasium's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FloatArray = NDArray[np.float32]
 def make_vec_env(
     task: Task, n_envs: int, seed: int, backend: Backend = "auto", *, threads: int | None = None
 ) -> TaskVecEnv:
-    """Copies of a task that step together, under Stable-Baselines3's `VecEnv` interface.
+    """Make copies of a task that step together, with Stable-Baselines3's `VecEnv` interface.
 
     All copies start together and every episode is as long, so all end at the same step; PPO
     learned HalfCheetah no worse for it (one seed). Observations are float32, whatever the
@@ -33,7 +33,7 @@ def make_vec_env(
 
     Args:
         task: From `TASKS` or `find_task`.
-        n_envs: How many copies.
+        n_envs: Number of copies.
         seed: Copy `i` starts from `seed + i`. The backends draw different initial states.
         backend: `"auto"` takes EnvPool where it is installed and can hold the task's horizon.
             Gymnasium's copies step one after the other in this process: on two cores that was
@@ -74,7 +74,7 @@ def _why_no_envpool(task: Task) -> str:
 
 
 class GymnasiumVecEnv(DummyVecEnv):
-    """Gymnasium's own environments, one after the other, for a task that EnvPool can't run."""
+    """Gymnasium's environments, stepped one after the other."""
 
     def __init__(self, task: Task, n_envs: int, seed: int) -> None:
         super().__init__([lambda: make_env(task) for _ in range(n_envs)])
@@ -94,7 +94,7 @@ class GymnasiumVecEnv(DummyVecEnv):
         return np.asarray(observations, dtype), rewards, dones, infos
 
     def states(self) -> FloatArray | None:
-        """The simulators' states at the current observation, as `render_states` takes them.
+        """Return the simulators' states at the current observation, as `render_states` takes them.
 
         Returns:
             `(n_envs, s)`, or None if the environment shows neither `qpos` nor `state`.
@@ -125,13 +125,13 @@ class EnvPoolVecEnv(VecEnv):
         self.seed(seed)
 
     def reset(self) -> FloatArray:
-        """Starts every episode anew; after `seed`, from the seed."""
+        """Reset all episodes; after `seed`, from the seed."""
         if self._pool is None or self._seeds[0] is not None:
             self._pool = self._make_pool()
             self._reset_seeds()
         observations, info = self._pool.reset()
         self._positions = {k: info[k] for k in ("x_position", "y_position") if k in info}
-        self._observations = self.task.seen(observations.astype(np.float32))
+        self._observations = self.task.observed(observations.astype(np.float32))
         return self._observations.copy()
 
     def _make_pool(self) -> Any:
@@ -153,14 +153,14 @@ class EnvPoolVecEnv(VecEnv):
         return pool
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        """Sets the worker threads going."""
+        """Start a step of the worker threads."""
         self._actions = actions
         self._pool.send(actions, self._ids)
 
     def step_wait(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_], list[dict[str, Any]]]:
-        """The step's outcome; where an episode ended, with the next one's first observation."""
+        """Finish the step; where an episode ended, with the next one's first observation."""
         observations, rewards, terminated, truncated, info = self._pool.recv()
-        observations = self.task.seen(observations.astype(np.float32))
+        observations = self.task.observed(observations.astype(np.float32))
         if self.task.reward is not None:
             rewards = self.task.reward(observations, self._actions)
         dones = terminated | truncated
@@ -173,14 +173,14 @@ class EnvPoolVecEnv(VecEnv):
                 last = observations[i].copy()
                 infos[i] = {"terminal_observation": last, "TimeLimit.truncated": True}
             first, info = self._pool.reset(ended)
-            observations[info["env_id"]] = self.task.seen(first)
+            observations[info["env_id"]] = self.task.observed(first)
             for name, position in self._positions.items():
                 position[info["env_id"]] = info[name]
         self._observations = observations
         return observations.copy(), rewards, dones, infos
 
     def states(self) -> FloatArray | None:
-        """The simulators' states at the current observation, as `render_states` takes them.
+        """Return the simulators' states at the current observation, as `render_states` takes them.
 
         Rebuilt from what the observation says and the position that it leaves out. Velocities
         are as clipped as the observation's (at ±10 for Hopper and Walker2d).
@@ -208,25 +208,25 @@ class EnvPoolVecEnv(VecEnv):
         return None
 
     def close(self) -> None:
-        """Stops the worker threads."""
+        """Stop the worker threads."""
         self._pool = None
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The task's own settings; EnvPool's environments have no Python attributes."""
+        """Return the task's settings; EnvPool's environments have no Python attributes."""
         if attr_name == "render_mode":
             return [None for _ in self._get_indices(indices)]
         raise AttributeError(f"EnvPool's environments have no attribute {attr_name!r} to show.")
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Not possible."""
+        """Raise: EnvPool's environments have no Python methods."""
         raise AttributeError(f"EnvPool's environments have no attribute {attr_name!r} to set.")
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kw: Any) -> list[Any]:
-        """Not possible."""
+        """Raise: EnvPool's environments have no Python methods."""
         raise AttributeError(f"EnvPool's environments have no method {method_name!r} to call.")
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
-        """Never."""
+        """Return False: EnvPool's environments have no wrappers."""
         return [False for _ in self._get_indices(indices)]
 
 

@@ -1,4 +1,4 @@
-"""How many backflips does a Hopper do that was taught them by comparisons alone?
+"""Study of backflips: their number after teaching a Hopper by comparisons alone.
 
 Christiano et al. (2017, arXiv 1706.03741, section 3.2) taught it by 900 comparisons of a person's,
 and give no count. Here a synthetic teacher compares (`envs.backflip`).

@@ -1,4 +1,4 @@
-"""What happens to a policy that is trained for long on a reward that was learned once?
+"""Study of drift: long training of a policy on a reward that was learned once.
 
 An agent is trained a little on the task's own reward. Some of its clips are compared, a reward
 model is fitted, and PPO goes on with the learned reward alone. Where that errs upwards, there the
@@ -267,7 +267,7 @@ class _Training:
                 total_steps=max(1, steps - self.round_steps),  # the last round asks nothing
                 budget=more,
                 answered=received,
-                belief=partial(self.model.posterior, latest),
+                posterior=partial(self.model.posterior, latest),
             )
             if due > received and self.agent.num_timesteps < steps:
                 self.ask(latest, due - received)

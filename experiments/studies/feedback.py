@@ -1,4 +1,4 @@
-"""How much feedback is needed, and when should it be asked for?
+"""Study of feedback: how much is needed, and when it should be asked for.
 
 **Online.** `learn` from start to end: a policy is trained on the reward learned from so many
 comparisons, asked for by a schedule and answered by a teacher, and judged by the task's own reward.

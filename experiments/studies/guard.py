@@ -1,4 +1,4 @@
-"""When does a guard notice that the world has changed, and is its alarm worth raising?
+"""Study of guards: which changes of the world are found, how soon, and at what cost.
 
 **Detection.** An agent is trained with PPO on each task's own reward. Some of its episodes teach
 each detector what is familiar, others give each statistic the threshold with the promised rate of

@@ -1,4 +1,4 @@
-"""How many comparisons do marks of good and bad parts of clips save?
+"""Study of marks: the comparisons that marks of good and bad parts of clips save.
 
 One agent's clips at ten stages of training are cut from its kept episodes (`datasets.pools`), and
 pairs drawn at random are compared by the true return. For several numbers of comparisons a

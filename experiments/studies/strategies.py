@@ -1,4 +1,4 @@
-"""Which queries teach most? Strategies compared where every answer is already known.
+"""Study of query strategies, where every answer is already known.
 
 **Simulated tasks.** One agent's clips at ten stages of training are cut from its kept episodes
 (`datasets.pools`), and all their pairs may be asked about. Each strategy starts from the same

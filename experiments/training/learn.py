@@ -278,7 +278,7 @@ class Learner:
             total_steps=max(1, (self.policy_rounds - 1) * a_round),
             budget=self.comparisons,
             answered=answered,
-            belief=self._posterior if fitted else None,
+            posterior=self._posterior if fitted else None,
         )
         return due if round >= self.warm_up else -(-due * (round + 1) // self.warm_up)
 

@@ -116,7 +116,7 @@ def test_a_timetable_looks_neither_at_answers_nor_at_the_belief():
     args = {"total_steps": 100, "budget": 50}
     for schedule in SCHEDULES:
         plain = schedule.comparisons_by(40, **args)
-        assert schedule.comparisons_by(40, answered=17, belief=never, **args) == plain
+        assert schedule.comparisons_by(40, answered=17, posterior=never, **args) == plain
 
 
 def information(samples: torch.Tensor) -> float:
@@ -147,7 +147,7 @@ def test_it_asks_while_the_belief_is_worse_than_the_level_and_stops_when_it_is_n
 
     def due(schedule: WhenUnsure, answered: int) -> int:
         return schedule.comparisons_by(
-            7, answered=answered, belief=lambda: SampledPosterior(samples), **args
+            7, answered=answered, posterior=lambda: SampledPosterior(samples), **args
         )
 
     unsure, sure = WhenUnsure(level - 0.001, share=0.15), WhenUnsure(level + 0.001, share=0.15)
@@ -160,7 +160,7 @@ def test_it_asks_while_the_belief_is_worse_than_the_level_and_stops_when_it_is_n
     def never():
         raise AssertionError("nobody should look at the belief when nothing can be asked")
 
-    assert unsure.comparisons_by(7, answered=100, belief=never, **args) == 100
+    assert unsure.comparisons_by(7, answered=100, posterior=never, **args) == 100
     # What was skipped of the first quarter comes first, whatever is believed.
     assert due(unsure, 20) == due(sure, 20) == 25
 
@@ -173,6 +173,6 @@ def test_without_a_belief_only_the_first_are_due_however_late():
     # A share of the budget that is less than half a question is still a question.
     unsure = SampledPosterior(torch.tensor([[0.0, 9.0], [0.0, -9.0]]))
     asked = WhenUnsure(share=0.01).comparisons_by(
-        9, total_steps=10, budget=20, answered=10, belief=lambda: unsure
+        9, total_steps=10, budget=20, answered=10, posterior=lambda: unsure
     )
     assert asked == 11

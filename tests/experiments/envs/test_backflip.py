@@ -176,7 +176,7 @@ def test_both_backends_tell_the_same_of_a_frame_and_keep_the_angle_in_bounds():
 def test_what_is_felt_is_added_and_the_angle_wound():
     observations = np.random.default_rng(0).uniform(-20, 20, (40, 11)).astype(np.float32)
     observations[:, 0] = np.linspace(-0.5, 2.0, 40)
-    seen = TASK.seen(observations)
+    seen = TASK.observed(observations)
     assert seen.dtype == np.float32
     np.testing.assert_allclose(np.exp(1j * seen[:, 1]), np.exp(1j * observations[:, 1]), atol=1e-5)
     assert np.abs(seen[:, 1]).max() <= np.pi + 1e-6
@@ -185,7 +185,7 @@ def test_what_is_felt_is_added_and_the_angle_wound():
     body, foot = clearances(observations)
     np.testing.assert_array_equal(seen[:, 11:], np.stack([body < 0.01, foot < 0.01], 1))
     assert 0 < seen[:, 11].sum() < 40
-    assert find_task("Hopper").seen(observations) is observations
+    assert find_task("Hopper").observed(observations) is observations
 
 
 def test_its_environment_has_the_space_of_what_is_seen():

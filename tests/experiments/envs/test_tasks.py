@@ -161,7 +161,7 @@ def test_gymnasiums_states_bring_the_observation_back(name):
             simulator.state = state
         else:
             simulator.set_state(*np.split(state, [simulator.model.nq]))
-        seen = TASKS[name].seen(simulator._get_obs())
+        seen = TASKS[name].observed(simulator._get_obs())
         if name == "Ant":  # contact forces are known only after a step
             seen, got = seen[:27], venv._obs_from_buf()[i][:27]
         else:
