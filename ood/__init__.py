@@ -45,6 +45,7 @@ from ood.monitor import (
     record_episodes,
     save_monitor,
 )
+from ood.pausing import PauseOnAlarm
 from ood.selective import Selection, confident_errors, select
 from ood.sequential import (
     CUSUM,
@@ -78,6 +79,7 @@ __all__ = [
     "MixtureDensity",
     "Monitor",
     "OODDetector",
+    "PauseOnAlarm",
     "RandomNetworkDistillation",
     "Reading",
     "RelativeMahalanobis",

@@ -53,9 +53,8 @@ from experiments.registry import find_class
 from experiments.studies import check_least, seed_range
 from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent, train_agent
 from experiments.training.clip_buffer import ClipBuffer
-from experiments.training.pausing import PauseOnAlarm
 from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward
-from ood import Mahalanobis, Monitor
+from ood import Mahalanobis, Monitor, PauseOnAlarm
 from rewardmodels import Clips, Comparisons, RewardModel, UnknownName, fit
 from rewardmodels.clips import cut
 

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ood import Monitor
 from ood.features import Features, find_features
-from ood.monitor import Stream
+from ood.monitor import Monitor, Stream
 from rewardmodels import InvalidInput
 
 Array = NDArray[Any]

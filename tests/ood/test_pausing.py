@@ -10,8 +10,7 @@ from scipy import stats
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from experiments.training.pausing import PauseOnAlarm
-from ood import CUSUM, Mahalanobis, Monitor, StaleThreshold
+from ood import CUSUM, Mahalanobis, Monitor, PauseOnAlarm, StaleThreshold
 from rewardmodels import InvalidInput
 from rewardmodels.errors import NotFitted
 
