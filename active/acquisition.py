@@ -1,15 +1,13 @@
 r"""Acquisition functions: the value of comparing each pair of clips, from posterior samples.
 
-An acquisition is a pure function `(returns (S, N), pairs (Q, 2)) -> scores (Q,)`. It sees
-numbers, never a network: N clips have been through the model once, and every pair is
-arithmetic on the result. Scores are at least 0, don't depend on which clip of a pair comes
-first, and don't move with a constant added to a sample, which no comparison can tell. A new one
-is a function and a line in `ACQUISITIONS`.
+An `Acquisition` is a pure function of numbers, never of a network: N clips have been through the
+model once, and every pair is arithmetic on the result. A new one is a function and a line in
+`ACQUISITIONS`.
 
 Volume removal (Sadigh et al. 2017), $\min(\mathbb{E}_s p_s, 1 - \mathbb{E}_s p_s)$, is left out
-on purpose: a clip against its own copy maximises it, and answering that teaches nothing (Bıyık
-et al. 2019, arXiv 1910.04365). `predictive_entropy` shares the flaw, and is here because it
-is what others are measured against.
+on purpose: a clip against its own copy maximises it, and comparing these teaches nothing (Bıyık
+et al. 2019, arXiv 1910.04365). `predictive_entropy` has the same flaw, and is here as the baseline
+that others are measured against.
 """
 
 from __future__ import annotations
@@ -30,26 +28,31 @@ _BLOCK: Final = 2**15 - 1
 
 _INTEGERS: Final = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
-
 Acquisition = Callable[[Tensor, Tensor], Tensor]
+"""Function `(returns, pairs) -> scores`, the same for all in `ACQUISITIONS`.
+
+Args:
+    returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
+    pairs: `(Q, 2)` integers, indices into the N clips.
+
+Returns:
+    `(Q,)`, at least 0, in the dtype of `returns` and without gradients. A score doesn't depend on
+    which clip of the pair comes first, nor on a constant added to a sample, which comparisons
+    can't determine.
+
+Raises:
+    InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
+"""
 
 
 def preference_variance(returns: Tensor, pairs: Tensor) -> Tensor:
     r"""Variance over posterior samples of the probability that the second clip is preferred.
 
-    $\operatorname{Var}_s[\sigma(R_b^s - R_a^s)]$, the population variance over samples of the
-    probability that the second clip is preferred (Christiano et al. 2017, §2.2.4, where the
-    samples are the members of an ensemble).
-
-    Args:
-        returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
-        pairs: `(Q, 2)` integers, indices into the N clips.
+    $\operatorname{Var}_s[\sigma(R_b^s - R_a^s)]$, the population variance (Christiano et al. 2017,
+    §2.2.4, where the samples are the members of an ensemble).
 
     Returns:
-        `(Q,)`, squared probabilities from 0 to 1/4, in the dtype of `returns`.
-
-    Raises:
-        InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
+        `(Q,)`, squared probabilities from 0 to 1/4.
 
     Example:
         >>> returns = torch.tensor([[0.0, 50.0, 0.0], [0.0, -50.0, 0.0]])
@@ -63,17 +66,10 @@ def difference_variance(returns: Tensor, pairs: Tensor) -> Tensor:
     r"""Posterior variance of the difference between two returns.
 
     $\operatorname{Var}_s[R_b^s - R_a^s]$, the population variance. Unlike
-    `preference_variance`, it goes on growing where every sample is sure of the answer.
-
-    Args:
-        returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
-        pairs: `(Q, 2)` integers, indices into the N clips.
+    `preference_variance`, it keeps growing where every sample is certain of the preference.
 
     Returns:
-        `(Q,)`, at least 0, reward units², in the dtype of `returns`.
-
-    Raises:
-        InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
+        `(Q,)`, at least 0, reward units².
 
     Example:
         >>> difference_variance(torch.tensor([[0.0, 1.0], [0.0, 5.0]]), torch.tensor([[0, 1]]))
@@ -83,23 +79,15 @@ def difference_variance(returns: Tensor, pairs: Tensor) -> Tensor:
 
 
 def predictive_entropy(returns: Tensor, pairs: Tensor) -> Tensor:
-    r"""Entropy of the predicted answer, from whatever cause.
+    r"""Entropy of the predicted preference, epistemic and aleatoric together.
 
-    $H[\mathbb{E}_s p_s]$ with $p_s = \sigma(R_b^s - R_a^s)$ and $H$ the entropy of a yes or no:
-    uncertainty sampling (Lewis & Gale 1994). It doesn't tell a pair that nobody knows from one
-    that anybody would toss a coin about, so that a clip against its copy scores highest;
-    `mutual_information` does. Teachers who answer at random raise it without changing which
-    pair has more.
-
-    Args:
-        returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
-        pairs: `(Q, 2)` integers, indices into the N clips.
+    $H[\mathbb{E}_s p_s]$ with $p_s = \sigma(R_b^s - R_a^s)$ and $H$ the binary entropy: uncertainty
+    sampling (Lewis & Gale 1994). A clip against its copy, about which there is nothing to learn,
+    scores highest; `mutual_information` avoids that. Random answers of the teacher raise the
+    scores without changing their order.
 
     Returns:
-        `(Q,)`, nats from 0 to log 2, in the dtype of `returns`.
-
-    Raises:
-        InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
+        `(Q,)`, nats from 0 to log 2.
 
     Example:
         >>> predictive_entropy(torch.tensor([[0.0, 0.0, 9.0]]), torch.tensor([[0, 1], [0, 2]]))
@@ -111,25 +99,24 @@ def predictive_entropy(returns: Tensor, pairs: Tensor) -> Tensor:
 def mutual_information(
     returns: Tensor, pairs: Tensor, *, random_answer_rate: float = 0.0
 ) -> Tensor:
-    r"""Mutual information between the answer and the reward function (BALD).
+    r"""Mutual information between the preference and the reward function (BALD).
 
     $H[\mathbb{E}_s p_s] - \mathbb{E}_s H[p_s]$ with
-    $p_s = (1 - \epsilon)\,\sigma(R_b^s - R_a^s) + \epsilon / 2$ and $H$ the entropy of a yes or
-    no (Houlsby et al. 2011; for comparisons Bıyık et al. 2019, arXiv 1910.04365). Unlike
-    `preference_variance`, it discounts pairs that the teacher would answer by tossing a coin.
+    $p_s = (1 - \epsilon)\,\sigma(R_b^s - R_a^s) + \epsilon / 2$ and $H$ the binary entropy
+    (Houlsby et al. 2011; for comparisons Bıyık et al. 2019, arXiv 1910.04365). Unlike
+    `preference_variance`, it discounts pairs that the teacher would decide at random.
 
     Args:
-        returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
-        pairs: `(Q, 2)` integers, indices into the N clips.
+        returns: As in `Acquisition`.
+        pairs: As in `Acquisition`.
         random_answer_rate: $\epsilon$, probability that the teacher answers at random, as in
             `rewardmodels.likelihood.preference_probability`.
 
     Returns:
-        `(Q,)`, nats from 0 to log 2, in the dtype of `returns`.
+        `(Q,)`, nats from 0 to log 2.
 
     Raises:
-        InvalidInput: Wrong shapes, NaN or infinity in returns, an index out of range, or a
-            mistake rate outside [0, 1).
+        InvalidInput: As in `Acquisition`, or a rate outside [0, 1).
 
     Example:
         >>> returns = torch.tensor([[0.0, 50.0, 0.0], [0.0, -50.0, 0.0]])
@@ -150,28 +137,20 @@ def mutual_information(
 def expected_best(returns: Tensor, pairs: Tensor) -> Tensor:
     r"""Expected utility of the best option (EUBO): the expected return of the better clip.
 
-    $\mathbb{E}_s[\max(R_a^s, R_b^s) - \min_c R_c^s]$: the expected utility of the best option
-    (Lin et al. 2022, arXiv 2203.11382), counted from each sample's own worst clip.
-    That takes the same off every pair, so that the order is EUBO's; but it makes a score one
-    that weights can multiply, and rids it of the constant that comparisons leave free. It looks
-    for good clips, where `mutual_information` looks for the reward function.
-
-    Args:
-        returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
-        pairs: `(Q, 2)` integers, indices into the N clips.
+    $\mathbb{E}_s[\max(R_a^s, R_b^s) - \min_c R_c^s]$ (Lin et al. 2022, arXiv 2203.11382, less
+    each sample's worst return). Subtracting the same from every pair keeps EUBO's order, makes
+    scores that weights can multiply, and removes the constant that comparisons leave free. It
+    looks for good clips, where `mutual_information` looks for the reward function.
 
     Returns:
-        `(Q,)`, at least 0, reward units, in the dtype of `returns`.
-
-    Raises:
-        InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
+        `(Q,)`, at least 0, reward units.
 
     Example:
         >>> returns = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 5.0]])
         >>> expected_best(returns, torch.tensor([[0, 1], [0, 2], [1, 2]]))
         tensor([2.0000, 3.0000, 3.5000])
     """
-    # max(a, b) = a + relu(b - a): one number a clip, and what is left is of differences.
+    # max(a, b) = a + relu(b - a): a number for each clip, and a function of the difference.
     gain = over_differences(returns, pairs, lambda difference: difference.relu().mean(0))
     if not len(pairs):
         return gain
@@ -180,24 +159,16 @@ def expected_best(returns: Tensor, pairs: Tensor) -> Tensor:
 
 
 def d_optimal(returns: Tensor, pairs: Tensor) -> Tensor:
-    r"""Gain of D-optimal design: how far the answer shrinks the posterior volume.
+    r"""Gain of D-optimal design: decrease of the posterior volume by a comparison.
 
-    $p (1 - p) \operatorname{Var}_s[R_b^s - R_a^s]$ with $p = \mathbb{E}_s \sigma(R_b^s - R_a^s)$:
-    the variance of the answer times that of what it is about. By the matrix determinant lemma,
-    one plus this is the factor by which the answer's Fisher information raises the determinant
-    of the belief's precision (Chaloner & Verdinelli 1995, "Bayesian Experimental Design"; for
-    comparisons Das et al. 2024, arXiv 2402.10500). `active.batch.GreedyLogDet` carries it on
-    to a batch.
-
-    Args:
-        returns: `(S, N)`, joint posterior samples of N clips' returns, reward units.
-        pairs: `(Q, 2)` integers, indices into the N clips.
+    $p (1 - p) \operatorname{Var}_s[R_b^s - R_a^s]$ with $p = \mathbb{E}_s \sigma(R_b^s - R_a^s)$.
+    By the matrix determinant lemma, one plus this is the factor by which the comparison's Fisher
+    information raises the determinant of the posterior precision (Chaloner & Verdinelli 1995,
+    "Bayesian Experimental Design"; for comparisons Das et al. 2024, arXiv 2402.10500).
+    `active.batch.GreedyLogDet` extends it to a batch.
 
     Returns:
-        `(Q,)`, at least 0, reward units², in the dtype of `returns`.
-
-    Raises:
-        InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
+        `(Q,)`, at least 0, reward units².
 
     Example:
         >>> d_optimal(torch.tensor([[0.0, 2.0], [0.0, -2.0]]), torch.tensor([[0, 1]]))
@@ -235,9 +206,6 @@ def acquisition_named(name: str) -> Acquisition:
 def all_pairs(n: int) -> Tensor:
     """List every unordered pair among n clips, in lexicographic order.
 
-    Args:
-        n: Number of clips.
-
     Returns:
         `(n (n - 1) / 2, 2)` long, the smaller index first.
 
@@ -273,16 +241,12 @@ def over_differences(
 ) -> Tensor:
     """Reduce the return difference of every pair over samples, in blocks of bounded memory.
 
+    Shapes and errors are those of `Acquisition`.
+
     Args:
         returns: `(S, N)`, joint posterior samples, reward units.
         pairs: `(Q, 2)` integers, indices into the N clips.
         summarise: Maps `(S, B)` doubles, second minus first, to `(B,)`.
-
-    Returns:
-        `(Q,)` in the dtype of `returns`.
-
-    Raises:
-        InvalidInput: Wrong shapes, NaN or infinity in returns, or an index out of range.
 
     Example:
         >>> returns = torch.tensor([[0.0, 1.0, 4.0], [0.0, 3.0, 4.0]])

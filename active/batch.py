@@ -1,11 +1,10 @@
-"""Rules that choose a batch of pairs once every pair has a score.
+"""Rules that choose a batch of pairs from the scores of all pairs.
 
-One batch is answered before the model learns from any of it, so the pairs with the highest scores
-are often the same question many times over; a rule trades score for variety. `TopK` and `Power`
-look at scores alone. The others choose one pair at a time, for its value given those before. To
-them, two clips that every posterior sample values alike are one (overlapping parts of one episode
-nearly are), so they repeat a question only when there is no other. A new rule is a class with
-`choose`, and a line in `BATCH_RULES`.
+The model is fitted only after a whole batch has been compared, and the highest scores are often
+nearly the same query many times over; a rule trades score for variety. `TopK` and `Power` use the
+scores alone. The others choose one pair at a time, given those before, and treat two clips that
+have the same return in every posterior sample as one clip. A new rule is a class with `choose`,
+and a line in `BATCH_RULES`.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from rewardmodels.errors import InvalidInput
 
-# Two clips are twins if no sample's returns differ by more than this much of the spread of all
-# returns, besides what the order of a network's sums may do to one clip's return.
+# Two clips are twins if no sample's returns differ by more than this share of the spread of all
+# returns, plus so many roundings of a return (networks sum in varying order).
 _SAME: Final = 1e-5
 _ROUNDING: Final = 8
 
@@ -56,8 +55,8 @@ class BatchRule(ABC):
 class TopK(BatchRule):
     """The n pairs with the highest scores, best first.
 
-    Equal scores are drawn at random, since a model that is sure of everything would otherwise
-    always ask about its first clip. A batch may hold one question many times over.
+    Equal scores are ordered at random: otherwise a model that is certain of everything would
+    always query its first clip.
 
     Example:
         >>> scores, pairs = torch.tensor([0.1, 0.3, 0.2]), torch.tensor([[0, 1], [0, 2], [1, 2]])
@@ -68,13 +67,12 @@ class TopK(BatchRule):
     def choose(
         self, candidates: Candidates, n: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Choose the n highest scores; see the class."""
         return _highest(candidates.scores, n, generator)
 
 
 @final
 class Power(BatchRule):
-    r"""Pairs drawn one after another with probability proportional to score to a power.
+    r"""Pairs drawn without replacement, in proportion to a power of their scores.
 
     The n largest of $\beta \log s_i + G_i$ with standard Gumbel noise $G_i$, which is sampling
     without replacement from $p_i \propto s_i^\beta$ (Kirsch et al. 2023, "Stochastic Batch
@@ -102,7 +100,6 @@ class Power(BatchRule):
     def choose(
         self, candidates: Candidates, n: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draw n pairs without replacement; see the class."""
         # Doubles: an exponential of 0 in single precision (once in 10^8 draws) is infinite noise.
         scores = candidates.scores.double()
         # The clamp makes log 0 about -708, below any score that is drawn, and not -inf, which
@@ -114,17 +111,16 @@ class Power(BatchRule):
 
 
 class OneByOne(BatchRule):
-    """A rule that chooses one pair at a time, and values the rest anew after each.
+    """A rule that chooses one pair at a time, and updates the values of the rest after each.
 
-    Pairs of equal value are drawn at random, and no question is repeated, with twin clips, before
-    every other has been asked once.
+    Pairs of equal value are chosen at random. A query is repeated, with twin clips, only after
+    every other has been chosen once.
     """
 
     @final
     def choose(
         self, candidates: Candidates, n: int, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Choose n pairs one after another; see the class."""
         order = torch.randperm(len(candidates.pairs), generator=generator)
         order = order.to(candidates.pairs.device)
         shuffled = Candidates(
@@ -134,7 +130,7 @@ class OneByOne(BatchRule):
         )
         clips = _without_twins(candidates.returns)[shuffled.pairs].sort(1).values
         question = clips[:, 0] * shuffled.returns.shape[1] + clips[:, 1]
-        # A clip against its twin asks nothing.
+        # A comparison of a clip with its twin teaches nothing.
         repeats = (clips[:, 0] == clips[:, 1]).double()
         values = self.values(shuffled, clips)
         chosen: list[int] = []
@@ -155,7 +151,7 @@ class OneByOne(BatchRule):
 
         Args:
             candidates: The scored pairs, in doubles.
-            clips: `(Q, 2)`, the clips of each pair, where twins go by one number.
+            clips: `(Q, 2)`, the clips of each pair, where twins share one number.
         """
 
 
@@ -163,8 +159,8 @@ class OneByOne(BatchRule):
 class EachClipOnce(OneByOne):
     """The highest scores with no clip in two pairs; when all clips are used, it starts again.
 
-    A greedy matching, for scores that one clip drives: else it's in every question of the
-    batch. Its total is at least half of the best matching's (Avis 1983).
+    A greedy matching, whose total is at least half of the best matching's (Avis 1983). It keeps
+    one clip with high scores from being in every pair of the batch.
 
     Example:
         >>> scores, pairs = torch.tensor([9.0, 8.0, 1.0]), torch.tensor([[0, 1], [0, 2], [2, 3]])

@@ -1,8 +1,8 @@
 """The durable store of clips, queries, comparisons, marks and ratings: one SQLite file.
 
-Comparisons by people are the dearest data of a study. One that was acknowledged survives a killed
-process and a power cut; a query is on disk with both its clips or not at all. Rows are only ever
-added: triggers refuse to change or delete them, and what is taken back gets a row in `withdrawals`.
+Comparisons by people are the most expensive data of a study. One that was acknowledged survives a
+killed process and a power cut; a query is on disk with both its clips or not at all. Rows are only
+added: triggers refuse to change or delete them, and a withdrawn one gets a row in `withdrawals`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 import safetensors.torch
@@ -46,8 +45,8 @@ class Query:
 
     Attributes:
         id: As `FeedbackStore.add_queries` returned it.
-        round: Round of asking.
-        teacher: Name of who answered or skipped it; None while it is open.
+        round: Number of its round.
+        teacher: Name of the teacher who answered or skipped it; None while it is open.
         preference: 0 the first, 1 the second, 0.5 "the same"; None while open or if skipped.
     """
 
@@ -75,11 +74,11 @@ class Mark(NamedTuple):
 
     Attributes:
         id: Of the row.
-        clip: The clip's id, as `FeedbackStore.clips` takes it.
+        clip: The clip's id, as `FeedbackStore.shown` returns and `FeedbackStore.clips` takes it.
         first: Its first frame, from 0.
-        last: Its last frame, itself part of it.
-        good: Whether it is good, else bad.
-        teacher: Name of who gave it.
+        last: Its last frame, inclusive.
+        good: True if it is good, False if bad.
+        teacher: Name of the teacher.
     """
 
     id: int
@@ -95,9 +94,9 @@ class Rating(NamedTuple):
 
     Attributes:
         id: Of the row.
-        clip: The clip's id, as `FeedbackStore.clips` takes it.
+        clip: The clip's id, as in `Mark`.
         rating: From 0, the worst, to 1, the best.
-        teacher: Name of who gave it.
+        teacher: Name of the teacher.
     """
 
     id: int
@@ -127,20 +126,21 @@ class Conflict(InvalidInput):
 class FeedbackStore:
     """Clips, queries and comparisons in one SQLite file (WAL, synchronous=FULL, append-only).
 
-    Every method that writes is one transaction, on disk when it returns. Several processes may
-    have the same file open; an object belongs to the thread that made it. Clips are kept once
-    each, however many queries show them, as safetensors with every number as it came.
+    Every method that writes is one transaction, on disk when it returns; one that raises changes
+    nothing. Several processes may have the same file open; an object belongs to the thread that
+    made it. Clips are kept once each, however many queries show them, as exact safetensors.
 
     Args:
-        path: The file; made if there is none (or an empty one), brought up to date if an earlier
-            version wrote it.
+        path: The file; made if there is none (or an empty one), upgraded if an earlier version
+            wrote it.
 
     Attributes:
-        leases: Of open queries, so that several people are not shown the same one.
+        leases: Leases of open queries, so that several people are not shown the same one.
         marks: Marks and ratings of single clips.
         repeats: Queries put a second time, to measure agreement.
 
     Raises:
+        InvalidInput: A folder that doesn't exist.
         UnreadableFile: A file that is damaged, isn't a feedback store, or was written by a
             newer version. It is left as it was.
 
@@ -150,9 +150,9 @@ class FeedbackStore:
         >>> path = Path(tempfile.mkdtemp()) / "answers.sqlite"
         >>> with FeedbackStore(path) as store:
         ...     ids = store.add_queries(clips, torch.tensor([[0, 1], [2, 1]]), round=0)
-        ...     anns = store.answer(ids[0], 1.0, teacher="ann")
+        ...     first = store.answer(ids[0], 1.0, teacher="ann")
         ...     _ = store.answer(ids[1], None, teacher="ann")
-        ...     _ = store.withdraw("answer", anns, teacher="ann")
+        ...     _ = store.withdraw("answer", first, teacher="ann")
         ...     _ = store.answer(ids[0], 0.5, teacher="ann")
         ...     store.counts(), store.comparisons().preference
         (Counts(put=2, answered=1, skipped=1), tensor([0.5000]))
@@ -162,7 +162,6 @@ class FeedbackStore:
         self.path = Path(path)
         self._file = _Database(self.path)
         self._db = self._file.connection
-        self._clips = _ClipTable(self._file)
         self.leases = Leases(self._file)
         self.marks = Marks(self._file)
         self.repeats = Repeats(self._file)
@@ -173,14 +172,14 @@ class FeedbackStore:
         Args:
             clips: The N clips that the pairs index into.
             pairs: `(Q, 2)` integers, indices into clips.
-            round: Round of asking, at least 0.
+            round: Number of the round, at least 0.
 
         Returns:
             Q ids, rising.
 
         Raises:
             InvalidInput: A bad pair, a clip against itself, a negative round, or frames of
-                another shape than those in the store. Nothing is stored then.
+                another shape than those in the store.
         """
         check_pairs(pairs, len(clips))
         rows = pairs.tolist()
@@ -193,13 +192,13 @@ class FeedbackStore:
         if round < 0:
             raise InvalidInput(f"round: expected at least 0, got {round}.")
         used = sorted({clip for row in rows for clip in row})
-        self._clips.check_frames(clips)
+        self._check_frames(clips)
         blobs = {clip: _pack(clips, clip) for clip in used}
         with self._file.transaction():
             ids = []
             for first, second in rows:
                 twins = blobs[first] == blobs[second]
-                shown = self._clips.put(blobs[first], 0), self._clips.put(blobs[second], int(twins))
+                shown = self._put(blobs[first], 0), self._put(blobs[second], int(twins))
                 sql = "INSERT INTO queries (round, first, second) VALUES (?, ?, ?) RETURNING id"
                 ids.append(int(self._db.execute(sql, (round, *shown)).fetchone()[0]))
         return ids
@@ -214,13 +213,13 @@ class FeedbackStore:
         declined: Declined = "skip",
         holder: str | None = None,
     ) -> int:
-        """Store a comparison; it is on disk when this returns.
+        """Store a comparison.
 
         Args:
             query_id: As `add_queries` returned it.
             preference: Probability that the second clip is better: 0, 1, 0.5 for "the same",
                 or anything between; None or NaN for a skipped query.
-            teacher: Name of who answered.
+            teacher: Name of the teacher.
             seconds: Time taken; None if unknown.
             declined: Reason of a missing preference.
             holder: Holder of a lease, which must be valid and ends now; None for no lease.
@@ -245,19 +244,17 @@ class FeedbackStore:
         if declined not in get_args(Declined):
             raise UnknownName("declined", declined, get_args(Declined))
         if not teacher:
-            raise InvalidInput("teacher: expected the name of who answered, got an empty one.")
-        row = (
-            (query_id, None, teacher, seconds, declined)
-            if preference is None
-            else (query_id, float(preference), teacher, seconds, None)
-        )
+            raise InvalidInput("teacher: expected the teacher's name, got an empty one.")
+        reason = declined if preference is None else None
+        value = None if preference is None else float(preference)
+        row = (query_id, value, teacher, seconds, reason)
         with self._file.transaction() as db:
-            self._file.shown(query_id)
+            self.shown(query_id)
             sql = "SELECT teacher FROM standing WHERE query = ?"
             if other := db.execute(sql, (query_id,)).fetchone():
                 raise Conflict(
-                    f"query_id: expected a query without an answer, got {query_id}, which "
-                    f"{other[0]!r} has answered; answers are never changed."
+                    f"query_id: expected an open query, got {query_id}, which {other[0]!r} has "
+                    "answered; withdraw that answer first."
                 )
             if holder is not None:
                 self.leases.check(query_id, holder)
@@ -271,18 +268,16 @@ class FeedbackStore:
     ) -> int | None:
         """Withdraw a comparison, mark or rating; it stays in the file, and no longer counts.
 
-        A query whose answer is withdrawn is open again.
-
         Args:
-            kind: What it is.
+            kind: Kind of row.
             id: Of the row.
-            teacher: Who said it: nobody else may take it back.
+            teacher: Name of the teacher who gave it; others can't withdraw it.
 
         Returns:
-            The query that is open again, where it was an answer.
+            The query of an answer, which is open again; None for other kinds.
 
         Raises:
-            Missing: There is no such thing, or somebody else said it.
+            Missing: No such row by this teacher.
             Conflict: It is withdrawn already.
             UnknownName: Another kind.
         """
@@ -295,17 +290,12 @@ class FeedbackStore:
             if found is None:
                 raise Missing(f"id: expected the id of {kind} by {teacher!r}, got {id}.")
             if db.execute(f"SELECT 1 FROM withdrawals WHERE {kind} = ?", (id,)).fetchone():
-                raise Conflict(f"id: expected what stands, got {kind} {id}, withdrawn already.")
+                raise Conflict(f"id: expected a valid {kind}, got {id}, which is withdrawn.")
             db.execute(f"INSERT INTO withdrawals ({kind}) VALUES (?)", (id,))
             return None if found[0] is None else int(found[0])
 
     def queries(self, round: int | None = None, unanswered: bool = False) -> list[Query]:
-        """List queries by id, without repeats.
-
-        Args:
-            round: Only those of this round.
-            unanswered: Only open ones.
-        """
+        """List queries by id, without repeats; only a round's, or open ones, if so chosen."""
         conditions = ["repeats IS NULL"]
         if round is not None:
             conditions.append("queries.round = :round")
@@ -336,7 +326,8 @@ class FeedbackStore:
             into them.
 
         Raises:
-            InvalidInput: No ids, or one that isn't in the store.
+            InvalidInput: No ids.
+            Missing: An unknown query.
             UnreadableFile: A clip whose bytes have changed.
         """
         if not query_ids:
@@ -354,7 +345,11 @@ class FeedbackStore:
         Raises:
             Missing: An unknown query.
         """
-        return self._file.shown(query_id)
+        with self._file.reading() as db:
+            sql = "SELECT first, second FROM queries WHERE id = ?"
+            if found := db.execute(sql, (query_id,)).fetchone():
+                return int(found[0]), int(found[1])
+        raise Missing(f"query_id: expected a query in {self.path}, got {query_id}, which isn't.")
 
     def clips(self, ids: Sequence[int]) -> Clips:
         """Return clips by id, such as those of marks and ratings, in the order of the ids.
@@ -366,7 +361,7 @@ class FeedbackStore:
         """
         if not ids:
             raise InvalidInput("ids: expected at least one, got none.")
-        return Clips.cat([self._clips.load(clip) for clip in ids])
+        return Clips.cat([self._load(clip) for clip in ids])
 
     def counts(self) -> Counts:
         """Count queries put, answered and skipped, without repeats."""
@@ -383,37 +378,80 @@ class FeedbackStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _put(self, blob: bytes, twin: int) -> int:
+        """Return the id of a clip, stored now if it isn't yet; call it in a transaction.
+
+        Two clips of a query may hold the same frames; the second is then stored as a twin, since
+        every reader refuses a query of a clip against itself.
+        """
+        key = (hashlib.sha256(blob).digest(), twin)
+        sql = "INSERT INTO clips (sha256, twin, data) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+        self._db.execute(sql, (*key, blob))
+        sql = "SELECT id FROM clips WHERE sha256 = ? AND twin = ?"
+        return int(self._db.execute(sql, key).fetchone()[0])
+
+    def _load(self, clip: int) -> Clips:
+        with self._file.reading() as db:
+            sql = "SELECT sha256, data FROM clips WHERE id = ?"
+            found = db.execute(sql, (clip,)).fetchone()
+        if found is None:
+            raise Missing(f"ids: expected clips in {self.path}, got {clip}, which isn't.")
+        digest, blob = found
+        if hashlib.sha256(blob).digest() != digest:
+            raise UnreadableFile(
+                f"{self.path}: expected clip {clip} as it was stored, got other bytes (its "
+                "checksum differs); restore the file from a copy."
+            )
+        return Clips(**{name: v[None] for name, v in safetensors.torch.load(blob).items()})
+
+    def _check_frames(self, clips: Clips) -> None:
+        """Raise InvalidInput for frames of another shape than the stored clips'."""
+        with self._file.reading() as db:
+            known = db.execute("SELECT min(id) FROM clips").fetchone()[0]
+        stored = None if known is None else self._load(known)
+        for name in () if stored is None else ("observations", "actions", "states"):
+            old, new = getattr(stored, name), getattr(clips, name)
+            if old is not None and new is not None and old.shape[2:] != new.shape[2:]:
+                raise InvalidInput(
+                    f"clips.{name}: expected frames of shape {tuple(old.shape[2:])} like those "
+                    f"in {self.path}, got {tuple(new.shape[2:])}; use another file for another "
+                    "task."
+                )
+
+
+def _pack(clips: Clips, index: int) -> bytes:
+    """Serialise one clip, cut after its last real frame."""
+    end = int(clips.mask[index].nonzero().max()) + 1
+    names = ("observations", "actions", "mask", "rewards", "states")
+    named = {name: getattr(clips, name) for name in names}
+    return safetensors.torch.save(
+        {
+            name: value[index, :end].detach().cpu().contiguous().clone()
+            for name, value in named.items()
+            if value is not None
+        }
+    )
 
 
 class Leases:
-    """Leases on open queries: each has one holder until it is answered or the lease runs out.
-
-    Times are those of this machine's clock, which all processes with the same file share.
+    """Leases on open queries: each has one holder until it is answered or the lease expires.
 
     Args:
         db: The open store.
-        clock: Seconds since some fixed moment, the same for every process.
+        clock: Seconds since some fixed moment, the same for every process with the file open.
 
     Example:
-        >>> import tempfile, torch
-        >>> from pathlib import Path
-        >>> from active import FeedbackStore
-        >>> from rewardmodels import Clips
+        >>> import tempfile
         >>> clips = Clips(torch.rand(3, 5, 2), torch.rand(3, 5, 1))
         >>> with FeedbackStore(Path(tempfile.mkdtemp()) / "answers.sqlite") as store:
         ...     _ = store.add_queries(clips, torch.tensor([[0, 1], [1, 2]]), round=0)
-        ...     anns, bobs = store.leases.take("ann's tab"), store.leases.take("bob's tab")
-        ...     nobodys = store.leases.take("carla's tab")
-        ...     store.leases.release("bob's tab")
-        ...     anns, bobs, nobodys, store.leases.take("carla's tab")
-        ([1], [2], [], [2])
+        ...     leased = [store.leases.take(tab) for tab in ("ann's", "bob's", "carla's")]
+        ...     store.leases.release("bob's")
+        ...     leased, store.leases.take("carla's")
+        ([[1], [2], []], [2])
     """
 
     def __init__(self, db: _Database, clock: Callable[[], float] = time.time) -> None:
@@ -454,24 +492,20 @@ class Leases:
         return ids
 
     def grant(self, query_id: int, holder: str, *, seconds: float = LEASE_SECONDS) -> None:
-        """Lease one query, as after its answer was withdrawn.
-
-        Raises:
-            Conflict: Somebody else holds it.
-        """
+        """Lease one query, as after its answer was withdrawn; Conflict if another holds it."""
         now = self._clock()
         with self._db.transaction() as db:
             sql = "SELECT holder FROM leases WHERE query = ? AND expires > ? AND holder <> ?"
             if db.execute(sql, (query_id, now, holder)).fetchone():
                 raise Conflict(
-                    f"query_id: expected a query that is free, got {query_id}, which somebody else "
-                    "is being asked."
+                    f"query_id: expected a free query, got {query_id}, which is leased to another "
+                    "holder; take the next one."
                 )
             row = (query_id, holder, now + seconds)
             db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", row)
 
     def release(self, holder: str) -> None:
-        """Release a holder's queries, as when a page is closed."""
+        """End a holder's leases, as when a page is closed."""
         with self._db.transaction() as db:
             db.execute("DELETE FROM leases WHERE holder = ?", (holder,))
 
@@ -481,38 +515,24 @@ class Leases:
             sql = "SELECT 1 FROM leases WHERE query = ? AND holder = ? AND expires > ?"
             if not db.execute(sql, (query_id, holder, self._clock())).fetchone():
                 raise Conflict(
-                    f"query_id: expected a query that is leased to who answers, got {query_id}, "
-                    "whose lease has run out or is somebody else's; ask for the next one."
+                    f"query_id: expected a query leased to {holder!r}, got {query_id}, whose lease "
+                    "has expired or is another holder's; take the next one."
                 )
 
 
 class Marks:
-    """Marks and ratings of a store; `FeedbackStore.withdraw` takes one back.
-
-    Args:
-        db: The open store.
-    """
+    """Marks and ratings of single clips; `FeedbackStore.withdraw` withdraws one."""
 
     def __init__(self, db: _Database) -> None:
         self._db = db
 
     def add(self, clip: int, first: int, last: int, *, good: bool, teacher: str) -> int:
-        """Store a mark; it is on disk when this returns.
-
-        Args:
-            clip: The clip's id, as `FeedbackStore.shown` gives it.
-            first: Its first frame, from 0.
-            last: Its last frame, itself part of it.
-            good: Whether it is good, else bad.
-            teacher: Name of who gives it.
-
-        Returns:
-            The mark's id.
+        """Store a mark with the attributes of `Mark`; return its id.
 
         Raises:
             Missing: No such clip.
-            InvalidInput: Frames out of order or below 0, or an empty teacher. Where a clip ends
-                isn't checked, since that would take reading it.
+            InvalidInput: Frames out of order or below 0, or an empty teacher. The clip's length
+                isn't checked, which would take reading it.
         """
         if not 0 <= first <= last:
             raise InvalidInput(
@@ -523,15 +543,7 @@ class Marks:
         return self._insert("marks (clip, first, last, good, teacher)", row)
 
     def rate(self, clip: int, rating: float, *, teacher: str) -> int:
-        """Store a rating; it is on disk when this returns.
-
-        Args:
-            clip: The clip's id, as `FeedbackStore.shown` gives it.
-            rating: From 0, the worst, to 1, the best.
-            teacher: Name of who gives it.
-
-        Returns:
-            The rating's id.
+        """Store a rating with the attributes of `Rating`; return its id.
 
         Raises:
             Missing: No such clip.
@@ -560,14 +572,12 @@ class Marks:
         sql = f"""SELECT id, clip, first, last, good, teacher FROM marks WHERE {condition} AND
                   NOT EXISTS (SELECT 1 FROM withdrawals WHERE mark = marks.id) ORDER BY id"""
         with self._db.reading() as db:
-            return [
-                Mark(i, of, a, b, bool(good), who)
-                for i, of, a, b, good, who in db.execute(sql, values)
-            ]
+            rows = db.execute(sql, values).fetchall()
+        return [Mark(i, of, a, b, bool(good), who) for i, of, a, b, good, who in rows]
 
     def _insert(self, table: str, row: tuple[int | float | str, ...]) -> int:
         if not row[-1]:
-            raise InvalidInput("teacher: expected the name of who gives it, got an empty one.")
+            raise InvalidInput("teacher: expected the teacher's name, got an empty one.")
         with self._db.transaction() as db:
             if not db.execute("SELECT 1 FROM clips WHERE id = ?", row[:1]).fetchone():
                 raise Missing(f"clip: expected a clip in {self._db.path}, got {row[0]}.")
@@ -580,29 +590,27 @@ class Repeats:
     """Repeats of queries, with the clips swapped, to measure agreement.
 
     They are leased and answered like any query, and left out of lists, counts and comparisons.
-
-    Args:
-        db: The open store.
     """
 
     def __init__(self, db: _Database) -> None:
         self._db = db
 
     def put(self, query_id: int) -> int:
-        """Put a query once more; return the repeat's id.
+        """Put a query a second time; return the repeat's id.
 
         Raises:
             Missing: An unknown query.
             Conflict: It was repeated already, or is itself a repeat.
         """
         with self._db.transaction() as db:
-            self._db.shown(query_id)
             sql = "SELECT 1 FROM queries WHERE repeats = :id OR id = :id AND repeats IS NOT NULL"
             if db.execute(sql, {"id": query_id}).fetchone():
                 raise Conflict(f"query_id: expected one never repeated, got {query_id}.")
             sql = """INSERT INTO queries (round, first, second, repeats)
                      SELECT round, second, first, id FROM queries WHERE id = ? RETURNING id"""
-            return int(db.execute(sql, (query_id,)).fetchone()[0])
+            if again := db.execute(sql, (query_id,)).fetchone():
+                return int(again[0])
+        raise Missing(f"query_id: expected a query in {self._db.path}, got {query_id}.")
 
     def candidates(self, teacher: str) -> list[int]:
         """Return a teacher's queries with a preference and no repeat, in order of the answers."""
@@ -643,24 +651,22 @@ Row = tuple[Any, ...]
 
 
 def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
-    """Write everything in a feedback store to files that any tool reads.
+    """Write everything in a feedback store to files that other tools can read.
 
-    A table each of clips, queries, answers, marks, ratings and withdrawals, one row for each,
-    withdrawn ones too; and `clips/`, a safetensors file for each clip, named by its SHA-256.
+    One table each of clips, queries, answers, marks, ratings and withdrawals, withdrawn rows
+    included; and `clips/`, a safetensors file for each clip, named by its SHA-256.
 
     Args:
         store: File of the feedback store.
-        folder: Directory to write to; made if need be.
+        folder: Directory to write to, new or empty.
         format: `csv`, or `parquet`, which takes pyarrow.
 
     Raises:
-        InvalidInput: No such store, a folder that holds something, or no pyarrow.
+        InvalidInput: No such store, a folder that isn't empty, or no pyarrow.
         UnreadableFile: A damaged store.
 
     Example:
-        >>> import tempfile, torch
-        >>> from active import FeedbackStore
-        >>> from rewardmodels import Clips
+        >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> with FeedbackStore(folder / "answers.sqlite") as store:
         ...     clips = Clips(torch.rand(2, 5, 2), torch.rand(2, 5, 1))
@@ -683,7 +689,7 @@ def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
         _arrow()
     file = _Database(store)
     with closing(file.connection), file.reading() as db:
-        db.execute("BEGIN")  # one moment of the store, whatever is answered meanwhile
+        db.execute("BEGIN")  # a snapshot, whatever is written meanwhile
         (folder / "clips").mkdir(parents=True)
         for digest, blob in db.execute("SELECT DISTINCT sha256, data FROM clips"):
             (folder / "clips" / f"{digest.hex()}.safetensors").write_bytes(blob)
@@ -698,32 +704,30 @@ def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
 
 
 def import_feedback(folder: Path, store: Path) -> None:
-    """Make a feedback store from what `export_feedback` wrote, the same in every table.
+    """Make a feedback store from an export of `export_feedback`, the same in every table.
 
     Args:
         folder: Directory of the export.
         store: File of the new store.
 
     Raises:
-        InvalidInput: A file that is there already, or a folder that isn't an export.
-        UnreadableFile: An export that is damaged; no store is made then.
+        InvalidInput: A store that exists already, or a folder that isn't an export.
+        UnreadableFile: A damaged export; no store is made.
     """
     if store.exists():
-        raise InvalidInput(f"store: expected a new file, got {store}, which is there.")
+        raise InvalidInput(f"store: expected a new file, got {store}, which exists.")
     if not store.parent.is_dir():
         raise InvalidInput(f"store: expected a file in an existing folder, got {store}.")
     format = next((f for f in get_args(Format) if (folder / f"clips.{f}").is_file()), None)
     if format is None:
         raise InvalidInput(f"folder: expected what export_feedback wrote, got {folder}.")
     read = _read_csv if format == "csv" else _read_parquet
-    # It appears under its name only once it is whole.
     try:
-        # A rename would overwrite what has come meanwhile.
+        # Under its name only once complete, and without replacing a file made meanwhile.
         with atomic_path(store, overwrite=False) as part:
             file = _Database(part)
             with closing(file.connection):
-                # Ids and times come as they were, in an order that the trigger against second
-                # answers couldn't know: withdrawals are read last.
+                # Not the trigger against second answers: withdrawals are read last.
                 with file.transaction() as db:
                     (trigger,) = db.execute(
                         "SELECT sql FROM sqlite_master WHERE name = 'one_stands'"
@@ -741,7 +745,7 @@ def import_feedback(folder: Path, store: Path) -> None:
                     db.execute(trigger[0])
                     sql = "SELECT query FROM standing GROUP BY query HAVING count(*) > 1"
                     if twice := db.execute(sql).fetchone():
-                        raise ValueError(f"query {twice[0]} has two answers that stand")
+                        raise ValueError(f"query {twice[0]} has two valid answers")
                 file.connection.execute("PRAGMA journal_mode = DELETE")  # one file, to be moved
     except (OSError, ValueError, KeyError, TypeError, sqlite3.Error) as error:
         raise UnreadableFile(f"{folder}: expected a whole export, got {error!r}.") from error
@@ -750,7 +754,7 @@ def import_feedback(folder: Path, store: Path) -> None:
 def _with_data(folder: Path, row: Row) -> Row:
     number, digest, twin = row
     if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
-        raise ValueError(f"clip {number} has no SHA-256")  # which is about to be a file's name
+        raise ValueError(f"clip {number} has no SHA-256")  # it names a file
     blob = (folder / "clips" / f"{digest}.safetensors").read_bytes()
     if hashlib.sha256(blob).hexdigest() != digest:
         raise ValueError(f"the file of clip {number} has changed")
@@ -773,7 +777,7 @@ def _write_csv(path: Path, columns: dict[str, str], rows: Iterable[Row]) -> None
 def _read_csv(path: Path, columns: dict[str, str]) -> Iterable[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file, strict=True):
-            # No text of ours is ever empty, so an empty field can only be a null.
+            # No text in the store is empty, so that an empty field is a null.
             yield tuple(
                 _TYPES[kind](row[name]) if row[name] else None for name, kind in columns.items()
             )
@@ -800,7 +804,7 @@ def _arrow() -> tuple[Any, Any]:
     except ImportError as error:
         raise InvalidInput(
             "format: expected pyarrow to be installed for parquet, got none; "
-            "pip install 'rewardmodels[parquet]' brings it."
+            "pip install 'rewardmodels[parquet]' installs it."
         ) from error
     return pyarrow, pyarrow.parquet
 
@@ -885,7 +889,7 @@ _PEOPLE: Final = (
     )""",
     """CREATE VIEW standing AS SELECT * FROM answers WHERE NOT EXISTS
         (SELECT 1 FROM withdrawals WHERE withdrawals.answer = answers.id)""",
-    # Once withdrawn, a query may be answered again: no more than one answer to it stands.
+    # After a withdrawal a query may be answered again, with at most one valid answer at a time.
     "DROP INDEX answer_once",
     "CREATE INDEX answer_query ON answers (query)",
     """CREATE TRIGGER one_stands BEFORE INSERT ON answers
@@ -897,26 +901,46 @@ _PEOPLE: Final = (
 _STEPS: Final = (_CLIPS_QUERIES_ANSWERS, _PEOPLE)
 
 _VERSION: Final = len(_STEPS)
-_APPLICATION: Final = 0x52574D46  # "RWMF" in the header of our files
-
+_APPLICATION: Final = 0x52574D46  # "RWMF" in the file's header
 _MAGIC: Final = b"SQLite format 3\x00"
 
 
 class _Database:
-    """Connection to a store's file, and its transactions.
+    """Connection to a store's file, and its transactions; see `FeedbackStore` for the errors.
 
-    Args:
-        path: The file; made if there is none (or an empty one), brought up to date if it is of
-            an earlier version.
-
-    Raises:
-        InvalidInput: A folder that doesn't exist.
-        UnreadableFile: Not a feedback store of this version or an earlier one, or damaged.
+    A file that exists is first checked through a connection that cannot write.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.connection = _connect(path)
+        if not path.parent.is_dir():
+            raise InvalidInput(f"path: expected a file in an existing folder, got {path}.")
+        # A process killed while making the file leaves a rollback journal, which SQLite applies
+        # on the first connection that may write.
+        interrupted = path.with_name(path.name + "-journal").exists()
+        if path.exists() and path.stat().st_size > 0 and not interrupted:
+            _check_unopened(path)
+        with _refuse_damage(path):
+            self.connection = _open(path, "rwc")
+            try:
+                self._upgrade()
+                if interrupted:
+                    _check(path, self.connection)
+                self.connection.execute("PRAGMA journal_mode = WAL")
+            except BaseException:
+                self.connection.close()
+                raise
+
+    def _upgrade(self) -> None:
+        """Make or upgrade the schema, all or nothing."""
+        with self.transaction() as db:
+            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                db.execute(f"PRAGMA application_id = {_APPLICATION}")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version < _VERSION:
+                for statement in (s for step in _STEPS[version:] for s in step):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {_VERSION}")
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -937,50 +961,6 @@ class _Database:
         with _refuse_damage(self.path):
             yield self.connection
 
-    def shown(self, query_id: int) -> tuple[int, int]:
-        """Return the ids of the first and second clip of a query.
-
-        Raises:
-            Missing: An unknown query.
-        """
-        with self.reading() as db:
-            sql = "SELECT first, second FROM queries WHERE id = ?"
-            found = db.execute(sql, (query_id,)).fetchone()
-        if found is None:
-            raise Missing(
-                f"query_id: expected a query in {self.path}, got {query_id}, which isn't."
-            )
-        return int(found[0]), int(found[1])
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open or make a feedback store.
-
-    A file that exists is first looked at through a connection that cannot write.
-
-    Raises:
-        InvalidInput: A folder that doesn't exist.
-        UnreadableFile: Not a feedback store of this version or an earlier one, or damaged.
-    """
-    if not path.parent.is_dir():
-        raise InvalidInput(f"path: expected a file in an existing folder, got {path}.")
-    # A rollback journal is what a process killed while making the file leaves behind; SQLite
-    # takes it back on the first connection that may write, and the rest is then as usual.
-    interrupted = path.with_name(path.name + "-journal").exists()
-    if path.exists() and path.stat().st_size > 0 and not interrupted:
-        _look(path)
-    with _refuse_damage(path):
-        db = _open(path, "rwc")
-        try:
-            _bring_up_to_date(db)
-            if interrupted:
-                _check(path, db)
-            db.execute("PRAGMA journal_mode = WAL")
-        except BaseException:
-            db.close()
-            raise
-    return db
-
 
 @contextmanager
 def _refuse_damage(path: Path) -> Iterator[None]:
@@ -994,63 +974,39 @@ def _refuse_damage(path: Path) -> Iterator[None]:
         raise _damaged(path, str(error)) from error
 
 
-def _look(path: Path) -> None:
-    """Check a file without writing to it or beside it."""
+def _check_unopened(path: Path) -> None:
+    """Check a file without writing to it or next to it."""
+
+    def state() -> tuple[int, bool]:
+        return path.stat().st_mtime_ns, path.with_name(path.name + "-wal").exists()
+
     while True:
-        before = _state(path)
+        before = state()
         try:
             with path.open("rb") as file:
                 if file.read(len(_MAGIC)) != _MAGIC:
                     raise _damaged(path, "file is not a database")
-            with _refuse_damage(path):
-                # Nobody has a file open that has no log beside it; SQLite may then be told that
-                # it won't change, and leaves no files of its own.
-                looking = _open(path, "ro" if before.has_log else "ro&immutable=1")
-                try:
-                    _check(path, looking)
-                finally:
-                    looking.close()
+            # Without a log no process has the file open; "immutable" then keeps SQLite from
+            # making files of its own.
+            with (
+                _refuse_damage(path),
+                closing(_open(path, "ro" if before[1] else "ro&immutable=1")) as db,
+            ):
+                _check(path, db)
             return
         except UnreadableFile:
-            # What looks torn may be another process's write, which a second look finds whole.
-            if _state(path) == before:
+            # Another process may be writing; if the file has changed, check it again.
+            if state() == before:
                 raise
-
-
-class _State(NamedTuple):
-    modified_ns: int
-    has_log: bool
-
-
-def _state(path: Path) -> _State:
-    return _State(path.stat().st_mtime_ns, path.with_name(path.name + "-wal").exists())
 
 
 def _open(path: Path, mode: str) -> sqlite3.Connection:
     uri = f"{path.absolute().as_uri()}?mode={mode}"
-    # Transactions are ours to begin and end, so that none is ever open by accident.
+    # Without implicit transactions, so that none is ever left open.
     db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)
     db.execute("PRAGMA foreign_keys = ON")
     db.execute("PRAGMA synchronous = FULL")
     return db
-
-
-def _bring_up_to_date(db: sqlite3.Connection) -> None:
-    """Upgrade the schema to this version, all or nothing."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-            db.execute(f"PRAGMA application_id = {_APPLICATION}")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version < _VERSION:
-            for statement in (s for step in _STEPS[version:] for s in step):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {_VERSION}")
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
 
 
 def _check(path: Path, db: sqlite3.Connection) -> None:
@@ -1077,78 +1033,4 @@ def _damaged(path: Path, found: str) -> UnreadableFile:
         f"({' '.join(found.split())}). It was left as it was. Restore it from a copy, or save "
         f"what can be saved with `sqlite3 {shlex.quote(str(path))} .recover | sqlite3 "
         "rescued.sqlite` and open that."
-    )
-
-
-class _ClipTable:
-    """Clips of a store, each kept once by content, as safetensors.
-
-    Args:
-        db: The open store.
-    """
-
-    def __init__(self, db: _Database) -> None:
-        self._db = db
-
-    def put(self, blob: bytes, twin: int) -> int:
-        """Return the id of a clip, stored now if it isn't yet; call it in a transaction.
-
-        Two clips of a query may hold the same frames; the second is then kept as a twin, since
-        a query of a clip against itself is what every reader refuses.
-        """
-        db = self._db.connection
-        key = (hashlib.sha256(blob).digest(), twin)
-        sql = "INSERT INTO clips (sha256, twin, data) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
-        db.execute(sql, (*key, blob))
-        sql = "SELECT id FROM clips WHERE sha256 = ? AND twin = ?"
-        return int(db.execute(sql, key).fetchone()[0])
-
-    def load(self, clip: int) -> Clips:
-        """Return one clip as it was stored.
-
-        Raises:
-            Missing: There is none of that id.
-            UnreadableFile: Its bytes have changed.
-        """
-        with self._db.reading() as db:
-            sql = "SELECT sha256, data FROM clips WHERE id = ?"
-            found = db.execute(sql, (clip,)).fetchone()
-        if found is None:
-            raise Missing(f"ids: expected clips in {self._db.path}, got {clip}, which isn't.")
-        digest, blob = found
-        if hashlib.sha256(blob).digest() != digest:
-            raise UnreadableFile(
-                f"{self._db.path}: expected clip {clip} as it was stored, got other bytes (its "
-                "checksum differs); restore the file from a copy."
-            )
-        return Clips(**{name: v[None] for name, v in safetensors.torch.load(blob).items()})
-
-    def check_frames(self, clips: Clips) -> None:
-        """Raise InvalidInput for frames of another shape than the stored clips'."""
-        with self._db.reading() as db:
-            known = db.execute("SELECT min(id) FROM clips").fetchone()[0]
-        stored = None if known is None else self.load(known)
-        for name in () if stored is None else ("observations", "actions", "states"):
-            old, new = getattr(stored, name), getattr(clips, name)
-            if old is not None and new is not None and old.shape[2:] != new.shape[2:]:
-                raise InvalidInput(
-                    f"clips.{name}: expected frames of shape {tuple(old.shape[2:])} like those "
-                    f"in {self._db.path}, got {tuple(new.shape[2:])}; use another file for another "
-                    "task."
-                )
-
-
-def _pack(clips: Clips, index: int) -> bytes:
-    """Serialise one clip, cut after its last real frame."""
-    end = int(clips.mask[index].nonzero().max()) + 1
-    named = {
-        name: getattr(clips, name)
-        for name in ("observations", "actions", "mask", "rewards", "states")
-    }
-    return safetensors.torch.save(
-        {
-            name: value[index, :end].detach().cpu().contiguous().clone()
-            for name, value in named.items()
-            if value is not None
-        }
     )

@@ -1,8 +1,8 @@
 """Schedules: how many comparisons are due at a step of the agent's training.
 
-A schedule counts comparisons received, not queries put, since people skip. The caller asks for
-`comparisons_by(...) - answered` more. `Timetable`s depend on the agent's steps, `WhenUnsure` on the
-posterior about its policy.
+A schedule counts comparisons received, not queries put, since people skip; the caller requests
+`comparisons_by(...) - answered` more. `Timetable`s depend on the agent's steps, `WhenUnsure` on
+the posterior about its policy.
 """
 
 from __future__ import annotations
@@ -85,7 +85,6 @@ class Timetable(Schedule):
         answered: int = 0,
         posterior: Callable[[], ReturnPosterior] | None = None,
     ) -> int:
-        """Return a count that never falls with the steps; see `Schedule.comparisons_by`."""
         _check(step, total_steps, budget, answered)
         if step >= total_steps:
             return budget
@@ -101,10 +100,7 @@ class Constant(Timetable):
     r"""A constant rate: $f(t) = t / T$.
 
     Args:
-        initial: Share of the budget due at step 0.
-
-    Raises:
-        InvalidInput: An initial share outside [0, 1].
+        initial: As in `Schedule`.
 
     Example:
         >>> Constant(initial=0.25).comparisons_by(500, total_steps=1000, budget=1000)
@@ -112,7 +108,6 @@ class Constant(Timetable):
     """
 
     def share_by(self, step: int, total_steps: int) -> float:
-        """Elapsed share of the steps."""
         return step / total_steps
 
 
@@ -121,17 +116,16 @@ class Hyperbolic(Timetable):
     r"""A decreasing rate, proportional to $c / (t + c)$.
 
     Its integral, normalised to reach 1 at the end, is
-    $f(t) = \log(1 + t / c) / \log(1 + T / c)$. Christiano et al. 2017, Appendix A, use
-    $2 \cdot 10^6 / (t + 2 \cdot 10^6)$, which is what this does unless told otherwise. The rate
-    doesn't depend on how long the training is, the share does.
+    $f(t) = \log(1 + t / c) / \log(1 + T / c)$. The default is that of Christiano et al. 2017,
+    Appendix A.
 
     Args:
-        initial: Share of the budget due at step 0.
-        half_life: c, agent steps after which the rate is half of what it was at step 0 (and a
-            third after 2 c, being a hyperbola and no exponential).
+        initial: As in `Schedule`.
+        half_life: c, agent steps after which the rate is half of that at step 0 (and a third after
+            2 c: a hyperbola, not an exponential).
 
     Raises:
-        InvalidInput: An initial share outside [0, 1], or a half-life that isn't positive.
+        InvalidInput: A half-life that isn't positive, or as in `Schedule`.
 
     Example:
         >>> schedule = Hyperbolic(initial=0.0, half_life=1000)
@@ -148,23 +142,23 @@ class Hyperbolic(Timetable):
         self.half_life = half_life
 
     def share_by(self, step: int, total_steps: int) -> float:
-        """Share of the integrated rate; log1p keeps it exact for a half-life far past the end."""
+        # log1p keeps it exact for a half-life far past the end.
         return math.log1p(step / self.half_life) / math.log1p(total_steps / self.half_life)
 
 
 @final
 class WhenUnsure(Schedule):
-    """Ask while the posterior about the policy's latest clips is wider than a level.
+    """Request comparisons while the posterior about the policy's latest clips is too wide.
 
     Whenever `mean_information` of these clips is above the level, a share of the budget more is
-    due; else nothing is, however much of the budget is left. So a policy that stays where
-    comparisons were made costs none, and new behaviour is asked about at once.
+    due; else nothing is, however much of the budget is left. A policy that stays where comparisons
+    were made costs none, and new behaviour is queried at once.
 
     Args:
-        level: Nats from 0 to log 2, mean information in an answer above which to ask. 0 asks
-            as long as the belief's samples differ at all.
-        share: Of the budget, above 0, asked for each time.
-        initial: Share of the budget due before the first step, when there is no belief yet.
+        level: Nats from 0 to log 2, mean information of a comparison above which more are due. At
+            0 they are due as long as the posterior samples differ at all.
+        share: Share of the budget, above 0, that is due each time.
+        initial: As in `Schedule`; until it is received the posterior isn't used.
 
     Raises:
         InvalidInput: A level or a share out of range.
@@ -197,7 +191,6 @@ class WhenUnsure(Schedule):
         answered: int = 0,
         posterior: Callable[[], ReturnPosterior] | None = None,
     ) -> int:
-        """Return the initial share, then more while the posterior is wide; see the class."""
         _check(step, total_steps, budget, answered)
         first = _part(budget, self.initial)
         if posterior is None or answered < first or answered >= budget:
@@ -215,8 +208,8 @@ SCHEDULES: Final[dict[str, Callable[..., Schedule]]] = {
 def mean_information(posterior: ReturnPosterior) -> float:
     """Mutual information of a comparison and the reward function, averaged over all pairs.
 
-    The mean of `active.acquisition.mutual_information`, from 60 samples; they are drawn from a
-    fixed seed, so that a posterior has one value.
+    The mean of `active.acquisition.mutual_information` from 60 samples, drawn with a fixed seed so
+    that a posterior has one value.
 
     Args:
         posterior: Over the returns of N clips, at least 2.

@@ -1,7 +1,7 @@
-"""Query strategies: which pairs of clips to ask about next.
+"""Query strategies: selection of the pairs of clips to compare next.
 
-A strategy sees a posterior over returns, never the model behind it, so that every strategy works
-with every predictor. `ScoredStrategy` composes any acquisition with any batch rule, and most
+A strategy receives a posterior over returns, never the model behind it, so that every strategy
+works with every predictor. `ScoredStrategy` composes any acquisition with any batch rule, and most
 others are named settings of it. A new one is a `QueryStrategy` and a line in `STRATEGIES`; a
 user's own is named by its import path.
 """
@@ -38,7 +38,7 @@ from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import check_random_answer_rate
 from rewardmodels.posterior import ReturnPosterior
 
-_SAME: Final = 1e-5  # share of a draw's spread by which it must see two clips differ
+_SAME: Final = 1e-5  # share of a draw's spread, up to which two returns count as equal
 
 
 class QueryStrategy(ABC):
@@ -60,17 +60,16 @@ class QueryStrategy(ABC):
             posterior: Over the returns of N clips.
             pairs: `(Q, 2)` integers, the candidates, indices into the N clips.
             n: Number of pairs to select.
-            weights: `(N,)`, at least 0, how much each clip matters; a pair's score is multiplied
-                by both its clips'. A clip's closeness to what the policy now does makes queries
-                near on-policy (Hu et al. 2023, arXiv 2305.17400).
+            weights: `(N,)`, at least 0; a pair's score is multiplied by the weights of both its
+                clips. Weights by closeness to the current policy make queries near on-policy (Hu
+                et al. 2023, arXiv 2305.17400).
             generator: Source of randomness.
 
         Returns:
             `(n,)` long, distinct indices into `pairs`, in the order of selection.
 
         Raises:
-            InvalidInput: More pairs asked for than there are, or a shape or a value that
-                can't be used.
+            InvalidInput: An n above Q, or an invalid shape or value.
         """
 
 
@@ -108,10 +107,9 @@ def weighted(scores: Tensor, pairs: Tensor, weights: Tensor | None) -> Tensor:
 
 @final
 class Uniform(QueryStrategy):
-    """Every pair equally likely; with weights, in proportion to the pair's weight.
+    """Draw pairs at random without replacement, in proportion to their weights.
 
-    The baseline that an informative strategy has to beat. Draws are without replacement. It
-    looks at nothing in the posterior.
+    The baseline that an informative strategy has to beat; it ignores the posterior.
 
     Example:
         >>> from rewardmodels.posterior import SampledPosterior
@@ -130,7 +128,6 @@ class Uniform(QueryStrategy):
         weights: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Select n pairs at random; see `QueryStrategy.select`."""
         check_selection(posterior, pairs, n, weights)
         scores = torch.ones(len(pairs), dtype=torch.float64, device=pairs.device)
         candidates = Candidates(weighted(scores, pairs, weights), pairs, scores.new_empty(0, 0))
@@ -138,13 +135,13 @@ class Uniform(QueryStrategy):
 
 
 class ScoredStrategy(QueryStrategy):
-    """Scores every pair from posterior samples, then lets a rule choose the batch.
+    """Score every pair from posterior samples, and choose the batch by a rule.
 
     Args:
         acquisition: A name in `active.acquisition.ACQUISITIONS`, or a function like those.
-        rule: How the batch is chosen from the scores; the highest scores if left out.
-        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
-            size counts every member equally.
+        rule: Rule that chooses the batch from the scores; None takes the highest scores.
+        samples: Number of posterior samples. For an ensemble a multiple of its size counts every
+            member equally.
 
     Raises:
         UnknownName: An acquisition that isn't known.
@@ -182,28 +179,25 @@ class ScoredStrategy(QueryStrategy):
         weights: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Select n pairs by score and rule; see `QueryStrategy.select`."""
         check_selection(posterior, pairs, n, weights)
         returns = posterior.rsample(self.samples, generator).detach()
         scores = weighted(self.acquisition(returns, pairs), pairs, weights)
         return self.rule.choose(Candidates(scores, pairs, returns), n, generator)
 
 
-# What follows only names settings of ScoredStrategy, whose select is the one there is.
+# Named settings of ScoredStrategy: arguments of the same name mean and raise the same in each.
 
 
 @final
 class Disagreement(ScoredStrategy):
-    """Query pairs where posterior samples disagree about which clip is better.
+    """Query pairs where posterior samples disagree about the better clip.
 
     `ScoredStrategy` with `preference_variance` (Christiano et al. 2017, §2.2.4).
 
     Args:
-        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
-            size counts every member equally.
-        power: Draw the batch with probability proportional to score to this power
-            (`active.batch.Power`); None takes the highest scores, which are often the same
-            question many times over.
+        samples: Number of posterior samples, as in `ScoredStrategy`.
+        power: Draw the batch in proportion to the scores to this power (`active.batch.Power`); None
+            takes the highest scores, which are often nearly the same query many times over.
 
     Raises:
         InvalidInput: Fewer than 1 sample, or a negative power.
@@ -216,20 +210,17 @@ class Disagreement(ScoredStrategy):
 
 @final
 class BALD(ScoredStrategy):
-    """Query pairs whose answer has most mutual information with the reward function.
+    """Query pairs whose preference has most mutual information with the reward function.
 
     `ScoredStrategy` with `mutual_information` (Houlsby et al. 2011; Bıyık et al. 2019).
 
     Args:
-        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
-            size counts every member equally.
-        power: Draw the batch with probability proportional to score to this power
-            (`active.batch.Power`); None takes the highest scores, which are often the same
-            question many times over.
+        samples: Number of posterior samples, as in `ScoredStrategy`.
+        power: As in `Disagreement`.
         random_answer_rate: Probability that the teacher answers at random.
 
     Raises:
-        InvalidInput: Fewer than 1 sample, a negative power, or a mistake rate outside [0, 1).
+        InvalidInput: As `Disagreement`, or a rate outside [0, 1).
     """
 
     def __init__(
@@ -243,19 +234,15 @@ class BALD(ScoredStrategy):
 
 @final
 class Entropy(ScoredStrategy):
-    """Query pairs whose predicted answer has the highest entropy.
+    """Query pairs whose predicted preference has the highest entropy.
 
     `ScoredStrategy` with `predictive_entropy` (Lewis & Gale 1994; one of the strategies of Lee
     et al. 2021, arXiv 2111.03026).
 
     Args:
-        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
-            size counts every member equally.
-        power: As in `BALD`; scores lie so close together that drawing by them is next to
-            uniform, so that the highest are taken unless this says otherwise.
-
-    Raises:
-        InvalidInput: Fewer than 1 sample, or a negative power.
+        samples: Number of posterior samples, as in `ScoredStrategy`.
+        power: As in `Disagreement`; None by default, since these scores lie so close together that
+            drawing in proportion to them is nearly uniform.
     """
 
     def __init__(self, samples: int = 32, power: float | None = None) -> None:
@@ -265,17 +252,13 @@ class Entropy(ScoredStrategy):
 
 @final
 class DOptimal(ScoredStrategy):
-    """Query pairs whose answer shrinks the posterior volume most.
+    """Query pairs whose comparison shrinks the posterior volume most.
 
     `ScoredStrategy` with `d_optimal`. `GreedyInformation` does so for the batch as a whole.
 
     Args:
-        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
-            size counts every member equally.
-        power: As in `BALD`.
-
-    Raises:
-        InvalidInput: Fewer than 1 sample, or a negative power.
+        samples: Number of posterior samples, as in `ScoredStrategy`.
+        power: As in `Disagreement`.
     """
 
     def __init__(self, samples: int = 32, power: float | None = 1.0) -> None:
@@ -291,11 +274,7 @@ class EUBO(ScoredStrategy):
     the highest scores all hold the same favourite.
 
     Args:
-        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
-            size counts every member equally.
-
-    Raises:
-        InvalidInput: Fewer than 1 sample.
+        samples: Number of posterior samples, as in `ScoredStrategy`.
     """
 
     def __init__(self, samples: int = 32) -> None:
@@ -309,11 +288,8 @@ class GreedyInformation(ScoredStrategy):
     `ScoredStrategy` with `d_optimal` and `active.batch.GreedyLogDet`.
 
     Args:
-        samples: Posterior samples that the scores rest on, and the rank of what a batch can
-            teach. For an ensemble a multiple of its size counts every member equally.
-
-    Raises:
-        InvalidInput: Fewer than 1 sample.
+        samples: Number of posterior samples, as in `ScoredStrategy`; a batch is informative in at
+            most so many directions.
     """
 
     def __init__(self, samples: int = 32) -> None:
@@ -329,24 +305,20 @@ class KCenter(ScoredStrategy):
     there over observations).
 
     Args:
-        samples: Posterior samples that the scores rest on. For an ensemble a multiple of its
-            size counts every member equally.
-
-    Raises:
-        InvalidInput: Fewer than 1 sample.
+        samples: Number of posterior samples, as in `ScoredStrategy`.
     """
 
     def __init__(self, samples: int = 32) -> None:
-        super().__init__(_equal, FarthestFirst(), samples)
+        super().__init__(lambda r, p: r.new_ones(len(p)), FarthestFirst(), samples)
 
 
 class DrawnQueries(QueryStrategy):
-    """For each question the pair that draws of its own value most, of those not chosen yet.
+    """For each query the pair of highest value under posterior draws made for that query.
 
-    Pairs of equal value are drawn at random.
+    Each pair is selected once; pairs of equal value are ordered at random.
     """
 
-    draws_per_question: int
+    draws_per_query: int
 
     @final
     def select(
@@ -358,18 +330,17 @@ class DrawnQueries(QueryStrategy):
         weights: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Select n pairs, one for each set of draws; see `QueryStrategy.select`."""
         check_selection(posterior, pairs, n, weights)
         order = torch.randperm(len(pairs), generator=generator).to(pairs.device)
         if n == 0:
             return order[:0]
-        draws = posterior.rsample(n * self.draws_per_question, generator).detach()
-        # From each draw's own worst clip, so that a weight scales what a clip is worth to it.
+        draws = posterior.rsample(n * self.draws_per_query, generator).detach()
+        # Relative to the draw's worst clip, so that weights multiply values that are at least 0.
         draws = draws - draws.amin(1, keepdim=True)
         first, second = pairs[order].long().unbind(1)
         weight = weighted(draws.new_ones(len(pairs)), pairs[order], weights)
         chosen: list[int] = []
-        for some in draws.split(self.draws_per_question):
+        for some in draws.split(self.draws_per_query):
             values = self.values(some, first, second) * weight
             values[chosen] = -1
             chosen.append(int(values.argmax()))
@@ -377,19 +348,18 @@ class DrawnQueries(QueryStrategy):
 
     @abstractmethod
     def values(self, draws: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """`(Q,)` values, at least 0, of pairs to one question's draws `(draws_per_question, N)`."""
+        """Values `(Q,)`, at least 0, of all pairs under `(draws_per_query, N)` draws."""
 
 
 @final
 class Thompson(DrawnQueries):
     r"""Compare the favourites of two draws (double Thompson sampling).
 
-    For draws f and g the pair with the highest $f(a) + g(b)$, either way round: f's favourite
-    against g's, and against the next best where the two agree, or can't tell their favourites
-    apart, or the pair has been chosen (Wu & Liu 2016, arXiv 1604.07101, without the bounds on
-    what is drawn from). It looks for the best
-    clip, and stops asking about a clip as soon as no draw takes it for the best. For an ensemble
-    a draw is a member.
+    For draws f and g the pair with the highest $f(a) + g(b)$, in either order: f's best clip
+    against g's, or against the next best where these are the same clip, have equal returns, or are
+    selected already (Wu & Liu 2016, arXiv 1604.07101, without the confidence bounds). It looks for
+    the best clip, and stops querying a clip that is best in no draw. For an ensemble a draw is a
+    member.
 
     Example:
         >>> from rewardmodels.posterior import SampledPosterior
@@ -398,13 +368,12 @@ class Thompson(DrawnQueries):
         tensor([1])
     """
 
-    draws_per_question = 2
+    draws_per_query = 2
 
     def values(self, draws: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Sum of the returns of the two clips, each under one of the draws."""
         ours, theirs = draws
         worth = torch.maximum(ours[first] + theirs[second], ours[second] + theirs[first])
-        # A favourite's copy is as good a favourite, and nothing to compare it with.
+        # The best clip's copy scores as high, but comparing the two teaches nothing.
         apart = (draws[:, second] - draws[:, first]).abs().amax(0)
         return worth * (apart > _SAME * draws.max())
 
@@ -413,8 +382,8 @@ class Thompson(DrawnQueries):
 class BestVsWorst(DrawnQueries):
     r"""Compare the best clip of a draw with its worst.
 
-    For a draw f the pair with the largest $|f(b) - f(a)|$. Easy questions, whose answer would
-    refute the draw if it were wrong. For an ensemble a draw is a member.
+    For a draw f the pair with the largest $|f(b) - f(a)|$: easy queries that refute a wrong draw.
+    For an ensemble a draw is a member.
 
     Example:
         >>> from rewardmodels.posterior import SampledPosterior
@@ -423,10 +392,9 @@ class BestVsWorst(DrawnQueries):
         tensor([2])
     """
 
-    draws_per_question = 1
+    draws_per_query = 1
 
     def values(self, draws: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Absolute difference of the two returns under the draw, reward units."""
         return (draws[0, second] - draws[0, first]).abs()
 
 
@@ -441,7 +409,3 @@ STRATEGIES: Final[dict[str, type[QueryStrategy]]] = {
 
 def _rule(power: float | None) -> BatchRule:
     return TopK() if power is None else Power(power)
-
-
-def _equal(returns: Tensor, pairs: Tensor) -> Tensor:
-    return returns.new_ones(len(pairs))

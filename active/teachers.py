@@ -28,7 +28,6 @@ from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Marks
 from rewardmodels.errors import InvalidInput
 
-SKIPPED: Final = math.nan
 _POLL_SECONDS: Final = 0.5  # between looks at the store while waiting for people
 
 
@@ -37,11 +36,11 @@ class Request:
     """Request of a round of training to a teacher.
 
     Args:
-        store: Where queries and comparisons are kept.
-        round: Round of asking.
-        due: Comparisons that there should be in all by now.
-        propose: Puts so many new queries, chosen by the strategy, into the store.
-        first: True before the policy is first trained, when all that are due must be there.
+        store: Store of the queries and comparisons.
+        round: Number of the round of queries.
+        due: Comparisons due by now, over all rounds.
+        propose: Adds that many new queries, selected by the strategy, to the store.
+        first: True before the policy is first trained, when all that are due are required.
         generator: Source of the teacher's randomness.
         report: Shows a line about the progress.
     """
@@ -58,26 +57,26 @@ class Request:
 class Teacher:
     """Source of comparisons.
 
-    A subclass who answers at once implements `answer`; one who answers in its own time, or about
-    clips of its own, overrides `collect`.
+    A subclass that compares at once implements `answer`; one that takes its time, or has clips of
+    its own, overrides `collect`.
     """
 
     def check(self, observation: Sequence[int] | None, action: Sequence[int] | None) -> None:
-        """Raise, before work starts, if a task can't be taught.
+        """Raise, before work starts, if the teacher doesn't fit the task.
 
         Args:
-            observation: Shape of the task's observations; None isn't looked at.
-            action: Shape of the task's actions.
+            observation: Shape of the task's observations; None isn't checked.
+            action: Shape of the task's actions; None isn't checked.
 
         Raises:
             InvalidInput: The teacher is for another task.
         """
 
     def collect(self, request: Request) -> None:
-        """Bring the store's comparisons up to what is due, as far as the teacher gives them.
+        """Add comparisons to the store until those due are there, as far as the teacher has them.
 
-        By default the missing queries are proposed, unless the round's were before an
-        interruption, and all open ones of the round are answered by `answer`.
+        By default propose the missing queries, unless an interrupted run has already, and compare
+        the round's open ones by `answer`.
         """
         store, round = request.store, request.round
         missing = request.due - store.counts().answered
@@ -91,7 +90,7 @@ class Teacher:
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Answer every pair at once.
+        """Compare every pair at once.
 
         Args:
             clips: The N clips.
@@ -121,37 +120,34 @@ class SyntheticTeacher(Teacher):
     1. *skip* if $\max(R_1, R_2) < d_\text{skip}$: neither shows anything worth judging;
     2. *the same* if $|R_1 - R_2| < d_\text{same}$;
     3. else prefer the second with probability $\sigma(\beta\,(G_2 - G_1))$;
-    4. and with probability $\epsilon$ say the opposite of that.
+    4. and flip that preference with probability $\epsilon$.
 
-    Both thresholds look at the plain return, as in the paper: a short memory changes which clip
-    is preferred, not whether there is anything to see. A mistake turns a preference round, so
-    it never touches "the same" or a skip.
+    Both thresholds apply to the undiscounted return, as in the paper. A flip changes neither "the
+    same" nor a skip. A model of this teacher has a `random_answer_rate` of $2\epsilon$, since half
+    of all random answers are right.
 
-    A flipped answer is the opposite one. `random_answer_rate` of the predictors is the probability
-    of a random answer, half of which are right: a model of this teacher has twice the rate.
+    Sums are correctly rounded, so that a return doesn't depend on the padding and exact ties are
+    found. Returns may be of either sign, and clips of any length.
 
-    Sums are correctly rounded, so a clip's return doesn't depend on how far it was padded, and
-    clips that tie exactly are seen to tie. Returns may be of either sign, and clips of any length.
-
-    B-Pref's public code (rll-research/BPref, `get_label` in `reward_model.py`) answers otherwise
-    at the edges; `as_published` does as it does, for comparisons with printed numbers:
+    B-Pref's public code (rll-research/BPref, `get_label` in `reward_model.py`) differs in corner
+    cases, which `as_published` reproduces for comparisons with published numbers:
 
     - a skip needs $\max(R_1, R_2) \le d_\text{skip}$, and a threshold that isn't positive skips
-      nothing: where returns are negative, teachers who skip don't;
-    - a rational teacher prefers the *first* of two clips that tie exactly, and errs about it;
-    - a rationality of 0 (there: of 0 or below, -1 by default) is a rational teacher's;
+      nothing, even if returns are negative;
+    - a rational teacher prefers the *first* of two clips that tie exactly, and may flip that;
+    - a rationality of 0 (there: of 0 or below, -1 by default) means a rational teacher;
     - a threshold for "the same" may be negative, and is then never met.
 
     Args:
         rationality: $\beta$, at least 0, per reward unit; infinity always prefers the higher
-            discounted return and calls an exact tie "the same", 0 tosses a coin.
-        myopia: $\gamma$ from 0 to 1, weight lost with each frame back from the clip's last: 1
-            remembers all frames alike, 0 only the last.
-        flip_rate: $\epsilon$ from 0 to 1, probability of the opposite answer.
+            discounted return and calls an exact tie "the same", 0 prefers at random.
+        myopia: $\gamma$ from 0 to 1, discount per frame back from the clip's last: 1 weighs all
+            frames alike, 0 only the last.
+        flip_rate: $\epsilon$ from 0 to 1, probability of the opposite preference.
         skip_threshold: $d_\text{skip}$, reward units; None never skips.
-        same_threshold: $d_\text{same}$, at least 0, reward units; None never says "the same",
-            save of an exact tie at infinite rationality.
-        as_published: Answer as B-Pref's public code does.
+        same_threshold: $d_\text{same}$, at least 0, reward units; at None only exact ties at
+            infinite rationality are "the same".
+        as_published: Compare as B-Pref's public code does.
 
     Raises:
         InvalidInput: A value outside its range.
@@ -193,11 +189,10 @@ class SyntheticTeacher(Teacher):
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Answer every pair from `clips.rewards`; see `Teacher.answer` and the class."""
         if clips.rewards is None:
             raise InvalidInput(
                 "clips.rewards: expected the task's own reward, by which a synthetic teacher "
-                "judges, got None; record the clips with rewards, or ask a person."
+                "compares, got None; record the clips with rewards, or use a human teacher."
             )
         check_pairs(pairs, len(clips))
         used, at = torch.unique(pairs.cpu().long(), return_inverse=True)
@@ -209,19 +204,16 @@ class SyntheticTeacher(Teacher):
         if self.same_threshold is not None:
             preference[(first - second).abs() < self.same_threshold] = 0.5
         if self.skip_threshold is not None:
-            preference[self._skips(torch.maximum(first, second), self.skip_threshold)] = SKIPPED
+            better, threshold = torch.maximum(first, second), self.skip_threshold
+            published = (better <= threshold) & (threshold > 0)
+            preference[published if self.as_published else better < threshold] = math.nan
         return preference.float().to(pairs.device)
 
-    def _skips(self, better: Tensor, threshold: float) -> Tensor:
-        if self.as_published:
-            return (better <= threshold) & (threshold > 0)
-        return better < threshold
-
     def _prefer(self, difference: Tensor, generator: torch.Generator | None) -> Tensor:
-        # Two draws for every pair whether needed or not, so that an answer depends on its place
-        # in the batch alone, and teachers that differ in one parameter share their luck.
+        # Two draws for every pair whether needed or not, so that a comparison depends on its place
+        # in the batch alone, and teachers that differ in one parameter share their randomness.
         device = None if generator is None else generator.device
-        luck = torch.rand(
+        draws = torch.rand(
             len(difference), 2, dtype=torch.float64, generator=generator, device=device
         ).to(difference.device)
         if self.as_published and self.rationality in (0, math.inf):
@@ -229,23 +221,21 @@ class SyntheticTeacher(Teacher):
         elif math.isinf(self.rationality):
             preference = 0.5 + 0.5 * difference.sign()
         else:
-            preference = (luck[:, 0] < torch.sigmoid(self.rationality * difference)).double()
-        mistaken = luck[:, 1] < self.flip_rate
-        return torch.where(mistaken, 1 - preference, preference)
+            preference = (draws[:, 0] < torch.sigmoid(self.rationality * difference)).double()
+        return torch.where(draws[:, 1] < self.flip_rate, 1 - preference, preference)
 
 
 @final
 class HumanTeacher(Teacher):
-    """People, who answer in their own time on the page that `rewardmodels label RUN` serves.
+    """People, who compare at their own pace on the page that `rewardmodels label RUN` serves.
 
-    Queries and comparisons meet in the run's `answers.sqlite`, which both commands have open;
-    either may be stopped and started again. As many queries are kept open as comparisons are due.
-    Training waits for the comparisons due before it first begins; after that it goes on with those
-    that there are.
+    Both commands have the run's `answers.sqlite` open; either may be stopped and started again. As
+    many queries are kept open as comparisons are due. The first training waits for all comparisons
+    due; later ones go on with those that there are.
 
     Args:
-        patience: Share of the comparisons due in a later round, from 0 to 1, that its training
-            waits for as well. Simulators are fast: at 0 a run may end before the budget is spent.
+        patience: Share of the comparisons due, from 0 to 1, that later trainings wait for. At 0 a
+            run with a fast simulator may end before the budget is spent.
 
     Raises:
         InvalidInput: A patience outside [0, 1].
@@ -257,10 +247,7 @@ class HumanTeacher(Teacher):
         self.patience = patience
 
     def collect(self, request: Request) -> None:
-        """Keep as many queries open as comparisons are missing, and wait for the required ones.
-
-        A skipped query is replaced, by the next round at the latest.
-        """
+        """Keep as many queries open as comparisons are missing, and wait for the required ones."""
         store, due = request.store, request.due
         required = due if request.first else int(self.patience * due)
         while True:
@@ -269,7 +256,7 @@ class HumanTeacher(Teacher):
             if (missing := due - counts.answered - still_open) > 0:
                 request.propose(missing)
             if counts.answered >= required:
-                return
+                return  # queries skipped from now on are replaced in the next round
             page = shlex.join(["rewardmodels", "label", str(store.path.parent)])
             request.report(f"waiting for {required - counts.answered} comparisons: {page}")
             time.sleep(_POLL_SECONDS)
@@ -279,10 +266,9 @@ class HumanTeacher(Teacher):
 class ReplayTeacher(Teacher):
     """Recorded comparisons: a run's `answers.sqlite`, or what `export_feedback` wrote.
 
-    Another policy meets other clips, which nobody has compared. So the recorded queries themselves
-    are put, in their order and with their comparisons, as many in each round as are due; strategies
-    aren't used. Skipped and open ones are left out, and when all have been put nothing more is
-    asked.
+    Another policy makes other clips, which nobody has compared. So the recorded queries are put
+    instead of a strategy's, in their order and as many in each round as are due, until there are
+    no more. Skipped and open ones are left out.
 
     Args:
         file: File of the store, or directory of an export.
@@ -316,7 +302,7 @@ class ReplayTeacher(Teacher):
         """Raise if the recording holds no comparison or clips of another task.
 
         Raises:
-            InvalidInput: As said.
+            InvalidInput: No comparison, or frames of another shape.
             UnreadableFile: A damaged recording.
         """
         with self._recorded() as (store, answered):
@@ -371,16 +357,15 @@ TEACHERS: Final[dict[str, Callable[..., Teacher]]] = {
 class SyntheticMarker:
     r"""A synthetic teacher who marks the best part of each clip good and the worst bad.
 
-    Of all stretches of `length` frames within a clip those with the highest and the lowest sum of
-    true rewards are looked at, the first such of several. A stretch is marked if its mean reward
-    is above that of the clip's other frames, or below it for a bad one, by at least `threshold`;
-    and with probability $\epsilon$ a mark says the opposite, as with a mistaken `SyntheticTeacher`.
-    Clips of no more than `length` frames aren't marked.
+    Candidates are the parts of `length` frames with the highest and the lowest sum of true rewards,
+    the first of several. A part is marked if its mean reward is above that of the clip's other
+    frames (or below it, for a bad one) by at least `threshold`; with probability $\epsilon$ the
+    mark is flipped. Clips of no more than `length` frames aren't marked.
 
     Args:
-        length: Frames of a stretch, at least 1.
-        threshold: How far it has to stand out, at least 0, reward units per frame.
-        flip_rate: $\epsilon$ from 0 to 1, probability that good is called bad, or bad good.
+        length: Frames of a part, at least 1.
+        threshold: Least difference of the means, at least 0, reward units per frame.
+        flip_rate: $\epsilon$ from 0 to 1, probability that good is marked bad, or bad good.
 
     Raises:
         InvalidInput: A value outside its range.
@@ -394,13 +379,9 @@ class SyntheticMarker:
     """
 
     def __init__(self, length: int = 5, threshold: float = 0.0, flip_rate: float = 0.0) -> None:
-        for name, valid, expected, value in (
-            ("length", length >= 1, "at least 1 frame", length),
-            ("threshold", 0 <= threshold < math.inf, "a finite number from 0", threshold),
-            ("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate),
-        ):
-            if not valid:
-                raise InvalidInput(f"{name}: expected {expected}, got {value}.")
+        _require("length", length >= 1, "at least 1 frame", length)
+        _require("threshold", 0 <= threshold < math.inf, "a finite number from 0", threshold)
+        _require("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate)
         self.length, self.threshold, self.flip_rate = length, threshold, flip_rate
 
     def mark(self, clips: Clips, generator: torch.Generator | None = None) -> Marks:
@@ -408,8 +389,8 @@ class SyntheticMarker:
 
         Args:
             clips: With the task's own rewards.
-            generator: Source of wrong marks, on the CPU. Each clip takes the same number of draws,
-                so that its marks depend on its place alone.
+            generator: Source of flips, on the CPU. Each clip takes the same number of draws, so
+                that its marks depend on its place alone.
 
         Returns:
             Two marks a clip at most, by clip, the good one first.
@@ -420,9 +401,9 @@ class SyntheticMarker:
         if clips.rewards is None:
             raise InvalidInput(
                 "clips.rewards: expected the task's own reward, by which a synthetic teacher "
-                "marks, got None; record the clips with rewards, or ask a person."
+                "marks, got None; record the clips with rewards, or let a person mark them."
             )
-        luck = torch.rand(len(clips), 2, dtype=torch.double, generator=generator)
+        draws = torch.rand(len(clips), 2, dtype=torch.double, generator=generator)
         if clips.length <= self.length:
             return Marks(clips, torch.zeros(0, 4, dtype=torch.long))
         rewards = clips.rewards.detach().cpu().double().masked_fill(~clips.mask.cpu(), 0)
@@ -436,14 +417,11 @@ class SyntheticMarker:
             rest = (sign * rewards.sum(1) - best) / (lengths - self.length)
             marked = best / self.length - rest >= self.threshold
             marked &= lengths > self.length
-            sign_given = torch.where(luck[:, good] < self.flip_rate, 1 - good, good)
-            rows.append(self._rows(start, sign_given, marked))
+            given = torch.where(draws[:, good] < self.flip_rate, 1 - good, good)
+            clip, last = torch.arange(len(start)), start + self.length - 1
+            rows.append(torch.stack([clip, start, last, given], 1)[marked])
         both = torch.cat(rows)
         return Marks(clips, both[both[:, 0].argsort(stable=True)])
-
-    def _rows(self, start: Tensor, good: Tensor, marked: Tensor) -> Tensor:
-        clip = torch.arange(len(start))
-        return torch.stack([clip, start, start + self.length - 1, good], 1)[marked]
 
 
 def _discounted(clips: Clips, discount: float) -> Tensor:

@@ -308,7 +308,7 @@ def die_making(path: Path, say: int) -> None:
         return db
 
     database._open = opened
-    database._connect(path)
+    database._Database(path)
 
 
 def test_a_kill_while_the_file_is_made_leaves_one_that_opens(path):

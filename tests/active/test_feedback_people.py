@@ -55,13 +55,13 @@ def test_leases_are_disjoint_renewed_and_return_when_they_run_out(path):
     now[0] += 6
     assert leases.take("ann", 3, seconds=10) == [*ids[:2], ids[4]]  # hers, renewed, come first
     now[0] += 5  # bob's have run out, ann's not
-    with pytest.raises(Conflict, match="run out"):
+    with pytest.raises(Conflict, match="query_id"):
         leases.check(ids[2], "bob")
     leases.check(ids[0], "ann")
     assert leases.take("carla", 9, seconds=10) == [ids[2], ids[3], ids[5]]
     leases.release("ann")
     assert leases.take("bob", 9) == [ids[0], ids[1], ids[4]]
-    with pytest.raises(Conflict, match="somebody else"):
+    with pytest.raises(Conflict, match="query_id"):
         leases.grant(ids[0], "ann")
     leases.grant(ids[0], "bob")
     store.close()
@@ -101,7 +101,7 @@ def test_what_is_refused_changes_nothing(path, refused):
 def test_an_answer_needs_the_lease_and_ends_it(path):
     store, ids = opened(path)
     store.leases.take("ann's tab")
-    with pytest.raises(Conflict, match="somebody else's"):
+    with pytest.raises(Conflict, match="query_id"):
         store.answer(ids[0], 0.0, "bob", holder="bob's tab")
     store.answer(ids[0], 1.0, "ann", seconds=2.5, holder="ann's tab")
     with pytest.raises(Conflict, match="'ann' has answered"):
@@ -143,7 +143,7 @@ def test_a_withdrawn_answer_stays_and_counts_no_more(path):
     store.withdraw("answer", first, "ann")
     assert store.counts() == Counts(6, 0, 0)
     assert store.comparisons() is None
-    with pytest.raises(Conflict, match="withdrawn already"):
+    with pytest.raises(Conflict, match="id"):
         store.withdraw("answer", first, "ann")
     second = store.answer(ids[0], 0.0, "ann")
     assert store.comparisons().preference.tolist() == [0.0]
@@ -279,7 +279,7 @@ def test_a_damaged_export_makes_no_store(path, tmp_path, change):
     store.close()
     out = tmp_path / "out"
     export_feedback(path, out)
-    with pytest.raises(InvalidInput, match="there"):
+    with pytest.raises(InvalidInput, match="store"):
         import_feedback(out, path)
     with pytest.raises(InvalidInput, match="empty folder"):
         export_feedback(path, out)
