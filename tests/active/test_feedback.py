@@ -1,5 +1,6 @@
-"""What was acknowledged is there, whatever happened: round trips, kills, damage."""
+"""The store keeps what it acknowledged, through kills, damage, upgrades, people and exports."""
 
+import csv
 import itertools
 import math
 import multiprocessing
@@ -8,18 +9,27 @@ import random
 import shutil
 import signal
 import sqlite3
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from active import Counts, FeedbackStore
+from active import (
+    Conflict,
+    Counts,
+    FeedbackStore,
+    Missing,
+    all_pairs,
+    export_feedback,
+    import_feedback,
+)
 from active import feedback as database
-from rewardmodels.clips import Clips
-from rewardmodels.errors import InvalidInput, UnreadableFile
+from active.feedback import Leases
+from rewardmodels import Clips, InvalidInput, UnknownName, UnreadableFile
 
 
 def some_clips(n: int = 5, *, seed: int = 0, rewards: bool = True) -> Clips:
@@ -46,28 +56,44 @@ def assert_same_clip(one: Clips, other: Clips) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "a folder #1" / "answers?.sqlite"
-
-
-@pytest.fixture(autouse=True)
-def _folder(path: Path) -> None:
+    path = tmp_path / "a folder #1" / "answers?.sqlite"
     path.parent.mkdir()
+    return path
 
 
-def test_clips_and_answers_come_back_as_they_went(path):
+@pytest.fixture
+def store(path: Path) -> Iterator[FeedbackStore]:
+    """A store with all six queries of four clips."""
+    with FeedbackStore(path) as store:
+        store.add_queries(some_clips(4), all_pairs(4), round=0)
+        yield store
+
+
+IDS = [1, 2, 3, 4, 5, 6]
+
+
+def tables(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    db = sqlite3.connect(path)
+    names = ("clips", "queries", "answers", "marks", "ratings", "withdrawals")
+    found = {name: db.execute(f"SELECT * FROM {name} ORDER BY id").fetchall() for name in names}
+    db.close()
+    return found
+
+
+def test_clips_and_comparisons_are_returned_as_stored(path):
     clips, pairs = some_clips(), torch.tensor([[3, 1], [1, 0], [4, 3], [0, 4]])
     with FeedbackStore(path) as store:
         ids = store.add_queries(clips, pairs, round=0)
         for i, preference in ((2, 0.25), (0, 1.0), (3, math.nan), (1, 0.5)):
             store.answer(ids[i], preference, "ann")
     with FeedbackStore(path) as store:
-        said = store.comparisons()
-        assert said is not None
-        assert said.preference.tolist() == [1.0, 0.5, 0.25]  # by query, not by time of answer
-        assert len(said.clips) == 4  # clip 2 was never shown, the others count once
-        for row, (a, b) in zip(pairs[:3].tolist(), said.pairs.tolist(), strict=True):
-            assert_same_clip(clips[row[0]], said.clips[a])
-            assert_same_clip(clips[row[1]], said.clips[b])
+        found = store.comparisons()
+        assert found is not None
+        assert found.preference.tolist() == [1.0, 0.5, 0.25]  # by query, not by time of answer
+        assert len(found.clips) == 4  # clip 2 was never shown, the others count once
+        for row, (a, b) in zip(pairs[:3].tolist(), found.pairs.tolist(), strict=True):
+            assert_same_clip(clips[row[0]], found.clips[a])
+            assert_same_clip(clips[row[1]], found.clips[b])
 
 
 def test_queries_counts_and_rounds(path):
@@ -92,7 +118,7 @@ def test_queries_counts_and_rounds(path):
         assert store.queries(round=3, unanswered=True) == []
 
 
-def test_a_clip_is_kept_once_however_often_and_however_padded_it_is_shown(path):
+def test_a_clip_is_stored_once_for_all_queries_and_paddings(path):
     clips = some_clips()
     longer = Clips.cat([clips, Clips(torch.zeros(1, 9, 3), torch.zeros(1, 9, 2))])
     longer = Clips(longer.observations, longer.actions, longer.mask)
@@ -109,59 +135,80 @@ def test_a_clip_is_kept_once_however_often_and_however_padded_it_is_shown(path):
         assert_same_clip(again[0], shown[2])
 
 
-def test_two_clips_of_the_same_frames_can_still_be_compared(path):
+def test_two_clips_of_the_same_frames_can_be_compared(path):
     still = Clips(torch.zeros(2, 4, 3), torch.zeros(2, 4, 1))
     with FeedbackStore(path) as store:
         for _ in range(2):
             (query,) = store.add_queries(still, torch.tensor([[0, 1]]), round=0)
             store.answer(query, 0.5, "ann")
-        said = store.comparisons()
-        assert said is not None
-        assert (len(said), len(said.clips)) == (2, 2)
+        found = store.comparisons()
+        assert found is not None
+        assert (len(found), len(found.clips)) == (2, 2)
 
 
-def test_answers_are_never_changed(path):
-    with FeedbackStore(path) as store:
-        ids = store.add_queries(some_clips(), torch.tensor([[0, 1], [1, 2]]), round=0)
-        store.answer(ids[0], 1.0, "ann")
-        store.answer(ids[1], None, "ann")
-        for query in ids:
-            with pytest.raises(InvalidInput, match="'ann' has answered"):
-                store.answer(query, 0.0, "bob")
-        assert [q.preference for q in store.queries()] == [1.0, None]
-    with sqlite3.connect(path) as db:
-        for table, column in (("answers", "teacher"), ("queries", "round"), ("clips", "data")):
-            for sql in (f"UPDATE {table} SET {column} = 7", f"DELETE FROM {table}"):
-                with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-                    db.execute(sql)
-    db.close()
+def test_rows_are_only_ever_added(path, store):
+    store.withdraw("answer", store.answer(1, 1.0, "ann"), "ann")
+    store.answer(1, None, "ann")
+    store.answer(2, 1.0, "ann")
+    store.marks.add(1, 0, 2, good=True, teacher="ann")
+    store.marks.rate(1, 0.5, teacher="ann")
+    before = tables(path)
+    for query in (1, 2):
+        with pytest.raises(Conflict, match="query_id"):
+            store.answer(query, 0.0, "bob")
+    for table in before:
+        for sql in (f"UPDATE {table} SET id = 99", f"DELETE FROM {table}"):
+            with pytest.raises(sqlite3.IntegrityError):
+                store._db.execute(sql)
+    with pytest.raises(sqlite3.IntegrityError):
+        store._db.execute("INSERT INTO answers (query, teacher) VALUES (1, 'eve')")
+    assert tables(path) == before
 
 
-def test_bad_input_is_refused_and_nothing_is_stored(path):
-    clips = some_clips()
-    with FeedbackStore(path) as store:
-        (query,) = store.add_queries(clips, torch.tensor([[0, 1]]), round=0)
-        before, put = store.counts(), store.add_queries
-        narrow = Clips(torch.zeros(2, 6, 2), torch.zeros(2, 6, 2))
-        one = torch.tensor([[0, 1]])
-        for message, refused in {
-            r"pairs: .*0 to 4": lambda: put(clips, torch.tensor([[0, 5]]), round=0),
-            r"pairs: .*row 1": lambda: put(clips, torch.tensor([[0, 1], [2, 2]]), round=0),
-            r"round: .*-1": lambda: put(clips, one, round=-1),
-            r"clips.observations: .*\(3,\).*\(2,\)": lambda: put(narrow, one, round=0),
-            r"preference: .*1.5": lambda: store.answer(query, 1.5, "ann"),
-            r"preference: .*inf": lambda: store.answer(query, math.inf, "ann"),
-            r"teacher: ": lambda: store.answer(query, 1.0, ""),
-            r"query_id: .*got 99": lambda: store.answer(99, 1.0, "ann"),
-            r"query_ids: .*none": lambda: store.clips_of([]),
-            r"query_id: .*got 99, which isn": lambda: store.clips_of([query, 99]),
-        }.items():
-            with pytest.raises(InvalidInput, match=message):
-                refused()
-        assert store.counts() == before
-        assert store.queries()[0].teacher is None
-        store.answer(query, 1.0, "ann")
-    with pytest.raises(InvalidInput, match=r"path: .*existing folder"):
+NARROW = Clips(torch.zeros(2, 6, 2), torch.zeros(2, 6, 2))
+
+
+@pytest.mark.parametrize(
+    ("argument", "refused"),
+    [
+        ("pairs", lambda s: s.add_queries(some_clips(), torch.tensor([[0, 5]]), round=0)),
+        ("pairs", lambda s: s.add_queries(some_clips(), torch.tensor([[0, 1], [2, 2]]), round=0)),
+        ("round", lambda s: s.add_queries(some_clips(), all_pairs(2), round=-1)),
+        ("observations", lambda s: s.add_queries(NARROW, all_pairs(2), round=0)),
+        ("preference", lambda s: s.answer(1, 1.5, "ann")),
+        ("preference", lambda s: s.answer(1, math.inf, "ann")),
+        ("teacher", lambda s: s.answer(1, 1.0, "")),
+        ("query_id", lambda s: s.answer(99, 1.0, "ann")),
+        ("seconds", lambda s: s.answer(1, 1.0, "ann", seconds=-1.0)),
+        ("declined", lambda s: s.answer(1, None, "ann", declined="bored")),
+        ("query_id", lambda s: s.answer(1, 1.0, "ann", holder="nobody")),
+        ("query_ids", lambda s: s.clips_of([])),
+        ("query_id", lambda s: s.clips_of([1, 99])),
+        ("ids", lambda s: s.clips([])),
+        ("ids", lambda s: s.clips([99])),
+        ("id", lambda s: s.withdraw("answer", 1, "ann")),
+        ("kind", lambda s: s.withdraw("clips", 1, "ann")),
+        ("holder", lambda s: s.leases.take("")),
+        ("n", lambda s: s.leases.take("ann", 0)),
+        ("seconds", lambda s: s.leases.take("ann", seconds=math.inf)),
+        ("first, last", lambda s: s.marks.add(1, 3, 2, good=True, teacher="ann")),
+        ("first, last", lambda s: s.marks.add(1, -1, 2, good=True, teacher="ann")),
+        ("clip", lambda s: s.marks.add(99, 0, 2, good=True, teacher="ann")),
+        ("teacher", lambda s: s.marks.add(1, 0, 2, good=True, teacher="")),
+        ("rating", lambda s: s.marks.rate(1, 1.5, teacher="ann")),
+        ("rating", lambda s: s.marks.rate(1, math.nan, teacher="ann")),
+        ("query_id", lambda s: s.repeats.put(99)),
+    ],
+)
+def test_bad_input_is_refused_by_name_and_changes_nothing(store, argument, refused):
+    before = "\n".join(store._db.iterdump())
+    with pytest.raises((InvalidInput, UnknownName), match=rf"{argument}\b"):
+        refused(store)
+    assert "\n".join(store._db.iterdump()) == before
+
+
+def test_a_store_needs_an_existing_folder(path):
+    with pytest.raises(InvalidInput, match="path"):
         FeedbackStore(path.parent / "nowhere" / "x.sqlite")
 
 
@@ -169,7 +216,7 @@ def test_two_connections_see_each_others_answers(path):
     with FeedbackStore(path) as one, FeedbackStore(path) as two:
         ids = one.add_queries(some_clips(), torch.tensor([[0, 1], [1, 2]]), round=0)
         two.answer(ids[0], 1.0, "ann")
-        with pytest.raises(InvalidInput, match="has answered"):
+        with pytest.raises(InvalidInput, match="query_id"):
             one.answer(ids[0], 0.0, "bob")
         assert one.counts() == two.counts() == Counts(2, 1, 0)
 
@@ -185,10 +232,10 @@ def test_every_commit_reaches_the_disk(path):
     }  # fmt: skip
 
 
-def write_for_ever(path: Path, say: int, statement: str, left: int) -> None:
-    """Puts and answers queries, saying each thing once it is acknowledged.
+def write_for_ever(path: Path, report: int, statement: str, left: int) -> None:
+    """Put and answer queries, and report each once it is acknowledged.
 
-    Given a statement and a count, it kills itself just before it runs that for so many a time.
+    With a statement, end by SIGKILL just before it runs for the last of `left` times.
     """
     store = FeedbackStore(path)
 
@@ -200,67 +247,63 @@ def write_for_ever(path: Path, say: int, statement: str, left: int) -> None:
 
     if statement:
         store._db.set_trace_callback(watch)
-    os.write(say, b"ready\n")
+    os.write(report, b"ready\n")
     for round in itertools.count():
         clips = Clips(torch.randn(4, 50, 20), torch.randn(4, 50, 6))
         ids = store.add_queries(clips, torch.tensor([[0, 1], [1, 2], [2, 3]]), round=round)
-        os.write(say, f"put {round} {' '.join(map(str, ids))}\n".encode())
+        os.write(report, f"put {round} {' '.join(map(str, ids))}\n".encode())
         for query in ids:
             store.answer(query, (query % 3) / 2, "ann")
-            os.write(say, f"answered {query}\n".encode())
+            os.write(report, f"answered {query}\n".encode())
 
 
 def killed(target: Callable[..., None], *args: object, seconds: float | None = None) -> list[str]:
-    """Runs target in a process of its own until SIGKILL; returns the lines that it had said.
+    """Return the lines that `target(args[0], descriptor, *args[1:])` reports until SIGKILL.
 
-    Args:
-        target: Called with the descriptor to write lines to, as its second argument.
-        args: Its other arguments.
-        seconds: Kill it so long after its first line; otherwise it kills itself.
+    The signal comes from the target itself, or `seconds` after its first line.
     """
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        # Forked, since starting Python and importing torch anew takes longer than all the rest;
-        # from Python 3.12 on that is warned of.
+        # Forked, since importing torch takes longer than the test; Python 3.12 warns of that.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = multiprocessing.get_context("fork").Process(
             target=target, args=(args[0], writing, *args[1:]), daemon=True
         )
         child.start()
     os.close(writing)
-    with os.fdopen(reading) as said:
+    with os.fdopen(reading) as lines_of:
         if seconds is not None:
-            assert said.readline() == "ready\n"
+            assert lines_of.readline() == "ready\n"
             time.sleep(seconds)
             child.kill()
-        lines = said.read().splitlines()
+        lines = lines_of.read().splitlines()
     child.join(30)
     assert child.exitcode == -signal.SIGKILL
     return [line for line in lines if line != "ready"]
 
 
-def assert_nothing_lost(path: Path, said: list[str]) -> None:
+def assert_nothing_lost(path: Path, reported: list[str]) -> None:
     with FeedbackStore(path) as store:
         queries = {query.id: query for query in store.queries()}
-        for line in said:
+        for line in reported:
             kind, *numbers = line.split()
             if kind == "put":
                 assert {queries[int(i)].round for i in numbers[1:]} == {int(numbers[0])}
             else:
                 assert queries[int(numbers[0])].preference == int(numbers[0]) % 3 / 2
-        acknowledged = sum(line.startswith("answered") for line in said)
+        acknowledged = sum(line.startswith("answered") for line in reported)
         counts = store.counts()
-        # What was being written may have come through whole, never in part.
+        # An unacknowledged write may be there as a whole, never in part.
         assert counts.answered - acknowledged in (0, 1)
         rounds = [query.round for query in queries.values()]
         assert all(rounds.count(r) == 3 for r in set(rounds))
-        assert len(set(rounds)) - sum(line.startswith("put") for line in said) in (0, 1)
+        assert len(set(rounds)) - sum(line.startswith("put") for line in reported) in (0, 1)
         if queries:
             clips, pairs = store.clips_of(list(queries))
             assert len(clips) == 4 * len(set(rounds))
             assert len(pairs) == len(queries)
         assert store._db.execute("PRAGMA foreign_key_check").fetchall() == []
-        # And it goes on from there.
+        # The store can be used further.
         open_ones = store.queries(unanswered=True)
         for query in open_ones:
             store.answer(query.id, None, "bob")
@@ -275,14 +318,14 @@ def assert_nothing_lost(path: Path, said: list[str]) -> None:
         ("INSERT INTO answers", 2 * 8, 3, 7),
     ],
 )
-def test_a_kill_between_two_statements_leaves_only_whole_things(
+def test_a_kill_between_two_statements_leaves_whole_transactions(
     path, statement, count, rounds, answers
 ):
-    said = killed(write_for_ever, path, statement, count)
-    assert len(said) == rounds + answers
+    reported = killed(write_for_ever, path, statement, count)
+    assert len(reported) == rounds + answers
     with FeedbackStore(path) as store:
         assert store.counts()[:2] == (3 * rounds, answers)
-    assert_nothing_lost(path, said)
+    assert_nothing_lost(path, reported)
 
 
 @pytest.mark.slow
@@ -290,28 +333,26 @@ def test_kills_at_any_moment_lose_nothing_acknowledged(path):
     moments = random.Random(0)
     for attempt in range(8):
         file = path.with_name(f"{attempt}.sqlite")
-        said = killed(write_for_ever, file, "", 0, seconds=moments.uniform(0, 1.0))
-        assert_nothing_lost(file, said)
+        reported = killed(write_for_ever, file, "", 0, seconds=moments.uniform(0, 1.0))
+        assert_nothing_lost(file, reported)
 
 
-def die_making(path: Path, say: int) -> None:
-    """Dies before the commit that makes the file, some of its pages written already."""
+def die_making(path: Path, report: int) -> None:
+    """End before the commit that makes the file, with some of its pages written."""
     real = database._open
 
     def opened(path: Path, mode: str) -> sqlite3.Connection:
         db = real(path, mode)
         db.execute("PRAGMA cache_size = 1")
         db.execute("PRAGMA cache_spill = 1")
-        db.set_trace_callback(
-            lambda sql: os.kill(os.getpid(), signal.SIGKILL) if sql == "COMMIT" else None
-        )
+        db.set_trace_callback(lambda sql: sql == "COMMIT" and os.kill(os.getpid(), signal.SIGKILL))
         return db
 
     database._open = opened
-    database._Database(path)
+    FeedbackStore(path)
 
 
-def test_a_kill_while_the_file_is_made_leaves_one_that_opens(path):
+def test_a_file_whose_making_was_killed_opens(path):
     killed(die_making, path)
     assert path.stat().st_size > 0
     assert path.with_name(path.name + "-journal").exists()
@@ -354,29 +395,26 @@ def scribbled(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    "make",
     [
-        (lambda path: path.write_text("url,visits\n" * 500), "not a database"),
-        (lambda path: path.write_bytes(b"\x00" * 5000), "damaged or of another format"),
-        (lambda path: path.write_text("x"), "damaged or of another format"),
-        (foreign, "SQLite database of another kind"),
-        (newer, "expected schema version 2 or earlier, got 99.*upgrade"),
-        (torn, r"damaged.*Restore it from a copy.*\.recover"),
-        (scribbled, r"damaged.*Restore it from a copy.*\.recover"),
+        lambda path: path.write_text("url,visits\n" * 500),
+        lambda path: path.write_bytes(b"\x00" * 5000),
+        lambda path: path.write_text("x"),
+        *(foreign, newer, torn, scribbled),
     ],
     ids=["text", "zeros", "one byte", "foreign", "newer", "torn", "scribbled"],
 )
-def test_a_damaged_or_foreign_file_is_refused_and_left_as_it_was(path, make, message):
+def test_a_damaged_or_foreign_file_is_refused_and_left_as_it_was(path, make):
     make(path)
     before = path.read_bytes()
-    with pytest.raises(UnreadableFile, match=message) as caught:
+    with pytest.raises(UnreadableFile) as caught:
         FeedbackStore(path)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_clip_whose_bytes_have_changed_is_noticed(path):
+def test_a_clip_whose_bytes_have_changed_is_refused(path):
     clips = some_clips()
     with FeedbackStore(path) as store:
         (query,) = store.add_queries(clips, torch.tensor([[0, 1]]), round=0)
@@ -384,7 +422,7 @@ def test_a_clip_whose_bytes_have_changed_is_noticed(path):
     needle = clips.observations[0, 0].numpy().tobytes()
     data[data.index(needle)] ^= 1
     path.write_bytes(data)
-    with FeedbackStore(path) as store, pytest.raises(UnreadableFile, match="checksum"):
+    with FeedbackStore(path) as store, pytest.raises(UnreadableFile):
         store.clips_of([query])
 
 
@@ -394,3 +432,217 @@ def test_a_copy_of_a_closed_store_is_a_whole_store(path):
     shutil.copy(path, copy)
     with FeedbackStore(copy) as store:
         assert store.counts().put == 780
+
+
+def test_leases_are_disjoint_renewable_and_expire(store):
+    ids, now = IDS, [1000.0]
+    leases = Leases(store._file, lambda: now[0])
+    assert leases.take("ann", 2, seconds=10) == ids[:2]
+    assert leases.take("bob", 2, seconds=10) == ids[2:4]
+    now[0] += 6
+    assert leases.take("ann", 3, seconds=10) == [*ids[:2], ids[4]]  # hers, renewed, come first
+    now[0] += 5  # bob's have run out, ann's not
+    with pytest.raises(Conflict, match="query_id"):
+        leases.check(ids[2], "bob")
+    leases.check(ids[0], "ann")
+    assert leases.take("carla", 9, seconds=10) == [ids[2], ids[3], ids[5]]
+    leases.release("ann")
+    assert leases.take("bob", 9) == [ids[0], ids[1], ids[4]]
+    with pytest.raises(Conflict, match="query_id"):
+        leases.grant(ids[0], "ann")
+    leases.grant(ids[0], "bob")
+
+
+def test_an_answer_needs_the_lease_and_ends_it(store):
+    ids = IDS
+    store.leases.take("ann's tab")
+    with pytest.raises(Conflict, match="query_id"):
+        store.answer(ids[0], 0.0, "bob", holder="bob's tab")
+    store.answer(ids[0], 1.0, "ann", seconds=2.5, holder="ann's tab")
+    with pytest.raises(Conflict, match="query_id"):
+        store.answer(ids[0], 1.0, "ann", holder="ann's tab")  # a double click
+    assert store.leases.take("bob's tab", 9) == ids[1:]
+    assert store._db.execute("SELECT teacher, seconds FROM answers").fetchall() == [("ann", 2.5)]
+
+
+def test_four_threads_answer_each_query_once(path):
+    clips = some_clips(21)
+    with FeedbackStore(path) as store:
+        store.add_queries(clips, all_pairs(21)[:200], round=0)
+    failed = []
+
+    def person(name: str) -> None:
+        with FeedbackStore(path) as mine:
+            while ids := mine.leases.take(name, 2):
+                try:
+                    mine.answer(ids[0], 1.0, name, holder=name)
+                except InvalidInput as error:
+                    failed.append(error)
+
+    threads = [threading.Thread(target=person, args=(f"person {i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    answers = tables(path)["answers"]
+    assert sorted(row[1] for row in answers) == list(range(1, 201))
+
+
+def test_a_withdrawn_answer_is_kept_and_not_counted(store):
+    ids = IDS
+    first = store.answer(ids[0], 1.0, "ann")
+    with pytest.raises(Missing, match="id"):
+        store.withdraw("answer", first, "bob")
+    store.withdraw("answer", first, "ann")
+    assert store.counts() == Counts(6, 0, 0)
+    assert store.comparisons() is None
+    with pytest.raises(Conflict, match="id"):
+        store.withdraw("answer", first, "ann")
+    second = store.answer(ids[0], 0.0, "ann")
+    assert store.comparisons().preference.tolist() == [0.0]
+    assert [row[0] for row in store._db.execute("SELECT id FROM answers")] == [first, second]
+
+
+def test_unsure_and_skipped_are_distinguished(store):
+    ids = IDS
+    store.answer(ids[0], None, "ann", declined="unsure")
+    store.answer(ids[1], None, "ann")
+    store.answer(ids[2], 0.5, "ann", declined="unsure")  # there is a preference: nothing declined
+    reasons = [row[0] for row in store._db.execute("SELECT declined FROM answers ORDER BY query")]
+    assert reasons == ["unsure", "skip", None]
+    assert store.counts() == Counts(6, 1, 2)
+
+
+def test_repeats_are_swapped_uncounted_and_agree_with_the_swapped_preference(store):
+    ids = IDS
+    for query, preference in zip(ids[:4], (1.0, 0.0, 0.5, 1.0), strict=True):
+        store.answer(query, preference, "ann")
+    assert store.repeats.candidates("ann") == ids[:4]
+    again = [store.repeats.put(query) for query in ids[:4]]
+    assert store.repeats.candidates("ann") == []
+    assert store.repeats.answered("ann") == (4, 4)
+    assert store.shown(again[0]) == store.shown(ids[0])[::-1]
+    for query in (ids[0], again[0]):
+        with pytest.raises(Conflict, match="query_id"):
+            store.repeats.put(query)
+    before = store.counts()
+    for query, preference in zip(again, (0.0, 0.0, 0.5, None), strict=True):
+        store.answer(query, preference, "bob")
+    assert store.repeats.agreement() == (2, 3)  # the second went the other way; the last is none
+    assert store.counts() == before
+    assert len(store.comparisons()) == 4
+
+
+def test_marks_and_ratings_are_returned_as_rows(store):
+    ids = IDS
+    one, two = store.shown(ids[5])
+    good = store.marks.add(one, 0, 2, good=True, teacher="ann")
+    bad = store.marks.add(two, 4, 4, good=False, teacher="bob")
+    rated = store.marks.rate(one, 0.75, teacher="ann")
+    again = store.marks.rate(one, 0.25, teacher="ann")
+    assert store.marks.rows() == [(good, one, 0, 2, True, "ann"), (bad, two, 4, 4, False, "bob")]
+    assert store.marks.ratings() == [(rated, one, 0.75, "ann"), (again, one, 0.25, "ann")]
+    for clip, index in ((one, 2), (two, 3)):
+        assert_same_clip(some_clips(4)[index], store.clips([clip]))
+    store.withdraw("mark", good, "ann")
+    store.withdraw("rating", again, "ann")
+    assert [mark.id for mark in store.marks.rows()] == [bad]
+    assert [rating.rating for rating in store.marks.ratings()] == [0.75]
+
+
+def test_a_file_of_the_first_version_is_upgraded(path):
+    db = sqlite3.connect(path)
+    for statement in database._STEPS[0]:
+        db.execute(statement)
+    db.execute(f"PRAGMA application_id = {database._APPLICATION}")
+    db.execute("PRAGMA user_version = 1")
+    db.execute("INSERT INTO clips (sha256, twin, data) VALUES (x'00', 0, x''), (x'01', 0, x'')")
+    db.execute("INSERT INTO queries (round, first, second) VALUES (0, 1, 2), (1, 2, 1)")
+    db.execute("INSERT INTO answers (query, preference, teacher) VALUES (1, 0.5, 'ann')")
+    db.commit()
+    old = db.execute("SELECT * FROM answers").fetchall()
+    db.close()
+    with FeedbackStore(path) as store:
+        assert store.counts() == Counts(2, 1, 0)
+        store.withdraw("answer", 1, "ann")
+        store.answer(1, 1.0, "ann", seconds=1.0)
+        assert [q.preference for q in store.queries()] == [1.0, None]
+    assert [row[:5] for row in tables(path)["answers"]][:1] == old
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet"])
+def test_an_export_imports_to_the_same_tables(path, store, tmp_path, format):
+    if format == "parquet":
+        pytest.importorskip("pyarrow")
+    ids = IDS
+    teacher = 'Ånn "the\nsecond", or so'
+    withdrawn = store.answer(ids[0], 0.1 + 0.2, teacher, seconds=1 / 3)
+    store.withdraw("answer", withdrawn, teacher)
+    store.answer(ids[0], 1.0, teacher)
+    store.answer(ids[1], None, "bob", declined="unsure")
+    store.repeats.put(ids[0])
+    store.marks.add(1, 0, 3, good=False, teacher="bob")
+    store.withdraw("rating", store.marks.rate(2, 0.1, teacher="bob"), "bob")
+    export_feedback(path, tmp_path / "out", format)
+    import_feedback(tmp_path / "out", tmp_path / "again.sqlite")
+    assert tables(tmp_path / "again.sqlite") == tables(path)
+    with FeedbackStore(tmp_path / "again.sqlite") as again:
+        assert again.comparisons().preference.tolist() == [1.0]
+        again.leases.take("ann", 9)
+    if format == "csv":
+        with (tmp_path / "out" / "answers.csv").open(newline="") as file:
+            assert [row["teacher"] for row in csv.DictReader(file)] == [teacher, teacher, "bob"]
+
+
+def spoil(name: str, old: str, new: str):
+    def change(folder: Path) -> None:
+        file = next(folder.glob(name))
+        file.write_bytes(file.read_bytes().replace(old.encode(), new.encode()))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        spoil("clips/*", "observations", "0bservations"),
+        spoil("queries.csv", "id,", "di,"),
+        spoil("answers.csv", "0.5", "1.5"),
+        spoil("answers.csv", "0.5", "a half"),
+        spoil("answers.csv", "\n1,1,", "\n1,77,"),
+        lambda folder: (folder / "marks.csv").unlink(),
+        lambda folder: (folder / "withdrawals.csv").write_text(
+            "id,answer,mark,rating,withdrawn_at\n"
+        ),
+        lambda folder: (folder / "clips.csv").write_text("id,sha256,twin\n1,../../x,0\n"),
+    ],
+)  # fmt: skip
+def test_a_damaged_export_makes_no_store(path, store, tmp_path, change):
+    ids = IDS
+    store.withdraw("answer", store.answer(ids[0], 0.5, "ann"), "ann")
+    store.answer(ids[0], 0.5, "ann")
+    out = tmp_path / "out"
+    export_feedback(path, out)
+    with pytest.raises(InvalidInput, match="store"):
+        import_feedback(out, path)
+    with pytest.raises(InvalidInput, match="folder"):
+        export_feedback(path, out)
+    change(out)
+    with pytest.raises(UnreadableFile, match="out"):
+        import_feedback(out, tmp_path / "again.sqlite")
+    assert {file.name for file in tmp_path.iterdir()} == {path.parent.name, "out"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "refused"),
+    [
+        ("format", lambda folder: export_feedback(folder / "no.sqlite", folder / "out", "xlsx")),
+        ("store", lambda folder: export_feedback(folder / "no.sqlite", folder / "out")),
+        ("folder", lambda folder: import_feedback(folder, folder / "no.sqlite")),
+    ],
+)
+def test_formats_and_folders_of_exports_are_checked(tmp_path, argument, refused):
+    with pytest.raises((InvalidInput, UnknownName), match=argument):
+        refused(tmp_path)
+    assert not list(tmp_path.iterdir())

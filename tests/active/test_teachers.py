@@ -1,4 +1,4 @@
-"""Each way of erring against its formula, by exact cases and binomial intervals."""
+"""Errors of synthetic teachers and markers against formulas, searches and binomial intervals."""
 
 import math
 
@@ -6,13 +6,14 @@ import pytest
 import scipy.stats
 import torch
 
-from active import SyntheticTeacher
+from active import SyntheticMarker, SyntheticTeacher
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
+from rewardmodels.likelihood import preference_probability
 
 
 def clips_of(*rewards: list[float], dtype: torch.dtype = torch.float32) -> Clips:
-    """Clips of these rewards, padded with what nobody may look at."""
+    """Make clips of these rewards, with padding that must not be used."""
     longest = max(map(len, rewards))
     padded = [row + [1e6] * (longest - len(row)) for row in rewards]
     mask = torch.tensor([[t < len(row) for t in range(longest)] for row in rewards])
@@ -42,7 +43,7 @@ def test_a_rational_teacher_compares_returns_exactly():
     assert answers == [1.0, 0.0, 0.5, 1.0, 0.5]
 
 
-def test_ties_survive_order_and_padding():
+def test_ties_are_exact_for_any_order_and_padding():
     # In floats 0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ; correctly rounded they don't.
     clips = clips_of([0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.3, 0.2, 0.1] + [0.0] * 40,
                      dtype=torch.float64)  # fmt: skip
@@ -61,11 +62,13 @@ def test_rationality_is_bradley_terry(rationality, shift):
 def test_myopia_discounts_back_from_each_clips_own_end():
     gamma, beta = 0.8, 1.5
     first, second = [2.0, -1.0, 0.5], [1.0, 0.25]
-    felt = [sum(gamma ** (len(r) - t) * x for t, x in enumerate(r, 1)) for r in (first, second)]
-    p = 1 / (1 + math.exp(-beta * (felt[1] - felt[0])))
+    discounted = [
+        sum(gamma ** (len(r) - t) * x for t, x in enumerate(r, 1)) for r in (first, second)
+    ]
+    p = 1 / (1 + math.exp(-beta * (discounted[1] - discounted[0])))
     teacher = SyntheticTeacher(beta, myopia=gamma)
     assert_binomial(frequency(teacher, clips_of(first, second)), p)
-    # Padding both far further changes nothing at all.
+    # More padding changes nothing.
     longer = clips_of(first, second, [0.0] * 30)
     assert frequency(teacher, longer) == frequency(teacher, clips_of(first, second))
 
@@ -80,7 +83,7 @@ def test_the_extremes_of_myopia():
 
 
 @pytest.mark.parametrize("flip_rate", [0.0, 0.1, 0.5, 1.0])
-def test_mistakes_turn_the_answer_round(flip_rate):
+def test_flips_have_their_rate(flip_rate):
     clips = clips_of([0.0], [1.0])
     teacher = SyntheticTeacher(flip_rate=flip_rate)
     assert_binomial(frequency(teacher, clips), 1 - flip_rate)
@@ -90,9 +93,7 @@ def test_mistakes_turn_the_answer_round(flip_rate):
     assert_binomial(frequency(both, clips), p * (1 - flip_rate) + (1 - p) * flip_rate)
 
 
-def test_a_mistake_of_ours_is_twice_the_likelihoods_rate():
-    from rewardmodels.likelihood import preference_probability
-
+def test_a_flip_rate_is_half_the_random_answer_rate_of_the_likelihood():
     teacher = SyntheticTeacher(1.0, flip_rate=0.15)
     p = preference_probability(torch.tensor(0.8, dtype=torch.float64), random_answer_rate=0.3)
     assert_binomial(frequency(teacher, clips_of([0.0], [0.8])), float(p))
@@ -111,20 +112,18 @@ def test_skips_when_neither_clip_reaches_the_threshold(threshold):
             assert answer == (returns[b] > returns[a])
 
 
-def test_says_the_same_of_returns_that_are_close_and_mistakes_leave_that_alone():
+def test_close_returns_are_the_same_and_never_flipped():
     returns = [-3.0, -2.5, -1.0, 0.0, 0.25, 5.0]
     clips = clips_of(*[[r] for r in returns])
     pairs = [(a, b) for a in range(6) for b in range(6) if a != b]
     for rate in (0.0, 1.0):
         teacher = SyntheticTeacher(same_threshold=0.5, flip_rate=rate)
         for answer, (a, b) in zip(ask(teacher, clips, *pairs), pairs, strict=True):
-            if abs(returns[a] - returns[b]) < 0.5:
-                assert answer == 0.5
-            else:
-                assert answer == abs(rate - (returns[b] > returns[a]))
+            close = abs(returns[a] - returns[b]) < 0.5
+            assert answer == (0.5 if close else abs(rate - (returns[b] > returns[a])))
 
 
-def test_thresholds_look_at_the_plain_return_and_skipping_comes_first():
+def test_thresholds_apply_to_the_plain_return_and_skipping_is_first():
     clips = clips_of([9.0, 0.0], [8.0, 1.0])
     # Discounted returns are 0 and 1; plain ones 9 and 9.
     teacher = SyntheticTeacher(myopia=0.0, skip_threshold=5.0)
@@ -162,20 +161,20 @@ NAN = math.nan
          (0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0), (0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.0)),
     ],
 )  # fmt: skip
-def test_answers_by_hand_exact_and_as_published(settings, exact, published):
+def test_comparisons_by_hand_exact_and_as_published(settings, exact, published):
     pairs = ((0, 1), (1, 0), (1, 2), (2, 1), (3, 4), (4, 3), (0, 4))
     for as_published, expected in ((False, exact), (True, published)):
         teacher = SyntheticTeacher(as_published=as_published, **settings)
         assert ask(teacher, clips_of(*FIVE), *pairs) == pytest.approx(expected, nan_ok=True)
 
 
-def test_as_published_no_rationality_is_all_of_it_and_a_negative_threshold_ties_nothing():
+def test_as_published_zero_rationality_is_rational_and_negative_thresholds_are_never_met():
     clips = clips_of(*FIVE)
     assert_binomial(frequency(SyntheticTeacher(rationality=0.0), clips), 0.5)
     teacher = SyntheticTeacher(rationality=0.0, same_threshold=-0.3, as_published=True)
     assert frequency(teacher, clips) == 0
     assert ask(teacher, clips, (0, 1), (1, 0), (3, 4)) == [0.0, 1.0, 0.0]
-    # In between both toss the same coin.
+    # Between the extremes both have the same probability.
     p = 1 / (1 + math.exp(0.2 * 2))
     for as_published in (False, True):
         assert_binomial(frequency(SyntheticTeacher(0.2, as_published=as_published), clips), p)
@@ -192,43 +191,105 @@ def many() -> Clips:
     return Clips(torch.zeros(20, 12, 1), torch.zeros(20, 12, 1), mask, rewards)
 
 
-def test_permuting_clips_leaves_answers_as_they_were():
+def test_a_comparison_depends_on_its_clips_and_its_place_alone():
     clips, pairs = many(), torch.combinations(torch.arange(20))
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-    before = noisy().answer(clips, pairs, torch.Generator().manual_seed(0))
-    after = noisy().answer(clips[order], order.argsort()[pairs], torch.Generator().manual_seed(0))
-    assert torch.equal(before.nan_to_num(-1), after.nan_to_num(-1))
 
+    def compare(clips: Clips, pairs: torch.Tensor) -> torch.Tensor:
+        return noisy().answer(clips, pairs, torch.Generator().manual_seed(0)).nan_to_num(-1)
 
-def test_an_answer_does_not_depend_on_its_neighbours():
-    clips, pairs = many(), torch.combinations(torch.arange(20))
-    whole = noisy().answer(clips, pairs, torch.Generator().manual_seed(0))
+    whole = compare(clips, pairs)
     for n in (1, 7, 50):
-        part = noisy().answer(clips, pairs[:n], torch.Generator().manual_seed(0))
-        assert torch.equal(part.nan_to_num(-1), whole[:n].nan_to_num(-1))
+        assert torch.equal(compare(clips, pairs[:n]), whole[:n])
     others = pairs.flip(0)
     others[3] = pairs[3]
-    again = noisy().answer(clips, others, torch.Generator().manual_seed(0))
-    assert torch.equal(again[3].nan_to_num(-1), whole[3].nan_to_num(-1))
+    assert compare(clips, others)[3] == whole[3]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(compare(clips[order], order.argsort()[pairs]), whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (kind, name, value)
+        for kind, settings in {
+            SyntheticTeacher: {
+                "rationality": (-1.0, math.nan),
+                "myopia": (-0.1, 1.1, math.nan),
+                "flip_rate": (-0.1, 1.1, math.nan),
+                "skip_threshold": (math.inf, math.nan),
+                "same_threshold": (-0.1, math.inf, math.nan),
+            },
+            SyntheticMarker: {"length": (0,), "threshold": (-1.0, math.inf), "flip_rate": (2,)},
+        }.items()
+        for name, values in settings.items()
+        for value in values
+    ],
+)
+def test_bad_settings_are_refused_by_name(kind, name, value):
+    with pytest.raises(InvalidInput, match=f"{name}: "):
+        kind(**{name: value})
 
 
 def test_bad_input_is_refused_by_name():
-    bad = {
-        "rationality": (-1.0, math.nan),
-        "myopia": (-0.1, 1.1, math.nan),
-        "flip_rate": (-0.1, 1.1, math.nan),
-        "skip_threshold": (math.inf, math.nan),
-        "same_threshold": (-0.1, math.inf, math.nan),
-    }
-    for name, values in bad.items():
-        for value in values:
-            with pytest.raises(InvalidInput, match=f"{name}: expected .* got {value}"):
-                SyntheticTeacher(**{name: value})
-    with pytest.raises(InvalidInput, match=r"same_threshold: .* got nan"):
+    with pytest.raises(InvalidInput, match="same_threshold: "):
         SyntheticTeacher(same_threshold=math.nan, as_published=True)
-    without = Clips(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1))
-    with pytest.raises(InvalidInput, match=r"clips.rewards: .*None"):
-        SyntheticTeacher().answer(without, torch.tensor([[0, 1]]))
+    without, pair = Clips(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1)), torch.tensor([[0, 1]])
+    with pytest.raises(InvalidInput, match=r"clips\.rewards: "):
+        SyntheticTeacher().answer(without, pair)
+    with pytest.raises(InvalidInput, match=r"clips\.rewards: "):
+        SyntheticMarker().mark(without)
     with pytest.raises(InvalidInput, match="pairs: "):
-        SyntheticTeacher().answer(many(), torch.tensor([[0, 20]]))
-    assert SyntheticTeacher().answer(many(), torch.zeros(0, 2, dtype=torch.long)).shape == (0,)
+        SyntheticTeacher().answer(many(), 20 * pair)
+    assert SyntheticTeacher().answer(many(), pair[:0]).shape == (0,)
+
+
+def drawn(n: int = 20, length: int = 12, shorter: int = 0) -> Clips:
+    draw = torch.Generator().manual_seed(0)
+    rewards = torch.randn(n, length, generator=draw)
+    mask = torch.ones(n, length, dtype=torch.bool)
+    mask[: n // 2, length - shorter :] = False
+    return Clips(torch.zeros(n, length, 1), torch.zeros(n, length, 1), mask, rewards)
+
+
+def searched(clips: Clips, length: int, threshold: float) -> list[list[int]]:
+    rows = []
+    for clip, (rewards, real) in enumerate(zip(clips.rewards.tolist(), clips.lengths, strict=True)):
+        rewards = rewards[: int(real)]
+        for good, sign in ((1, 1), (0, -1)):
+            gaps = []
+            for start in range(len(rewards) - length + 1):
+                inside = rewards[start : start + length]
+                rest = rewards[:start] + rewards[start + length :]
+                if rest:
+                    gaps.append(sign * (sum(inside) / length - sum(rest) / len(rest)))
+            # A clip's total being fixed, the highest sum has the widest gap, too.
+            if gaps and max(gaps) >= threshold:
+                start = gaps.index(max(gaps))
+                rows.append([clip, start, start + length - 1, good])
+    return rows
+
+
+@pytest.mark.parametrize("shorter", [0, 3, 8, 9])
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_the_best_and_the_worst_part_are_marked_above_the_threshold(shorter, threshold):
+    clips = drawn(shorter=shorter)
+    marks = SyntheticMarker(4, threshold).mark(clips)
+    assert marks.rows.tolist() == searched(clips, 4, threshold)
+    assert 0 < len(marks) <= 40
+
+
+def test_clips_no_longer_than_a_part_are_not_marked():
+    assert len(SyntheticMarker(12).mark(drawn())) == 0
+    assert len(SyntheticMarker(13).mark(drawn())) == 0
+
+
+def test_flipped_marks_have_their_rate_and_are_reproducible():
+    clips, teacher = drawn(1000), SyntheticMarker(3, flip_rate=0.2)
+    right = SyntheticMarker(3).mark(clips).rows
+    flipped = teacher.mark(clips, torch.Generator().manual_seed(1)).rows
+    assert torch.equal(flipped[:, :3], right[:, :3])
+    wrong = int((flipped[:, 3] != right[:, 3]).sum())
+    assert scipy.stats.binomtest(wrong, 2000, 0.2).pvalue > 0.001
+    assert torch.equal(teacher.mark(clips, torch.Generator().manual_seed(1)).rows, flipped)
+    fewer = teacher.mark(clips[:100], torch.Generator().manual_seed(1)).rows
+    assert torch.equal(fewer, flipped[:200])
