@@ -129,7 +129,7 @@ class OneByOne(BatchRule):
             candidates.returns.double(),
         )
         clips = _without_twins(candidates.returns)[shuffled.pairs].sort(1).values
-        question = clips[:, 0] * shuffled.returns.shape[1] + clips[:, 1]
+        query = clips[:, 0] * shuffled.returns.shape[1] + clips[:, 1]
         # A comparison of a clip with its twin teaches nothing.
         repeats = (clips[:, 0] == clips[:, 1]).double()
         values = self.values(shuffled, clips)
@@ -139,7 +139,7 @@ class OneByOne(BatchRule):
             # Least repeated first, then the highest value.
             best = int(value.masked_fill(repeats > repeats.min(), -torch.inf).argmax())
             chosen.append(best)
-            repeats[question == question[best]] += 1
+            repeats[query == query[best]] += 1
             repeats[best] = torch.inf
             if len(chosen) < n:
                 value = values.send(best)

@@ -340,11 +340,7 @@ class FeedbackStore:
         return self.clips(list(place)), torch.tensor(pairs)
 
     def shown(self, query_id: int) -> tuple[int, int]:
-        """Return the ids of the first and second clip of a query.
-
-        Raises:
-            Missing: An unknown query.
-        """
+        """Return the ids of the first and second clip of a query; Missing if there is none."""
         with self._file.reading() as db:
             sql = "SELECT first, second FROM queries WHERE id = ?"
             if found := db.execute(sql, (query_id,)).fetchone():
@@ -352,13 +348,7 @@ class FeedbackStore:
         raise Missing(f"query_id: expected a query in {self.path}, got {query_id}, which isn't.")
 
     def clips(self, ids: Sequence[int]) -> Clips:
-        """Return clips by id, such as those of marks and ratings, in the order of the ids.
-
-        Raises:
-            InvalidInput: No ids.
-            Missing: One that isn't in the store.
-            UnreadableFile: A clip whose bytes have changed.
-        """
+        """Return clips by id, such as those of marks and ratings; errors as in `clips_of`."""
         if not ids:
             raise InvalidInput("ids: expected at least one, got none.")
         return Clips.cat([self._load(clip) for clip in ids])
@@ -458,15 +448,10 @@ class Leases:
         self._db, self._clock = db, clock
 
     def take(self, holder: str, n: int = 1, *, seconds: float = LEASE_SECONDS) -> list[int]:
-        """Lease open queries, oldest first; the holder's own are renewed and come first.
-
-        Args:
-            holder: Name of one open page.
-            n: Most queries to hold, at least 1.
-            seconds: Duration of the leases.
+        """Lease at most n open queries to a holder, such as one open page, for so many seconds.
 
         Returns:
-            At most n ids; fewer where fewer are open and free.
+            Up to n ids: the holder's own first, with renewed leases, then free ones, oldest first.
 
         Raises:
             InvalidInput: An empty holder, n below 1, or seconds that aren't positive.
@@ -659,7 +644,7 @@ def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
     Args:
         store: File of the feedback store.
         folder: Directory to write to, new or empty.
-        format: `csv`, or `parquet`, which takes pyarrow.
+        format: `csv`, or `parquet`, which needs pyarrow.
 
     Raises:
         InvalidInput: No such store, a folder that isn't empty, or no pyarrow.

@@ -353,7 +353,7 @@ class DrawnQueries(QueryStrategy):
 
 @final
 class Thompson(DrawnQueries):
-    r"""Compare the favourites of two draws (double Thompson sampling).
+    r"""Compare the best clips of two draws (double Thompson sampling).
 
     For draws f and g the pair with the highest $f(a) + g(b)$, in either order: f's best clip
     against g's, or against the next best where these are the same clip, have equal returns, or are

@@ -173,8 +173,7 @@ class SyntheticTeacher(Teacher):
         _require("rationality", rationality >= 0, "a number, at least 0", rationality)
         _require("myopia", 0 <= myopia <= 1, "a discount from 0 to 1", myopia)
         _require("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate)
-        skip = 0.0 if skip_threshold is None else skip_threshold
-        same = 0.0 if same_threshold is None else same_threshold
+        skip, same = skip_threshold or 0.0, same_threshold or 0.0
         _require("skip_threshold", math.isfinite(skip), "a finite number or None", skip)
         least = -math.inf if as_published else 0.0
         valid = math.isfinite(same) and same >= least
