@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 from tqdm import tqdm
 
 from experiments.envs.rollout import play_agent
 from experiments.envs.tasks import Task, find_task
-from experiments.envs.vector import make_vec_env
-from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent
+from experiments.training.agents import PPO_ROLLOUT, ppo_on_own_reward
 from experiments.training.run_directory import versions
 from rewardmodels import Clips, InvalidInput, UnreadableFile
 from rewardmodels.clips import cut
@@ -239,11 +235,7 @@ def _record(
     """Return episodes of each level in the order of training, and its training steps."""
     recorded: list[Clips] = []
     trained_for: list[int] = []
-    with (
-        _global_state_kept(seed),
-        closing(VecNormalize(make_vec_env(task, PPO_ENVS, seed))) as normalised,
-    ):
-        agent = make_agent("PPO", normalised, task, seed)
+    with ppo_on_own_reward(task, seed) as (agent, normalised):
 
         def advance(*_: Any) -> bool:
             bar.update(min(agent.num_timesteps, bar.total) - bar.n)  # rollouts are whole
@@ -263,20 +255,6 @@ def _record(
             trained_for.append(step)
             bar.set_postfix_str(f"level {level + 1}/{levels}, return {clips.returns.mean():.0f}")
     return recorded, trained_for
-
-
-@contextmanager
-def _global_state_kept(seed: int) -> Iterator[None]:
-    """Run on one thread; restore the number of threads and the generators that SB3 seeds."""
-    threads, python, numpy = torch.get_num_threads(), random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        torch.set_num_threads(1)
-        with isolated_randomness(seed):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _write(pool: Pool, path: Path) -> None:

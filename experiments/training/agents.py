@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import closing
+import random
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +133,31 @@ def make_agent(
         ) from error
 
 
+@contextmanager
+def ppo_on_own_reward(task: Task, seed: int) -> Iterator[tuple[BaseAlgorithm, VecNormalize]]:
+    """Make an untrained PPO agent, and its environments with the task's own reward.
+
+    Inside the block all is seeded and on one thread; after it the caller's global generators and
+    number of threads are as before.
+    """
+    threads, python, numpy = torch.get_num_threads(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        torch.set_num_threads(1)
+        with (
+            isolated_randomness(seed),
+            closing(VecNormalize(make_vec_env(task, PPO_ENVS, seed))) as normalised,
+        ):
+            yield make_agent("PPO", normalised, task, seed), normalised
+    finally:
+        torch.set_num_threads(threads)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
 def train_agent(task: Task, steps: int, file: Path) -> None:
     """Train PPO on the task's own reward, and write its policy and observation statistics."""
-    torch.set_num_threads(1)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        isolated_randomness(0),
-        closing(VecNormalize(make_vec_env(task, PPO_ENVS, 0))) as normalised,
-    ):
-        agent = make_agent("PPO", normalised, task, 0)
+    with ppo_on_own_reward(task, 0) as (agent, normalised):
         if steps:
             agent.learn(steps)
         moments: Any = normalised.obs_rms

@@ -34,7 +34,7 @@ def no_training(monkeypatch):
     def train(*_, **__):
         raise Trained
 
-    monkeypatch.setattr(pools, "make_agent", train)
+    monkeypatch.setattr(pools, "ppo_on_own_reward", train)
     return Trained
 
 
