@@ -15,7 +15,7 @@ import torch
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 
-from experiments.envs.perturbations import Severity, shifted
+from experiments.envs.perturbations import Severity, perturb
 from experiments.envs.rollout import Policy, play
 from experiments.envs.tasks import find_task, make_env
 from experiments.envs.vector import make_vec_env
@@ -121,7 +121,7 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
         if config.shift is None:
             return make()
         onset = task.horizon // 2 if config.onset is None else config.onset
-        return shifted(make(), config.shift, config.severity, onset, seed, observation_std=std)
+        return perturb(make(), config.shift, config.severity, onset, seed, observation_std=std)
 
     make_shifted(np.ones(size))  # refuses an unknown shift before any work
     act = _load_agent(run)

@@ -1,8 +1,7 @@
 """Perturbations of a MuJoCo environment: dynamics, sensors and external pushes, from an onset on.
 
 Up to the onset an episode is the environment's own, bit for bit; from then on one named thing
-differs, by one of three amounts, so that a study can ask how large a shift has to be before it is
-found, and whether it mattered to the return. A new one is a `Perturbation` and a line in `SHIFTS`.
+differs, at one of three severities. A new one is a `Perturbation` and a line in `PERTURBATIONS`.
 """
 
 from __future__ import annotations
@@ -194,6 +193,7 @@ def fail(model: Any, lost: float, draw: np.random.Generator) -> None:
 
 
 Severity = Literal["mild", "middle", "severe"]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Kind:
 
     Args:
         unit: Of the amounts.
-        amounts: At "mild", "middle" and "severe".
+        amounts: At each of `SEVERITIES`.
         make: Called with the environment, an amount and the observation's `std`.
         anywhere: True if it concerns the observation alone, so that MuJoCo isn't needed.
         needs_std: True if amounts are in standard deviations of the observation.
@@ -217,7 +217,7 @@ class Kind:
 
 _STD = "standard deviations of an observation"
 
-SHIFTS: Mapping[str, Kind] = {
+PERTURBATIONS: Mapping[str, Kind] = {
     "mass": Kind("times all mass", (1.5, 2, 3), scale("body_mass", "body_inertia")),
     "damping": Kind("times every joint's damping", (2, 3, 6), scale("dof_damping")),
     "friction": Kind(
@@ -238,55 +238,16 @@ SHIFTS: Mapping[str, Kind] = {
     "delay": Kind("steps late", (1, 3, 6), Delay, anywhere=True),
     "push": Kind("m/s for the whole mass, at each push", (0.25, 0.5, 1), Push),
 }
-"""Registry of shifts by name."""
+"""Registry of perturbations by name."""
 
 
-@dataclass(frozen=True)
-class Shift:
-    """A kind of perturbation at a severity.
-
-    Args:
-        name: One of `SHIFTS`.
-        severity: "mild", "middle" or "severe".
-
-    Raises:
-        UnknownName: No such shift or severity.
-
-    Example:
-        >>> print(Shift("gravity", "middle"))
-        gravity: 1.5 times gravity
-    """
-
-    name: str
-    severity: Severity
-
-    def __post_init__(self) -> None:
-        if self.name not in SHIFTS:
-            raise UnknownName("name", self.name, SHIFTS)
-        if self.severity not in get_args(Severity):
-            raise UnknownName("severity", self.severity, get_args(Severity))
-
-    @property
-    def kind(self) -> Kind:
-        """Kind of the perturbation."""
-        return SHIFTS[self.name]
-
-    @property
-    def amount(self) -> float:
-        """Amount, in `kind.unit`."""
-        return self.kind.amounts[get_args(Severity).index(self.severity)]
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.amount:g} {self.kind.unit}"
-
-
-class Shifted(gym.Wrapper[Any, Any, Any, Any]):
-    """Environment that is perturbed from a known step of each episode on; `shifted` makes it.
+class PerturbedEnv(gym.Wrapper[Any, Any, Any, Any]):
+    """Environment that is perturbed from a known step of each episode on; `perturb` makes it.
 
     Args:
         env: The environment.
-        shift: Description of the perturbation.
         perturbation: To apply.
+        description: Its name and amount, for messages.
         onset: Unperturbed steps at the start of every episode.
         seed: Of the perturbation's randomness.
     """
@@ -294,13 +255,14 @@ class Shifted(gym.Wrapper[Any, Any, Any, Any]):
     def __init__(
         self,
         env: gym.Env[Any, Any],
-        shift: Shift,
         perturbation: Perturbation,
+        description: str,
         onset: int,
         seed: int,
     ) -> None:
         super().__init__(env)
-        self.shift, self.perturbation, self.onset, self.seed = shift, perturbation, onset, seed
+        self.perturbation, self.description = perturbation, description
+        self.onset, self.seed = onset, seed
         self.draw = np.random.default_rng(seed)
         self.steps, self.last = 0, np.zeros(len(perturbation.std))
 
@@ -333,7 +295,7 @@ class Shifted(gym.Wrapper[Any, Any, Any, Any]):
         return observation, reward, terminated, truncated, info
 
 
-def shifted(
+def perturb(
     env: gym.Env[Any, Any],
     name: str,
     severity: Severity,
@@ -344,28 +306,28 @@ def shifted(
 ) -> gym.Env[Any, Any]:
     """Perturb an environment in every episode, once `onset` steps have been taken.
 
-    Up to then all is as in `env`, bit for bit. Rewards and ends are always the environment's own:
-    a faulty sensor misleads the agent, not the task. A reset undoes the perturbation.
+    Rewards and ends are always the environment's own: a faulty sensor misleads the agent, not the
+    task. A reset undoes the perturbation.
 
     Args:
         env: One of Gymnasium's MuJoCo tasks; perturbations of the observation alone apply to any
             whose observations are vectors.
-        name: One of `SHIFTS`.
-        severity: "mild", "middle" or "severe".
+        name: One of `PERTURBATIONS`.
+        severity: One of `SEVERITIES`.
         onset: Unperturbed steps; the observation of `reset` always is unperturbed.
         seed: Of the perturbation's randomness: noise, the actuator, the direction of a push.
         observation_std: `(n,)`, the standard deviation of each number of an observation in
             ordinary behaviour, in which noise and bias are measured; the others don't need it.
 
     Raises:
-        UnknownName: No such shift or severity.
-        InvalidInput: A task that isn't MuJoCo's, observations that aren't vectors, a shift that
-            makes no difference to this task (gravity to a swimmer in the plane), more actuators
-            to fail than there are, a standard deviation that is missing or of another shape, an
-            environment that is shifted already, or a negative onset or seed.
+        UnknownName: No such perturbation or severity.
+        InvalidInput: A task that isn't MuJoCo's, observations that aren't vectors, a perturbation
+            that makes no difference to this task (gravity to a swimmer in the plane), more
+            actuators to fail than there are, a standard deviation that is missing or of another
+            shape, an environment that is perturbed already, or a negative onset or seed.
 
     Example:
-        >>> env = shifted(gym.make("HalfCheetah-v5"), "gravity", "middle", onset=1, seed=0)
+        >>> env = perturb(gym.make("HalfCheetah-v5"), "gravity", "middle", onset=1, seed=0)
         >>> _ = env.reset(seed=0)
         >>> for _ in range(2):
         ...     _ = env.step(np.zeros(6))
@@ -373,43 +335,47 @@ def shifted(
         -9.81
         -14.715
     """
-    shift = Shift(name, severity)
+    if name not in PERTURBATIONS:
+        raise UnknownName("name", name, PERTURBATIONS)
+    if severity not in SEVERITIES:
+        raise UnknownName("severity", severity, SEVERITIES)
     for what, value in (("onset", onset), ("seed", seed)):
         if value < 0:
             raise InvalidInput(f"{what}: expected at least 0, got {value}.")
-    if env.has_wrapper_attr("shift"):
+    if env.has_wrapper_attr("perturbation"):
         raise InvalidInput(
-            "env: expected one that isn't shifted yet, got one with "
-            f"{env.get_wrapper_attr('shift')}. Wrap the environment inside it."
+            "env: expected one that isn't perturbed yet, got one with "
+            f"{env.get_wrapper_attr('description')}. Wrap the environment inside it."
         )
-    space = env.observation_space
+    space, kind = env.observation_space, PERTURBATIONS[name]
     if not isinstance(space, Box) or len(space.shape) != 1:
         raise InvalidInput(f"env: expected observations that are vectors, got {space}.")
-    std = _std(shift, observation_std, space.shape)
+    std = (
+        _check_std(name, observation_std, space.shape) if kind.needs_std else np.zeros(space.shape)
+    )
     title = env.spec.id if env.spec else type(env.unwrapped).__name__
-    if not shift.kind.anywhere and not isinstance(env.unwrapped, MujocoEnv):
-        others = ", ".join(name for name, kind in SHIFTS.items() if kind.anywhere)
+    if not kind.anywhere and not isinstance(env.unwrapped, MujocoEnv):
+        others = ", ".join(name for name, kind in PERTURBATIONS.items() if kind.anywhere)
         raise InvalidInput(
             f"env: expected one of Gymnasium's MuJoCo environments for {name!r}, got {title}. "
             f"Others can have {others}."
         )
-    perturbation = shift.kind.make(env, shift.amount, std)
+    amount = kind.amounts[SEVERITIES.index(severity)]
+    perturbation = kind.make(env, amount, std)
     if not perturbation.matters():
         raise InvalidInput(
-            f"name: expected a shift that makes a difference to {title}, got {name!r}: after "
-            f"{TRIAL:g} simulated seconds under the same actions its state is the same with it "
-            "and without. Choose another."
+            f"name: expected a shift that makes a difference to {title}, got {name!r}: "
+            f"after {TRIAL:g} simulated seconds under the same actions its state is the same with "
+            "it and without. Choose another."
         )
-    return Shifted(env, shift, perturbation, onset, seed)
+    return PerturbedEnv(env, perturbation, f"{name}: {amount:g} {kind.unit}", onset, seed)
 
 
-def _std(shift: Shift, given: Array | None, shape: tuple[int, ...]) -> Array:
-    if not shift.kind.needs_std:
-        return np.zeros(shape)
+def _check_std(name: str, given: Array | None, shape: tuple[int, ...]) -> Array:
     if given is None:
         raise InvalidInput(
             f"observation_std: expected standard deviations of shape {shape}, in which "
-            f"{shift.name} is measured, got None. Take them from recorded episodes."
+            f"{name} is measured, got None. Take them from recorded episodes."
         )
     std = np.asarray(given, np.float64)
     if std.shape != shape or not np.isfinite(std).all() or (std < 0).any() or not std.any():

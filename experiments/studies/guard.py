@@ -40,7 +40,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from experiments.analysis import plots
 from experiments.analysis.page import Report, Section
 from experiments.analysis.stats import over_tasks
-from experiments.envs.perturbations import SHIFTS, Severity, shifted
+from experiments.envs.perturbations import PERTURBATIONS, Severity, perturb
 from experiments.envs.rollout import play, play_batch
 from experiments.envs.tasks import Task, find_task, make_env
 from experiments.registry import find_class, make_detector
@@ -444,17 +444,17 @@ def _along(monitor: Monitor, episodes: Sequence[torch.Tensor]) -> Array:
 def _changed(
     task: Task, shift: str, severity: Severity, onset: int, seed: int, std: Array | None
 ) -> gym.Env[Any, Any]:
-    return shifted(make_env(task), shift, severity, onset, seed, observation_std=std)
+    return perturb(make_env(task), shift, severity, onset, seed, observation_std=std)
 
 
 def _shifts(task: Task, names: Sequence[str] | None, severities: Sequence[Severity]) -> list[str]:
     """Return the named shifts, or all that the task can show."""
     env, shown = make_env(task), []
     std = np.ones(env.observation_space.shape or ())
-    for name in SHIFTS if names is None else names:
+    for name in PERTURBATIONS if names is None else names:
         try:
             for severity in severities:
-                shifted(env, name, severity, 0, 0, observation_std=std)
+                perturb(env, name, severity, 0, 0, observation_std=std)
         except InvalidInput:
             if names is not None:
                 raise

@@ -10,7 +10,7 @@ import torch
 
 from experiments import studies
 from experiments.datasets.pools import Pool
-from experiments.envs.perturbations import shifted
+from experiments.envs.perturbations import perturb
 from experiments.envs.rollout import play
 from experiments.envs.tasks import TASKS, find_task, make_env
 from experiments.studies import guard as study
@@ -58,7 +58,7 @@ def test_auroc_and_false_positive_rate_by_counting_pairs():
 
 def test_episodes_pair_up_until_the_onset():
     every = play(usual_world, act, 4, seed=3)
-    other = play(lambda: shifted(usual_world(), "mass", "severe", 12, 0), act, 2, seed=3, first=2)
+    other = play(lambda: perturb(usual_world(), "mass", "severe", 12, 0), act, 2, seed=3, first=2)
     for usual, changed in zip(every.features()[2:], other.features(), strict=True):
         np.testing.assert_array_equal(usual[:12], changed[:12])
         assert (usual[12:] != changed[12:]).any()
@@ -75,7 +75,7 @@ def test_halted_episodes_earn_what_a_guard_lets_them_earn():
     threshold = monitor.calibrate(episodes[10:], alpha=0.1).value
 
     def changed():
-        return shifted(usual_world(), "bias", "middle", 10, 0, observation_std=np.ones(10))
+        return perturb(usual_world(), "bias", "middle", 10, 0, observation_std=np.ones(10))
 
     other = play(changed, act, 3, seed=1)
     alarms = study._along(monitor, other.features()) > threshold
