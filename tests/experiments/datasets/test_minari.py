@@ -1,4 +1,4 @@
-"""A pool becomes a Minari data set that others can use, and comes back; others' become pools."""
+"""Minari data sets: written and read again, and those of others read as pools."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def buffer(rewards, observations=None, **more):
 
 
 @needs_minari
-def test_a_pool_comes_back_but_for_each_episodes_first_frame(pool, tmp_path):
+def test_a_pool_is_read_again_but_for_each_episodes_first_frame(pool, tmp_path):
     write_minari(pool, tmp_path / "set", name="Pendulum")
     again = pool_from_minari(tmp_path / "set")
     for name in ("observations", "actions", "rewards", "states", "mask"):
@@ -86,7 +86,7 @@ def test_a_pool_comes_back_but_for_each_episodes_first_frame(pool, tmp_path):
 
 
 @needs_minari
-def test_what_is_written_is_minaris_and_its_environment_says_the_same(pool, tmp_path):
+def test_minari_reads_the_set_and_its_environment_repeats_the_episodes(pool, tmp_path):
     write_minari(pool, tmp_path / "set", name="Pendulum")
     data = minari.MinariDataset(tmp_path / "set" / "data")
     assert (data.total_episodes, data.total_steps) == (6, 6 * 199)
@@ -116,9 +116,9 @@ def test_a_half_written_set_is_never_left_and_none_is_overwritten(pool, tmp_path
 
     out = tmp_path / "set"
     out.mkdir()
-    with pytest.raises(InvalidInput, match="out: expected a directory that doesn't exist"):
+    with pytest.raises(InvalidInput, match="out"):
         write_minari(pool, out, name="Pendulum")
-    with pytest.raises(InvalidInput, match="out: expected a directory that doesn't exist"):
+    with pytest.raises(InvalidInput, match="out"):
         export_pool("Pendulum", pools=tmp_path / "pools", out=out)  # before it trains
     out.rmdir()
 
@@ -132,7 +132,7 @@ def test_a_half_written_set_is_never_left_and_none_is_overwritten(pool, tmp_path
 
 
 @needs_minari
-def test_an_environments_other_kinds_of_frames_are_kept(tmp_path):
+def test_discrete_actions_without_states_are_kept(tmp_path):
     with make_env(find_task("CartPole-v1")) as env:
         env.reset(seed=0)
     episodes = Clips(
@@ -147,7 +147,7 @@ def test_an_environments_other_kinds_of_frames_are_kept(tmp_path):
 
 
 @needs_minari
-def test_others_episodes_are_ranked_by_return(foreign):
+def test_episodes_without_a_skill_are_ranked_by_return(foreign):
     # Of 12 episodes, whose returns are 11, 0, 10, 1, ..., and lengths 3, 4, 3, 4, ...
     returns = [11 - i // 2 if i % 2 == 0 else i // 2 for i in range(12)]
     name = foreign("mine/ranked-v0", [
@@ -170,7 +170,7 @@ def test_others_episodes_are_ranked_by_return(foreign):
 
 
 @needs_minari
-def test_observations_in_parts_are_laid_side_by_side(foreign):
+def test_dictionaries_of_observations_are_concatenated(foreign):
     from gymnasium.spaces import Box, Dict
 
     parts = {"goal": np.full((4, 1), 7.0), "place": np.arange(8.0).reshape(4, 2)}
@@ -181,17 +181,17 @@ def test_observations_in_parts_are_laid_side_by_side(foreign):
 
 
 @needs_minari
-def test_what_no_teacher_could_judge_is_refused(foreign, tmp_path):
+def test_sets_without_rewards_are_refused(foreign, tmp_path):
     for i, rewards in enumerate(([0.0, 0.0], [1.0, np.nan])):
         name = foreign(f"mine/bare{i}-v0", [buffer(rewards)])
-        with pytest.raises(InvalidInput, match="synthetic teacher answers by them"):
+        with pytest.raises(InvalidInput, match="name_or_path"):
             pool_from_minari(name)
-    with pytest.raises(InvalidInput, match=r"got 'mine/none-v0'\. `minari download`"):
+    with pytest.raises(InvalidInput, match="mine/none-v0"):
         pool_from_minari("mine/none-v0")
-    with pytest.raises(InvalidInput, match="levels: expected at least 1, got 0"):
+    with pytest.raises(InvalidInput, match="levels"):
         pool_from_minari("mine/none-v0", levels=0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UnreadableFile, match="empty: expected a Minari data set"):
+    with pytest.raises(UnreadableFile, match="empty"):
         pool_from_minari(tmp_path / "empty")
 
 
@@ -202,7 +202,7 @@ def test_damaged_sets_are_refused_by_name(pool, tmp_path):
     whole = file.read_bytes()
     for damage in (b"", whole[: len(whole) // 2], b"nonsense" * 100):
         file.write_bytes(damage)
-        with pytest.raises(UnreadableFile, match="set: expected a whole Minari data set"):
+        with pytest.raises(UnreadableFile, match="set"):
             pool_from_minari(tmp_path / "set")
 
 
@@ -218,7 +218,7 @@ def test_the_command_makes_one_that_minari_finds_by_name(tmp_path, monkeypatch, 
     assert main([*words, "--out", "elsewhere"]) == 0
     assert len(pool_from_minari("elsewhere").trajectories) == 2
     assert main([*words, "--out", "elsewhere"]) == 2
-    assert "out: expected a directory that doesn't exist yet" in capfd.readouterr().err
+    assert "out: " in capfd.readouterr().err
 
 
 @needs_minari

