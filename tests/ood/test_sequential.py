@@ -146,6 +146,7 @@ def test_wealth_is_the_mean_of_products():
         assert wealth(roberts, seen[-1]) == pytest.approx(np.sum(products, 0).mean())
 
 
+@pytest.mark.slow
 def test_a_martingales_false_alarms_ever():
     rng, rounds, count = np.random.default_rng(0), 600, 0
     for seed in range(rounds):
@@ -195,6 +196,7 @@ def watched(statistic, *, seed, shift=0.0, blocks=60, alpha=0.1):
     return next((t for t, row in enumerate(new) if stream.update(row[None]).alarm[0]), None)
 
 
+@pytest.mark.slow
 def test_a_monitor_with_a_martingale_seldom_alarms_in_an_unending_stream():
     rounds = 100
     count = sum(watched(ConformalMartingale(), seed=i) is not None for i in range(rounds))

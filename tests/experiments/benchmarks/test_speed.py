@@ -11,6 +11,7 @@ from ood import KNN
 from rewardmodels.saving import PREDICTORS
 
 
+@pytest.mark.slow
 def test_scored_pairs_are_right_and_fit_into_memory():
     figures = speed.score_pairs()
     assert figures["pairs"] == 1000 * 999 / 2

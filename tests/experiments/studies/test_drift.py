@@ -158,6 +158,7 @@ def test_a_guard_asks_until_the_budget_is_spent(agents, monkeypatch):
     assert found["comparisons"].tolist() == [8, 12, 16]
 
 
+@pytest.mark.slow
 def test_a_small_study_leaves_a_page_and_resumes(agents, tmp_path, monkeypatch):
     small = settings(agents, arms=["frozen", "guarded"], seeds=1, steps=2048)
     run = studies.Run(tmp_path)

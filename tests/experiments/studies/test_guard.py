@@ -187,6 +187,7 @@ def small(tmp_path, monkeypatch):
     return settings
 
 
+@pytest.mark.slow
 def test_a_small_study_has_rows_of_everything_and_resumes(small, tmp_path, monkeypatch, capsys):
     run = studies.Run(tmp_path / "study")
     report = studies.run_study(study, small, run, progress=False)

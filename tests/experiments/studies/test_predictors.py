@@ -178,6 +178,7 @@ def test_what_is_held_out_of_peoples_comparisons_is_never_fitted_to(fitted):
     assert all(pair in even for known in fitted for pair in known.pairs.tolist())
 
 
+@pytest.mark.slow
 def test_a_small_study_of_tasks_people_and_speed_leaves_a_page(fitted, tmp_path, monkeypatch):
     own = f"{__name__}.Own"
     small = study.Settings(
