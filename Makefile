@@ -30,7 +30,7 @@ gpu: $(INSTALLED) ## what needs a CUDA device
 	$(BIN)/pytest tests -m gpu
 
 benchmark: $(INSTALLED) ## time what has to be fast
-	$(BIN)/rewardmodels benchmark learn
+	$(BIN)/rewardmodels benchmark speed
 
 docs: $(SPHINX) ## the documentation, in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build

@@ -31,11 +31,13 @@ def test_the_quick_benchmark_has_every_key(tmp_path):
     assert main(["benchmark", "speed", "--quick", "--json", str(tmp_path / "f.json")]) == 0
     figures = json.loads((tmp_path / "f.json").read_text())
     keys = [
-        *("throughput_ratio", "pairs_seconds", "pairs_peak_mib", "greedy_seconds"),
+        *("throughput_ratio", "pairs_seconds", "greedy_seconds"),
         *("kcenter_seconds", "guard_step_us", "guard_step_share", "fit_million_seconds"),
         *(f"frame_us.{name}" for name in PREDICTORS),
     ]
     assert all(figures[key] > 0 for key in keys)
+    # The growth of the process's peak: none where an earlier test needed as much.
+    assert figures["pairs_peak_mib"] >= 0
 
 
 def test_a_file_in_no_directory_is_refused_first(tmp_path, capsys):
