@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, no screen, a fixed global seed."""
+"""Settings of every test: one thread, no screen, a fixed global seed."""
 
 import os
 import sys

@@ -34,7 +34,6 @@ from experiments.analysis.stats import (
     bootstrap,
     first_reached,
     interquartile_mean,
-    over_tasks,
     paired,
 )
 from experiments.envs.tasks import find_task
@@ -324,10 +323,13 @@ def _savings(runs: pd.DataFrame) -> pd.DataFrame:
             seeds = len(asked)
             row["verdict"] = saved.verdict(seeds, even=1, higher_is_better=False)
             if budget in arms[constant]:
-                same = pd.concat([asked, arms[constant][budget]])
-                gap = over_tasks(paired(same, "return", "arm", constant), "difference")
-                mean = arms[constant][budget]["comparisons"].mean()
-                row |= {"asked": float(asked["comparisons"].mean() / mean), "return gap": gap}
+                same = arms[constant][budget]
+                share = asked["comparisons"].mean() / same["comparisons"].mean()
+                gap = bootstrap(
+                    lambda a, b: interquartile_mean(a) - interquartile_mean(b),
+                    asked["return"], same["return"],
+                )  # fmt: skip
+                row |= {"asked": float(share), "return gap": gap}
             rows.append(row)
     columns = ["task", "schedule and teacher", "comparisons over constant's", "verdict", "asked",
                "return gap"]  # fmt: skip

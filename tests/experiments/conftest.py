@@ -1,4 +1,4 @@
-"""What several files read: a demonstration's runs, and a module of cells."""
+"""Fixtures of several files: a demonstration's runs, and a module of cells."""
 
 from __future__ import annotations
 

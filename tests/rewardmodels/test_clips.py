@@ -179,7 +179,7 @@ def test_refuses_what_cannot_be_comparisons(pairs, preference, message):
 
 
 def meaning(comparisons: Comparisons) -> list[tuple[float, float, float]]:
-    """Who met whom, by what stands in the clips, and what was said."""
+    """Each comparison's two clips, by their contents, and its preference."""
     first, second = comparisons.clips.observations[comparisons.pairs, 0, 0].T
     return list(zip(first.tolist(), second.tolist(), comparisons.preference.tolist(), strict=True))
 

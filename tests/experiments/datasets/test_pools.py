@@ -57,7 +57,7 @@ def same(one, other):
 
 
 def replay(task, clips):
-    """What Gymnasium's own environment pays and shows from each state, one frame at a time."""
+    """Rewards and observations of Gymnasium's own environment, stepped from each state."""
     with make_env(find_task(task)) as env:
         env.reset(seed=0)
         simulator = env.unwrapped

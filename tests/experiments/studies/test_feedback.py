@@ -50,6 +50,20 @@ def test_asking_for_half_with_the_same_return_saves_half():
     assert list(report.sections[2].table["verdict"]) == ["better"]
 
 
+def test_the_return_gap_is_a_difference_of_interquartile_means():
+    runs = results(slope=1.0, unsure_share=0.5)
+    unsure = (runs["schedule"] == "WhenUnsure") & (runs["budget"] == 100)
+    constant = (runs["schedule"] == "Constant") & (runs["budget"] == 100)
+    # The middle four count. The interquartile mean of the differences seed by seed would be 0.
+    for arm, returns in ((unsure, [0, 0, 30, 60, 90, 90]), (constant, [90, 0, 0, 60, 90, 90])):
+        for seed, value in enumerate(returns):
+            runs.loc[arm & (runs["seed"] == seed), "return"] = value
+    figures = study.report(runs).figures
+    gap, (low, high) = figures["unsure_return_gap.T"], figures["unsure_return_gap_interval.T"]
+    assert gap == pytest.approx(45 - 60)
+    assert low < gap < high
+
+
 def test_ratios_are_of_interquartile_means_over_seeds():
     figures = study.report(results(slope=0.9, unsure_share=1.0)).figures
     assert figures["return_ratio.T"] == pytest.approx(0.9, abs=0.01)
