@@ -327,7 +327,7 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     ),
     "label": (
         "serve the page on which people compare a run's clips",
-        _call("experiments.labelling.command:label", positional=True),
+        _call("experiments.labelling:label", positional=True),
     ),
     "guard": (
         "run a trained agent under a guard, which the first call fits and calibrates",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
 
 from experiments.analysis.stats import Interval, interquartile_mean
 
@@ -157,6 +158,44 @@ def seed_curves(
     axes.set_ylabel(y)
 
 
+def by_task(
+    results: pd.DataFrame,
+    draw: Callable[[Axes, pd.DataFrame], None],
+    *,
+    title: str = "{}",
+    legend: int = 4,
+    **layout: Any,
+) -> Figure:
+    """Make a figure with a panel for each task, and one legend below all.
+
+    Args:
+        results: Rows with the column `task`.
+        draw: Draws the rows of one task.
+        title: Of a panel, with a place for the task's name.
+        legend: Columns of the legend.
+        layout: Arguments of `panels`; where there are fewer tasks than columns, as many as tasks.
+    """
+    tasks = results.groupby("task", sort=False)
+    columns = min(layout.pop("columns", 3), len(tasks))
+    with style():
+        figure, each = panels(len(tasks), columns=columns, **{"width": 8.6, **layout})
+        for axes, (task, rows) in zip(each, tasks, strict=True):
+            draw(axes, rows)
+            axes.set_title(title.format(task), fontsize=11)
+        legend_below(figure, legend)
+    return figure
+
+
+def accuracy_by_task(
+    results: pd.DataFrame, by: str, look: Mapping[str, Look], **options: Any
+) -> Figure:
+    """Draw accuracy against comparisons: `seed_curves` in a figure `by_task`."""
+    return by_task(
+        results, lambda axes, rows: seed_curves(axes, rows, "comparisons", "accuracy", by, look),
+        **options,
+    )  # fmt: skip
+
+
 def interval_rows(
     axes: Axes,
     intervals: Mapping[str, Interval],
@@ -261,25 +300,16 @@ def spread_labels(centres: Sequence[float], halves: Sequence[float]) -> list[flo
         halves: Half of each one's height, in the same unit.
 
     Returns:
-        Where each goes. Each group that touches is centred on what its members wanted.
+        Where each goes, by least squares.
 
     Example:
         >>> spread_labels([0.0, 1.0, 50.0], [5.0, 5.0, 5.0])
         [-4.5, 5.5, 50.0]
     """
-    groups: list[tuple[list[int], float, float]] = []  # members, wanted centre, half of the height
-    for i in np.argsort(centres, kind="stable").tolist():
-        members, centre, half = [i], centres[i], halves[i]
-        while groups and groups[-1][1] + groups[-1][2] > centre - half:
-            before, _, _ = groups.pop()
-            members = before + members
-            centre = float(np.mean([centres[j] for j in members]))
-            half = sum(halves[j] for j in members)
-        groups.append((members, centre, half))
-    placed = [0.0] * len(centres)
-    for members, centre, half in groups:
-        bottom = centre - half
-        for i in members:
-            placed[i] = bottom + halves[i]
-            bottom += 2 * halves[i]
-    return placed
+    order = np.argsort(centres, kind="stable")
+    wanted, half = np.asarray(centres)[order], np.asarray(halves)[order]
+    # Less the least distances, the places only have to rise.
+    least = np.cumsum(half) + np.cumsum([0.0, *half[:-1]])
+    placed = np.empty(len(order))
+    placed[order] = isotonic_regression(wanted - least).x + least
+    return placed.tolist()

@@ -43,10 +43,7 @@ _SHOWN: Final = "performance.getEntriesByName('pair-shown')"
 
 
 def benchmark_page(
-    quick: bool = False,
-    json: Path | None = None,
-    task: str = "Hopper",
-    chromium: Path = CHROMIUM,
+    quick: bool = False, json: Path | None = None, task: str = "Hopper", chromium: Path = CHROMIUM
 ) -> dict[str, Any]:
     """Measure what the labelling page loses when its server is killed, and how fast it responds.
 
@@ -137,13 +134,8 @@ class _Client:
 def answer_during_kills(run: Path, *, kills: int, lease_seconds: float = 3.0) -> dict[str, int]:
     """Let four people answer all queries of a run at once while its server is killed repeatedly.
 
-    Kills are spread over the answers. After each one a person returns in another browser, so that
-    the queries of the old one must become free by themselves.
-
-    Args:
-        run: Run directory, with open queries.
-        kills: Number of SIGKILLs.
-        lease_seconds: Seconds for which a query is held.
+    Kills (SIGKILL) are spread over the answers. After each one a person returns in another browser,
+    so that the queries of the old one must become free by themselves.
 
     Returns:
         The first five keys of `benchmark_page`.
@@ -164,12 +156,8 @@ def answer_during_kills(run: Path, *, kills: int, lease_seconds: float = 3.0) ->
 
     draw = random.Random(0)
     clients = [_Client(f"person {i}") for i in range(4)]
-    threads = [
-        threading.Thread(
-            target=_answer_all, args=(authentication, client, port, draw.random()), daemon=True
-        )
-        for client in clients
-    ]
+    given = [(authentication, client, port, draw.random()) for client in clients]
+    threads = [threading.Thread(target=_answer_all, args=one, daemon=True) for one in given]
     server = start()
     try:
         for thread in threads:
@@ -261,11 +249,9 @@ def _post(port: int, cookie: str, path: str, body: Any) -> tuple[int, Any]:
 def _serve(run: Path, port: int, lease_seconds: float) -> None:
     import uvicorn
 
-    app = make_app(
-        run, _NoVideos(run, ""), host="127.0.0.1", port=port, repeat_every=0,
-        lease_seconds=lease_seconds,
-    )  # fmt: skip
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False)
+    bound: dict[str, Any] = {"host": "127.0.0.1", "port": port}
+    app = make_app(run, _NoVideos(run, ""), repeat_every=0, lease_seconds=lease_seconds, **bound)
+    uvicorn.run(app, log_level="error", access_log=False, **bound)
 
 
 # ---- videos and the browser

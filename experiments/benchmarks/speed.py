@@ -8,8 +8,10 @@ import resource
 import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -22,22 +24,13 @@ from active import GreedyInformation, KCenter, QueryStrategy, all_pairs, mutual_
 from experiments.analysis.page import check_json, publish
 from experiments.envs.rollout import Policy, play
 from experiments.envs.tasks import Task, find_task, make_env
+from experiments.registry import make_detector
 from experiments.training.agents import PPO_ROLLOUT, load_policy, train_agent
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner
 from experiments.training.rewards import LearnedReward
 from experiments.training.run_directory import RunDirectory
-from ood import (
-    CUSUM,
-    KNN,
-    MEWMA,
-    DynamicsEnsemble,
-    Guard,
-    Mahalanobis,
-    Monitor,
-    OODDetector,
-    Statistic,
-)
+from ood import CUSUM, MEWMA, Guard, Monitor, OODDetector, Statistic
 from rewardmodels import Clips, Comparisons, DeepEnsemble, SampledPosterior, fit
 from rewardmodels.saving import PREDICTORS
 
@@ -45,15 +38,10 @@ Reward = Literal["learned", "task"]
 
 # A HalfCheetah's frame; networks trained for longer take no longer.
 _OBSERVATION, _ACTION = 17, 6
-_MONITORS: dict[str, tuple[Callable[[int], OODDetector], Statistic, str]] = {
-    "Mahalanobis": (lambda size: Mahalanobis(), CUSUM(), "observation_action"),
-    "KNN": (lambda size: KNN(), CUSUM(), "observation_action"),
-    "DynamicsEnsemble": (lambda size: DynamicsEnsemble(size, steps=50), MEWMA(), "transition"),
-}
-_SCALED: dict[str, Callable[[], OODDetector]] = {
-    "Mahalanobis": Mahalanobis,
-    "KNN": KNN,
-    "DynamicsEnsemble": lambda: DynamicsEnsemble(_OBSERVATION),
+_MONITORS: dict[str, tuple[str, Statistic, str]] = {
+    "Mahalanobis": ("Mahalanobis", CUSUM(), "observation_action"),
+    "KNN": ("KNN", CUSUM(), "observation_action"),
+    "DynamicsEnsemble": ("DynamicsEnsemble(steps=50)", MEWMA(), "transition"),
 }
 _DEFAULT = "DynamicsEnsemble"
 _FAMILIAR, _CALIBRATION = 21, 22  # episodes, of more frames than KNN keeps
@@ -89,10 +77,9 @@ def benchmark_speed(quick: bool = False, json: Path | None = None) -> dict[str, 
         **{f"frame_us.{name}": frame_us(name) for name in PREDICTORS},
         **guard_steps(steps=300 if quick else 3000),
     }
-    scaled = dict(_SCALED)
-    if quick:
-        scaled[_DEFAULT] = lambda: DynamicsEnsemble(_OBSERVATION, steps=1000)
-    for name, make in scaled.items():
+    for name in _MONITORS:
+        short = "(steps=1000)" if quick and name == "DynamicsEnsemble" else ""
+        make = partial(make_detector, name + short, _OBSERVATION, seed=0)
         for key, value in detector_scale(make, 10**5 if quick else 10**6).items():
             figures[f"{key}.{name}"] = value
             if name == _DEFAULT:
@@ -126,11 +113,8 @@ def measure_throughput(rollouts: int) -> dict[str, float]:
                 seconds[arm].append(time.perf_counter() - started)
                 steps = learner.step - before
     per_second = {arm: steps / statistics.median(times) for arm, times in seconds.items()}
-    return {
-        "throughput_ratio": per_second["learned"] / per_second["task"],
-        "steps_per_second.learned": per_second["learned"],
-        "steps_per_second.task": per_second["task"],
-    }
+    figures = {f"steps_per_second.{arm}": speed for arm, speed in per_second.items()}
+    return {"throughput_ratio": per_second["learned"] / per_second["task"], **figures}
 
 
 def score_pairs() -> dict[str, float]:
@@ -142,31 +126,29 @@ def score_pairs() -> dict[str, float]:
 def _score_pairs() -> dict[str, float]:
     torch.set_num_threads(1)  # as in a run; a second one gains nothing where others are busy
     draw = torch.Generator().manual_seed(0)
-    clips = Clips(
-        torch.randn(1000, 50, 17, generator=draw), torch.randn(1000, 50, 6, generator=draw)
-    )
+    clips = _random_clips(1000, 50, draw)
     some = Comparisons(clips[:4], torch.tensor([[0, 1], [2, 3]]), torch.tensor([0.0, 1.0]))
     model = fit(DeepEnsemble(members=7), some, epochs=1)
     pairs = all_pairs(len(clips))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        returns = model.posterior(clips).rsample(7)
-        scores = mutual_information(returns, pairs)
-        times.append(time.perf_counter() - started)
-    seconds = statistics.median(times)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    some_pairs = torch.randperm(len(pairs), generator=draw)[:200].tolist()
-    error = max(
-        abs(float(scores[i]) - _naive_score(returns, *pairs[i].tolist())) for i in some_pairs
+    seconds = _median_seconds(
+        lambda: mutual_information(model.posterior(clips).rsample(7), pairs), times=5
     )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    some_pairs = pairs[torch.randperm(len(pairs), generator=draw)[:200]]
+    returns = model.posterior(clips).rsample(7)
+    scores = mutual_information(returns, some_pairs).tolist()
+    naive = [_naive_score(returns, *pair) for pair in some_pairs.tolist()]
     return {
         "pairs": len(pairs),
         "pairs_seconds": seconds,
         "pairs_peak_mib": peak / 1024,
-        "pairs_max_error": error,
+        "pairs_max_error": float(np.abs(np.subtract(scores, naive)).max()),
     }
+
+
+def _random_clips(n: int, frames: int, draw: torch.Generator) -> Clips:
+    return Clips(*(torch.randn(n, frames, k, generator=draw) for k in (_OBSERVATION, _ACTION)))
 
 
 def _naive_score(returns: torch.Tensor, first: int, second: int) -> float:
@@ -196,18 +178,13 @@ def seconds_to_select(
     if pairs is not None:
         candidates = candidates[torch.randperm(len(candidates), generator=draw)[:pairs]]
     with threadpool_limits(1):
-        return _median_seconds(
-            lambda: strategy.select(posterior, candidates, n, generator=draw), times=3
-        )
+        return _median_seconds(lambda: strategy.select(posterior, candidates, n, generator=draw), 3)
 
 
 def frame_us(predictor: str, times: int = 3000) -> float:
     """Median microseconds for the mean and standard deviation of one frame's reward."""
     draw = torch.Generator().manual_seed(0)
-    clips = Clips(
-        torch.randn(200, 25, _OBSERVATION, generator=draw),
-        torch.randn(200, 25, _ACTION, generator=draw),
-    )
+    clips = _random_clips(200, 25, draw)
     some = Comparisons(clips, torch.arange(200).view(100, 2), torch.arange(100) % 2.0)
     scorer = fit(PREDICTORS[predictor](), some, epochs=1).frame_scorer()
     frame = clips.observations[0, 0].numpy(), clips.actions[0, 0].numpy()
@@ -244,12 +221,12 @@ def guard_steps(
 
 
 def _monitor(task: Task, act: Policy, name: str) -> Monitor:
-    make, statistic, features = _MONITORS[name]
-    episodes = play(lambda: make_env(task), act, _FAMILIAR + _CALIBRATION, seed=0).features(
-        features
-    )
+    detector_name, statistic, features = _MONITORS[name]
+    played = play(lambda: make_env(task), act, _FAMILIAR + _CALIBRATION, seed=0)
+    episodes = played.features(features)
     size = make_env(task).observation_space.shape[0]  # type: ignore[index]
-    monitor = Monitor(make(size).fit(torch.cat(episodes[:_FAMILIAR])), statistic)
+    detector = make_detector(detector_name, size, seed=0)
+    monitor = Monitor(detector.fit(torch.cat(episodes[:_FAMILIAR])), statistic)
     threshold = monitor.calibrate(episodes[_FAMILIAR:], alpha=0.1)
     monitor.threshold = replace(threshold, value=float("inf"))  # so that it never halts
     return monitor
@@ -317,9 +294,4 @@ def detector_scale(make: Callable[[], OODDetector], frames: int) -> dict[str, fl
 
 
 def _median_seconds(call: Callable[[], object], times: int) -> float:
-    taken = []
-    for _ in range(times):
-        started = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+    return statistics.median(timeit.repeat(call, number=1, repeat=times))

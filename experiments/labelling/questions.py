@@ -33,11 +33,8 @@ class Questions:
     """
 
     def __init__(self, run: Path, repeat_every: int, lease_seconds: float) -> None:
-        self.run, self.repeat_every, self.lease_seconds = (
-            RunDirectory(run),
-            repeat_every,
-            lease_seconds,
-        )
+        self.run = RunDirectory(run)
+        self.repeat_every, self.lease_seconds = repeat_every, lease_seconds
         self.store = FeedbackStore(run / "answers.sqlite")
         self._random = random.Random(0)
         self._frames: dict[int, int] = {}
@@ -80,9 +77,7 @@ class Questions:
         """Store a mark on one clip of a query that the person holds; return its id."""
         clip = self._held_clip(person, query, side)
         if last >= (frames := self._length(clip)):
-            raise InvalidInput(
-                f"last: expected a frame below {frames}, the clip's end, got {last}."
-            )
+            raise InvalidInput(f"last: expected a frame below the clip's {frames}, got {last}.")
         return self.store.marks.add(clip, first, last, good=good, teacher=_name(person))
 
     def rate(self, person: Person, query: int, side: int, stars: int) -> int:

@@ -40,7 +40,7 @@ _STATUS: Final = {
     RewardModelsError: 422,
 }
 Id = Annotated[int, Field(ge=1, lt=2**63)]  # SQLite's integers
-_DAY: Final = 24 * 3600.0
+_DAY: Final = 24 * 3600.0  # seconds
 
 
 def _sender(request: Request) -> Person:
@@ -223,10 +223,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         # The input isn't repeated in the reply: it may be anything.
-        reasons = (
-            f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()
-        )
-        return JSONResponse({"reason": "; ".join(reasons)}, 422)
+        places = [(".".join(map(str, e["loc"][1:])) or "body", e["msg"]) for e in error.errors()]
+        return JSONResponse({"reason": "; ".join(map(": ".join, places))}, 422)
 
 
 async def _call(app: FastAPI, method: Callable[..., T], *args: Any, **kwargs: Any) -> T:

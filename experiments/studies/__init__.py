@@ -6,11 +6,12 @@ import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -53,6 +54,38 @@ class Study(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class PoolSettings:
+    """Settings of a study on agents' recorded episodes (`datasets.pools`).
+
+    Args:
+        tasks: Any that `rewardmodels learn` takes.
+        seeds: Draws of clips and of initial weights.
+        first_seed: The first of them.
+        pools: Directory of the agents' episodes; a cluster's workers read it too.
+        pool_steps: Environment steps that each agent is trained for.
+        pool_episodes: Episodes kept of each stage of training.
+    """
+
+    tasks: Sequence[str] = ("HalfCheetah", "Hopper", "Walker2d")
+    seeds: int = 5
+    first_seed: int = 0
+    pools: Path = Path("runs/pools")
+    pool_steps: int = 300_000
+    pool_episodes: int = 8
+
+    def pool(self, task: str, *, progress: bool = False) -> Pool:
+        """Return a task's pool, made if need be."""
+        made = {"steps": self.pool_steps, "episodes": self.pool_episodes}
+        return find_pool(task, self.pools, progress=progress, **made)
+
+
+def make_pools(settings: PoolSettings) -> None:
+    """Train each task's agent, which its cells share: `prepare` of a study."""
+    for task in settings.tasks:
+        settings.pool(task, progress=True)
+
+
 def run_study(
     study: Study,
     settings: Any,
@@ -84,7 +117,7 @@ def run_study(
         if run is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             run = Run(folder)
-            if hasattr(settings, "pools"):
+            if isinstance(settings, PoolSettings):
                 settings = replace(settings, pools=folder / "pools")
         shared = {
             field.name: _plain(getattr(settings, field.name))
@@ -97,22 +130,25 @@ def run_study(
             cast(Callable[[Any], None], getattr(study, "prepare", lambda _: None))(settings)
             run_cells(compute, grid, where, progress=progress)
         rows, versions = _rows(compute, grid, where.out)
-        finished = len(rows)
-        if not finished:
+        if not rows:
             raise InvalidInput(
                 f"out: expected finished cells of this grid, got none in {run.out}. Leave "
                 "--report_only out, or pass the settings that the study was started with."
             )
         results = pd.DataFrame([line for lines in rows for line in lines])
         report = study.report(results)
-        plain = [name for name in results if not results[name].map(_is_list).any()]
+        plain = [
+            n for n in results if not results[n].map(lambda x: isinstance(x, list | dict)).any()
+        ]
         write_text_atomically(run.out / "results.csv", results[plain].to_csv(index=False))
         origin = Origin(
             command_line(study, settings),
             {field.name: getattr(settings, field.name) for field in fields(settings)},
             versions,
             seconds=sum(lines[0]["cell_seconds"] for lines in rows),
-            note="" if finished == len(grid) else f"{finished} of {len(grid)} cells are finished.",
+            note=""
+            if len(rows) == len(grid)
+            else f"{len(rows)} of {len(grid)} cells are finished.",
         )
         page = write_page(run.out, report, origin)
         print(markdown(report.sections))
@@ -124,7 +160,7 @@ def run_study(
 
 def command_line(study: Study, settings: Any) -> str:
     """Return the command that runs a study with these settings."""
-    words = ["rewardmodels", "study", _name(study)]
+    words = ["rewardmodels", "study", str(cast(Any, study).__name__).rpartition(".")[2]]
     for field in fields(settings):
         value = getattr(settings, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
@@ -134,21 +170,16 @@ def command_line(study: Study, settings: Any) -> str:
     return shlex.join(words)
 
 
-def pool_of(settings: Any, task: str, *, progress: bool = False) -> Pool:
-    """Return a task's pool, made if need be, by a study's settings with `pools` and `pool_…`."""
-    return find_pool(
-        task,
-        settings.pools,
-        progress=progress,
-        steps=settings.pool_steps,
-        episodes=settings.pool_episodes,
-    )
-
-
 def compare_by_return(clips: Clips) -> Comparisons:
     """Compare the first clip with the second, the third with the fourth …, by true return."""
     pairs = torch.arange(len(clips)).view(-1, 2)
     return Comparisons(clips, pairs, SyntheticTeacher().answer(clips, pairs))
+
+
+def generator_of(*numbers: int) -> torch.Generator:
+    """Return a generator seeded by several numbers."""
+    (seed,) = np.random.SeedSequence(numbers).generate_state(1)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def seed_range(settings: Any) -> range:
@@ -216,14 +247,6 @@ def _rows(
         for package, version in record["versions"].items():
             versions.setdefault(package, {})[version] = None
     return rows, {package: " and ".join(several) for package, several in versions.items()}
-
-
-def _name(study: Study) -> str:
-    return str(cast(Any, study).__name__).rpartition(".")[2]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | dict)
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Study of backflips: their number after teaching a Hopper by comparisons alone.
 
-Christiano et al. (2017, arXiv 1706.03741, section 3.2) taught it by 900 comparisons of a person's,
-and give no count. Here a synthetic teacher compares (`envs.backflip`).
+A synthetic teacher compares (`envs.backflip`); Christiano et al. (2017) give no count.
 """
 
 from __future__ import annotations
@@ -62,12 +61,9 @@ def cell(settings: Settings, seed: int) -> dict[str, Any]:
         "backflip", comparisons=settings.comparisons, steps=settings.steps, seed=seed, out=out
     )
     result = learn(config, resume=RunDirectory(out).exists, progress=False)
-    return {
-        "backflips": result["backflips_per_1000_steps"],
-        "asked": result["comparisons"],
-        "correlation": result["reward_correlation"],
-        "wall_seconds": result["wall_seconds"],
-    }
+    columns = {"backflips": "backflips_per_1000_steps", "asked": "comparisons",
+               "correlation": "reward_correlation", "wall_seconds": "wall_seconds"}  # fmt: skip
+    return {column: result[key] for column, key in columns.items()}
 
 
 def report(results: pd.DataFrame) -> Report:

@@ -36,7 +36,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
@@ -51,7 +50,13 @@ from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
 from experiments.registry import find_class
 from experiments.studies import check_least, seed_range
-from experiments.training.agents import PPO_ENVS, PPO_ROLLOUT, make_agent, train_agent
+from experiments.training.agents import (
+    PPO_ENVS,
+    PPO_ROLLOUT,
+    make_agent,
+    restore_agent,
+    train_agent,
+)
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward
 from ood import Mahalanobis, Monitor, PauseOnAlarm
@@ -170,28 +175,20 @@ def cell(settings: Settings, arm: Arm, seed: int) -> list[dict[str, Any]]:
         if arm == "guarded":
             alarms = training.guarded(first, settings)
         else:
+            share = settings.batch / settings.more
             schedules: dict[Arm, Schedule] = {
                 "continued": Constant(initial=0.0),
-                "when unsure": WhenUnsure(
-                    settings.level, share=settings.batch / settings.more, initial=0.0
-                ),
+                "when unsure": WhenUnsure(settings.level, share=share, initial=0.0),
             }
             training.scheduled(schedules.get(arm), settings.steps, settings.more)
         last = training.play()
     median = last.returns.argsort()[(PLAYED - 1) // 2]
     assert last.rewards is not None
-    outcome = {
-        "alarms": alarms,
-        "asked": training.asked,
-        "start": float(first.returns.mean()),
-        "final": float(last.returns.mean()),
-    }
-    episode = {
-        "states": [] if last.states is None else last.states[median].tolist(),
-        "rewards": last.rewards[median].tolist(),
-    }
+    start, final = float(first.returns.mean()), float(last.returns.mean())
+    outcome = {"alarms": alarms, "asked": training.asked, "start": start, "final": final}
     rows: list[dict[str, Any]] = [{**outcome, **row} for row in training.rounds]
-    rows[0] |= episode
+    rows[0]["states"] = [] if last.states is None else last.states[median].tolist()
+    rows[0]["rewards"] = last.rewards[median].tolist()
     return rows
 
 
@@ -208,13 +205,9 @@ class _Training:
         self.env = RewardWrapper(make_vec_env(task, PPO_ENVS, seed), self.clip_buffer, None)
         self.normalised = VecNormalize(self.env)
         self.agent = make_agent("PPO", self.normalised, task, seed, learning_rate=LEARNING_RATE)
-        tensors = load_file(settings.agent)
+        restore_agent(self.agent, self.normalised, settings.agent)
         moments: Any = self.normalised.obs_rms
-        moments.mean, moments.var = (tensors.pop(name).numpy() for name in ("mean", "var"))
         moments.count = 100 * PPO_ROLLOUT  # so that the first steps hardly change them
-        self.agent.policy.load_state_dict(
-            {k.removeprefix("policy."): v for k, v in tensors.items()}
-        )
         set_random_seed(seed)
         self.comparisons: list[Comparisons] = []
         self.familiar: list[Tensor] = []
@@ -260,7 +253,6 @@ class _Training:
                 continue
             received = self.asked - first
             latest = self.latest()
-
             due = schedule.comparisons_by(
                 self.agent.num_timesteps,
                 total_steps=max(1, steps - self.round_steps),  # the last round asks nothing
@@ -311,7 +303,9 @@ class _Training:
             true, predicted = np.mean(self.env.episode_returns, 0).tolist()
             clips = self.latest()
         else:
-            true, predicted = float(played.returns.mean()), self.predicted_return(played)
+            assert isinstance(self.env.reward, LearnedReward)
+            true = float(played.returns.mean())
+            predicted = self.task.horizon * self.env.reward.moments(played)[0]
             clips = cut(played, self.length, CANDIDATES, generator=self.draw)
         self.env.episode_returns.clear()
         std = 0.0  # of a reward that isn't learned
@@ -320,31 +314,19 @@ class _Training:
                 clips.observations.flatten(0, 1), clips.actions.flatten(0, 1)
             )
             std = float(posterior.variance.sqrt().mean())
-        self.rounds.append(
-            {
-                "step": self.agent.num_timesteps,
-                "true": true,
-                "predicted": predicted,
-                "std": std,
-                "comparisons": self.asked,
-            }
-        )
-
-    def predicted_return(self, episodes: Clips) -> float:
-        """Mean return of episodes under the learned reward."""
-        assert isinstance(self.env.reward, LearnedReward)
-        return self.task.horizon * self.env.reward.moments(episodes)[0]
+        row = {"step": self.agent.num_timesteps, "true": true, "predicted": predicted}
+        self.rounds.append({**row, "std": std, "comparisons": self.asked})
 
 
 def report(results: pd.DataFrame) -> Report:
     """Returns during training, what each arm keeps, and a video of two final policies."""
     outcomes = _outcomes(results)
-    kept = outcomes.groupby("arm", sort=False)["kept"].agg(interquartile_mean)
-    figures = {f"drift_kept.{arm}": float(value) for arm, value in kept.items()}
+    kept = outcomes.groupby("arm", sort=False)["kept"].agg(interquartile_mean).astype(float)
+    figures = {f"drift_kept.{arm}": value for arm, value in kept.items()}
     if "guarded" in kept:
-        figures["drift_kept"] = float(kept["guarded"])
+        figures["drift_kept"] = kept["guarded"]
     if "frozen" in kept:
-        figures["drift_lost"] = 1 - float(kept["frozen"])
+        figures["drift_lost"] = 1 - kept["frozen"]
     sections = [
         Section(
             "Return during training on the learned reward",
@@ -390,14 +372,13 @@ def _table(outcomes: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for arm, of in outcomes.groupby("arm", sort=False):
         against = of.set_index("seed")["final"].div(best).dropna()
+        share = bootstrap(interquartile_mean, against) if len(against) else ""
         rows.append(
             {
                 "arm": arm,
                 "true return": bootstrap(interquartile_mean, of["final"]),
                 "of its best": bootstrap(interquartile_mean, of["kept"]),
-                "of the frozen arm's best": bootstrap(interquartile_mean, against)
-                if len(against)
-                else "",
+                "of the frozen arm's best": share,
                 "lost 30%": float((of["kept"] <= 0.7).mean()),
                 "predicted rose": float(of["rose"].mean()) if arm not in TRIVIAL else "",
                 "comparisons": float(interquartile_mean(of["asked"])),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,23 +22,17 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from active import Schedule
-from experiments.analysis import plots
+from experiments.analysis import plots, stats
 from experiments.analysis.page import Report, Section
-from experiments.analysis.stats import (
-    Interval,
-    Values,
-    bootstrap,
-    first_reached,
-    interquartile_mean,
-    paired,
-)
+from experiments.analysis.stats import Interval, Values, bootstrap, interquartile_mean
 from experiments.envs.tasks import find_task
 from experiments.registry import find_class
-from experiments.studies import check_least, pool_of, seed_range, strategies
+from experiments.studies import PoolSettings, check_least, make_pools, seed_range, strategies
 from experiments.training.config import LearnConfig, RewardName, default_model, task_defaults
 from experiments.training.learn import learn
 from experiments.training.run_directory import RunDirectory
@@ -54,13 +48,12 @@ QUICK = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PoolSettings):
     """Settings of the study.
 
     Args:
         mode: "online" trains a policy in every cell, which takes minutes; "pool" only fits
             rewards, which takes seconds.
-        tasks: Any that `rewardmodels learn` takes.
         budgets: Comparisons, the most that a run may ask for; a pool's curve goes to the largest.
         schedules: Constant, Hyperbolic, WhenUnsure, or import paths; with or without arguments, as
             in "WhenUnsure(level=0.2)". The share asked for first is the task's default. Not used
@@ -72,10 +65,6 @@ class Settings:
             `LaplaceHead` with "pool".
         steps: Training steps of each policy.
         seeds: Number of runs of each kind.
-        first_seed: The first of their seeds.
-        pools: Directory of the pools; a cluster's workers read it too.
-        pool_steps: Environment steps that each pool's agent is trained for.
-        pool_episodes: Episodes kept of each stage of training.
 
     Raises:
         InvalidInput: A number out of range, or an empty list.
@@ -83,7 +72,6 @@ class Settings:
     """
 
     mode: Literal["online", "pool"] = "online"
-    tasks: Sequence[str] = ("HalfCheetah", "Hopper", "Walker2d")
     budgets: Sequence[int] = (25, 50, 100, 400)
     schedules: Sequence[str] = ("Constant", "WhenUnsure")
     teachers: Sequence[str] = ("oracle",)
@@ -91,11 +79,6 @@ class Settings:
     strategy: str = "GreedyInformation"
     predictor: str | None = None
     steps: int = 300_000
-    seeds: int = 5
-    first_seed: int = 0
-    pools: Path = Path("runs/pools")
-    pool_steps: int = 300_000
-    pool_episodes: int = 8
 
     def __post_init__(self) -> None:
         for name in ("tasks", "budgets", "schedules", "teachers"):
@@ -117,8 +100,8 @@ class Settings:
 
 def prepare(settings: Settings) -> None:
     """Train the pools' agents, which cells share."""
-    for task in settings.tasks if settings.mode == "pool" else ():
-        pool_of(settings, task, progress=True)
+    if settings.mode == "pool":
+        make_pools(settings)
 
 
 def cells(settings: Settings) -> list[dict[str, Any]]:
@@ -148,16 +131,11 @@ def cell(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of each round of a run of `learn`, or of each batch of a pool."""
     if settings.mode == "pool":
+        shared = {field.name: getattr(settings, field.name) for field in fields(PoolSettings)}
         on_pool = strategies.Settings(
-            tasks=[task],
-            predictor=settings.predictor or "LaplaceHead",
-            teacher=teacher,
-            budget=budget,
-            batch=min(20, budget // 2),
-            pools=settings.pools,
-            pool_steps=settings.pool_steps,
-            pool_episodes=settings.pool_episodes,
-        )
+            **shared | {"tasks": [task]}, predictor=settings.predictor or "LaplaceHead",
+            teacher=teacher, budget=budget, batch=min(20, budget // 2),
+        )  # fmt: skip
         return strategies.cell(on_pool, "pool", task, None, settings.strategy, seed)
     options: dict[str, Any] = {}
     if reward == "learned":
@@ -176,12 +154,8 @@ def cell(
         )  # fmt: skip
         result = learn(config, progress=False)
         rounds = RunDirectory(config.out).metrics
-    outcome = {
-        "return": result["final_return"],
-        "comparisons": result["comparisons"],
-        "skipped": result["skipped"],
-        "correlation": result["reward_correlation"],
-    }
+    outcome = {"return": result["final_return"], "correlation": result["reward_correlation"]}
+    outcome |= {name: result[name] for name in ("comparisons", "skipped")}
     columns = {"step": "step", "comparisons": "asked", "mean_information": "information"}
     rounds = rounds.reindex(columns=list(columns)).rename(columns=columns).astype(object)
     return [{**outcome, **row} for row in rounds.where(rounds.notna(), None).to_dict("records")]
@@ -254,22 +228,20 @@ def _own(runs: pd.DataFrame, reward: str) -> Values:
 
 
 def _returns(runs: pd.DataFrame) -> pd.DataFrame:
-    rows = []
-    for (task, arm, budget), of in runs.groupby(["task", "arm", "budget"], sort=False):
-        rows.append(
-            {
-                "task": task,
-                "reward": arm,
-                "budget": int(budget),
-                "comparisons": float(of["comparisons"].mean()),
-                "skipped": float(of["skipped"].mean()),
-                "true return": bootstrap(interquartile_mean, of["return"]),
-                "worst seed": float(of["return"].min()),
-                "correlation with the true reward": float(of["correlation"].astype(float).mean()),
-                "seeds": len(of),
-            }
-        )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {
+            "task": task,
+            "reward": arm,
+            "budget": int(budget),
+            "comparisons": float(of["comparisons"].mean()),
+            "skipped": float(of["skipped"].mean()),
+            "true return": bootstrap(interquartile_mean, of["return"]),
+            "worst seed": float(of["return"].min()),
+            "correlation with the true reward": float(of["correlation"].astype(float).mean()),
+            "seeds": len(of),
+        }
+        for (task, arm, budget), of in runs.groupby(["task", "arm", "budget"], sort=False)
+    )
 
 
 def _line(runs: pd.DataFrame, budgets: Mapping[int, pd.DataFrame]) -> tuple[Values, list[Values]]:
@@ -282,7 +254,7 @@ def _line(runs: pd.DataFrame, budgets: Mapping[int, pd.DataFrame]) -> tuple[Valu
 
 
 def _needed(runs: pd.DataFrame) -> pd.DataFrame:
-    rows = []
+    rows, columns = [], ["task", "schedule and teacher", "comparisons"]
     for task, on_task in runs.groupby("task", sort=False):
         if not (len(_own(on_task, "task")) and len(_own(on_task, "zero"))):
             continue
@@ -292,11 +264,10 @@ def _needed(runs: pd.DataFrame) -> pd.DataFrame:
             def crossing(own: Values, *returns: Values, x: Values = x) -> float:
                 level = interquartile_mean(own)
                 y = np.array([interquartile_mean(each) for each in returns])
-                return first_reached(x, y, level - (1 - SHARE) * abs(level))
+                return stats.first_reached(x, y, level - (1 - SHARE) * abs(level))
 
-            found = bootstrap(crossing, _own(on_task, "task"), *samples)
-            rows.append({"task": task, "schedule and teacher": arm, "comparisons": found})
-    return pd.DataFrame(rows, columns=["task", "schedule and teacher", "comparisons"])
+            rows.append((task, arm, bootstrap(crossing, _own(on_task, "task"), *samples)))
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _savings(runs: pd.DataFrame) -> pd.DataFrame:
@@ -315,7 +286,7 @@ def _savings(runs: pd.DataFrame) -> pd.DataFrame:
                 own: Values, *returns: Values, x: Values = x, asked: pd.DataFrame = asked
             ) -> float:
                 y = np.array([interquartile_mean(each) for each in returns])
-                reached = first_reached(x, y, interquartile_mean(own))
+                reached = stats.first_reached(x, y, interquartile_mean(own))
                 return float(asked["comparisons"].mean() / max(1.0, min(reached, x[-1])))
 
             saved = bootstrap(ratio, asked["return"], *samples)
@@ -345,24 +316,21 @@ def _figures(runs: pd.DataFrame, needed: pd.DataFrame, savings: pd.DataFrame) ->
             arms["learned"] = budgets[max(budgets)]["return"].to_numpy(float)
         for name, returns in arms.items():
             value, *ends = bootstrap(interquartile_mean, returns)
-            figures[f"return.{task}.{name}"] = value
-            figures[f"return_interval.{task}.{name}"] = ends
+            figures |= {f"return.{task}.{name}": value, f"return_interval.{task}.{name}": ends}
             figures[f"returns.{task}.{name}"] = returns.tolist()
         if {"learned", "task"} <= set(arms):
             value, *ends = bootstrap(
                 lambda a, b: interquartile_mean(a) / interquartile_mean(b),
                 arms["learned"], arms["task"],
             )  # fmt: skip
-            figures[f"return_ratio.{task}"] = value
-            figures[f"return_ratio_interval.{task}"] = ends
             worst = float(arms["learned"].min() / np.median(arms["task"]))
+            figures |= {f"return_ratio.{task}": value, f"return_ratio_interval.{task}": ends}
             figures[f"worst_ratio.{task}"] = worst
     for row in needed.drop_duplicates("task").to_dict("records"):
         figures[f"comparisons_90.{row['task']}"] = row["comparisons"].value
         figures[f"comparisons_90_interval.{row['task']}"] = row["comparisons"][1:]
-    for row in savings.to_dict("records"):
-        if not row["schedule and teacher"].startswith("WhenUnsure"):
-            continue
+    unsure = savings["schedule and teacher"].astype(str).str.startswith("WhenUnsure")
+    for row in savings[unsure].to_dict("records"):
         task, saved, gap = row["task"], row["comparisons over constant's"], row["return gap"]
         figures[f"unsure_ratio.{task}"] = saved.value
         figures[f"unsure_ratio_interval.{task}"] = saved[1:]
@@ -373,38 +341,30 @@ def _figures(runs: pd.DataFrame, needed: pd.DataFrame, savings: pd.DataFrame) ->
     return figures
 
 
-def _looks(runs: pd.DataFrame) -> dict[str, plots.Look]:
-    return plots.looks(list(runs.loc[runs["reward"] == "learned", "arm"].unique()))
-
-
 def _returns_figure(runs: pd.DataFrame) -> Figure:
     """Final true return against comparisons: a panel a task, a line for each way of asking."""
-    tasks, look = runs.groupby("task", sort=False), _looks(runs)
-    with plots.style():
-        figure, panels = plots.panels(len(tasks), columns=3, width=10.8, height=3.6)
-        for axes, (task, on_task) in zip(panels, tasks, strict=True):
-            for reward in on_task["reward"].unique():
-                if reward == "learned":
-                    continue
-                arm = plots.ARMS[reward]
-                value, low, high = bootstrap(interquartile_mean, _own(on_task, reward))
-                axes.axhline(value, color=arm.colour, linestyle=arm.line, linewidth=1.2,
-                             label=arm.name)  # fmt: skip
-                if reward == "task" and np.isfinite([low, high]).all():
-                    axes.axhspan(low, high, color=arm.colour, alpha=0.1, linewidth=0)
-            for name, budgets in _learned(on_task):
-                x = [some["comparisons"].mean() for some in budgets.values()]
-                ends = np.array(
-                    [bootstrap(interquartile_mean, some["return"]) for some in budgets.values()]
-                )
-                y, low, high = ends.T
-                reach = np.nan_to_num([y - low, high - y])
-                axes.errorbar(x, y, yerr=reach, capsize=2, label=name, **look[name])
-            axes.set_title(task, fontsize=11)
-            axes.set_xlim(left=0)
-            axes.set_xlabel("comparisons")
-        panels[0].set_ylabel("true return of the final policy")
-        plots.legend_below(figure)
+    look = plots.looks([name for name, _ in _learned(runs)])
+
+    def draw(axes: Axes, on_task: pd.DataFrame) -> None:
+        for reward in on_task["reward"].unique():
+            if reward == "learned":
+                continue
+            arm = plots.ARMS[reward]
+            value, low, high = bootstrap(interquartile_mean, _own(on_task, reward))
+            axes.axhline(value, color=arm.colour, linestyle=arm.line, linewidth=1.2, label=arm.name)
+            if reward == "task" and np.isfinite([low, high]).all():
+                axes.axhspan(low, high, color=arm.colour, alpha=0.1, linewidth=0)
+        for name, budgets in _learned(on_task):
+            x = [some["comparisons"].mean() for some in budgets.values()]
+            found = [bootstrap(interquartile_mean, some["return"]) for some in budgets.values()]
+            y, low, high = np.array(found).T
+            reach = np.nan_to_num([y - low, high - y])
+            axes.errorbar(x, y, yerr=reach, capsize=2, label=name, **look[name])
+        axes.set_xlim(left=0)
+        axes.set_xlabel("comparisons")
+
+    figure = plots.by_task(runs, draw, width=10.8, height=3.6)
+    figure.axes[0].set_ylabel("true return of the final policy")
     return figure
 
 
@@ -413,56 +373,43 @@ def _asked_figure(results: pd.DataFrame) -> Figure | None:
     learned = results[results["reward"] == "learned"]
     if not len(learned):
         return None
-    look, tasks = _looks(results), learned.groupby("task", sort=False)
-    with plots.style():
-        figure, panels = plots.panels(len(tasks), columns=3, width=10.8, height=3.2)
-        for axes, (task, on_task) in zip(panels, tasks, strict=True):
-            for name, budgets in _learned(on_task):
-                asked = budgets[max(budgets)].groupby("step")["asked"].mean()
-                axes.step(asked.index, asked, where="post", label=name, color=look[name]["color"])
-            axes.set_title(task, fontsize=11)
-            axes.set_ylim(bottom=0)
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes.set_xlabel("training steps of the policy")
-        panels[0].set_ylabel("comparisons")
-        plots.legend_below(figure)
+    look = plots.looks([name for name, _ in _learned(results)])
+
+    def draw(axes: Axes, on_task: pd.DataFrame) -> None:
+        for name, budgets in _learned(on_task):
+            asked = budgets[max(budgets)].groupby("step")["asked"].mean()
+            axes.step(asked.index, asked, where="post", label=name, color=look[name]["color"])
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("training steps of the policy")
+
+    figure = plots.by_task(learned, draw, width=10.8, height=3.2)
+    figure.axes[0].set_ylabel("comparisons")
     return figure
 
 
 def _pool_sections(results: pd.DataFrame) -> list[Section]:
     look = plots.looks(list(results["teacher"].unique()))
-    tasks = results.groupby("task", sort=False)
-    with plots.style():
-        figure, panels = plots.panels(len(tasks), columns=3, width=10.8, height=3.2)
-        for axes, (task, on_task) in zip(panels, tasks, strict=True):
-            plots.seed_curves(axes, on_task, "comparisons", "accuracy", "teacher", look)
-            axes.set_title(task, fontsize=11)
-        plots.legend_below(figure)
     final = results[results["comparisons"] == results["comparisons"].max()]
     rows = [
-        {
-            "task": task,
-            "teacher": teacher,
-            "accuracy": bootstrap(interquartile_mean, of["accuracy"]),
-            "seeds": len(of),
-        }
+        (task, teacher, bootstrap(interquartile_mean, of["accuracy"]), len(of))
         for (task, teacher), of in final.groupby(["task", "teacher"], sort=False)
     ]
     reference = str(results["teacher"].iloc[0])
-    gaps = paired(final, "accuracy", "teacher", reference).groupby(["task", "teacher"], sort=False)
+    gaps = stats.paired(final, "accuracy", "teacher", reference).groupby(
+        ["task", "teacher"], sort=False
+    )
     differences = []
     for (task, teacher), of in gaps:
         gap = bootstrap(interquartile_mean, of["difference"])
-        differences.append(
-            {"task": task, "teacher": teacher, "difference": gap, "verdict": gap.verdict(len(of))}
-        )
+        differences.append((task, teacher, gap, gap.verdict(len(of))))
     columns = ["task", "teacher", "difference", "verdict"]
     return [
         Section(
             "Accuracy against comparisons",
             "Held-out pairs predicted correctly; the table is at the largest budget.",
-            figure,
-            pd.DataFrame(rows),
+            plots.accuracy_by_task(results, "teacher", look, width=10.8, height=3.2),
+            pd.DataFrame(rows, columns=["task", "teacher", "accuracy", "seeds"]),
         ),
         Section(
             f"Accuracy less that with the first teacher ({reference})",

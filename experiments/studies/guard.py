@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,6 +31,7 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import betabinom
@@ -44,7 +44,7 @@ from experiments.envs.perturbations import PERTURBATIONS, Severity, perturb
 from experiments.envs.rollout import play, play_batch
 from experiments.envs.tasks import Task, find_task, make_env
 from experiments.registry import find_class, make_detector
-from experiments.studies import check_least, compare_by_return, pool_of, seed_range
+from experiments.studies import PoolSettings, check_least, compare_by_return, seed_range
 from experiments.training.agents import load_policy, train_agent
 from ood import MEWMA, STATISTICS, Monitor, OODDetector
 from ood.conformal import conformal_rank, episode_maxima
@@ -77,7 +77,7 @@ QUICK = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PoolSettings):
     """Settings of the study.
 
     Args:
@@ -94,17 +94,14 @@ class Settings:
         calibration: Episodes that thresholds are calibrated on.
         tests: Episodes in the usual world, and in each other.
         seeds: Draws of all these episodes.
-        first_seed: The first of them.
         parts: What to measure: "detection", "promise", "selection", "published".
         headline: Detector and statistic that the figures of `--json` are about.
         promise_share: Share of the promise's episodes (10 calibrations of 52, 100 tests each).
         pairs: Pairs of clips that the selection is measured on.
         published: CSV with `env`, `mod` and `<DETECTOR>_auroc`, `_ap` and `_fpr95`, for
             "published".
-        agents: Directory of the trained agents.
-        pools: Directory of the pools of behaviour, for "selection".
-        pool_steps: Environment steps that each pool's agent is trained for.
-        pool_episodes: Episodes kept of each stage of training.
+        agents: Directory of the trained agents; `pools`, `pool_steps` and `pool_episodes` are for
+            "selection".
 
     Raises:
         InvalidInput: A number out of range, a shift that a task can't show, or "published" without
@@ -125,16 +122,12 @@ class Settings:
     calibration: int = 132
     tests: int = 40
     seeds: int = 1
-    first_seed: int = 0
     parts: Sequence[Part] = ("detection", "promise", "selection")
     headline: tuple[str, str] = ("DynamicsEnsemble", "MEWMA")
     promise_share: float = 1.0
     pairs: int = 5000
     published: Path | None = None
     agents: Path = Path("runs/agents")
-    pools: Path = Path("runs/pools")
-    pool_steps: int = 300_000
-    pool_episodes: int = 8
 
     def __post_init__(self) -> None:
         check_least(
@@ -167,7 +160,7 @@ def prepare(settings: Settings) -> None:
         if not settings.agent(task).exists():
             train_agent(find_task(task), settings.steps, settings.agent(task))
         if "selection" in settings.parts:
-            pool_of(settings, task, progress=True)
+            settings.pool(task, progress=True)
 
 
 def cells(settings: Settings) -> list[dict[str, Any]]:
@@ -176,11 +169,9 @@ def cells(settings: Settings) -> list[dict[str, Any]]:
     for seed in seed_range(settings):
         for task in settings.tasks:
             axes = {"task": task, "seed": seed}
-            by_detector = [{**axes, "detector": name} for name in settings.detectors]
-            if "detection" in settings.parts:
-                grid += [{"part": "detection", **one} for one in by_detector]
-            if "promise" in settings.parts:
-                grid += [{"part": "promise", **one} for one in by_detector]
+            for part in ("detection", "promise"):
+                if part in settings.parts:
+                    grid += [{"part": part, **axes, "detector": d} for d in settings.detectors]
             if "selection" in settings.parts:
                 grid.append({"part": "selection", **axes, "detector": ""})
         if "published" in settings.parts:
@@ -200,53 +191,38 @@ def cell(
     return measure(settings, task, detector, seed)
 
 
-def _detection(
-    settings: Settings, task_name: str, detector: str, seed: int
-) -> list[dict[str, Any]]:
+def _detection(settings: Settings, name: str, detector: str, seed: int) -> list[dict[str, Any]]:
     """Rows of each statistic, shift and severity."""
-    task, first = settings.task(task_name), settings.familiar + settings.calibration
-    policy = load_policy(task, settings.agent(task_name))
+    task, first = settings.task(name), settings.familiar + settings.calibration
+    policy = load_policy(task, settings.agent(name))
     usual = play(lambda: make_env(task), policy, first + settings.tests, seed)
     features, test = usual.features(), usual[first : first + settings.tests]
     frames = torch.cat(features[: settings.familiar])
     fitted = _fitted(detector, task, frames, seed)
-    size = make_env(task).observation_space.shape[0]  # type: ignore[index]
-    std = frames[:, -size:].double().numpy().std(0)
-    monitors = {
-        name: Monitor(fitted, find_class("statistic", name)()) for name in settings.statistics
-    }
+    std = frames[:, -usual.first.shape[1] :].double().numpy().std(0)
+    monitors = {s: Monitor(fitted, find_class("statistic", s)()) for s in settings.statistics}
     usual_values = {}
-    for name, monitor in monitors.items():
+    for statistic, monitor in monitors.items():
         monitor.calibrate(features[settings.familiar : first], settings.alpha)
-        usual_values[name] = _along(monitor, test.features())
+        usual_values[statistic] = _along(monitor, test.features())
     rows = []
     for shift in _shifts(task, settings.shifts, settings.severities):
         for severity in settings.severities:
-            changed: Callable[[], gym.Env[Any, Any]] = partial(
-                _changed, task, shift, severity, settings.onset, seed, std
-            )
+            changed = _changed(task, shift, severity, settings.onset, seed, std)
             # The same first states and randomness: what is lost is lost to the shift.
             other = play(changed, policy, settings.tests, seed, first=first)
-            for name, monitor in monitors.items():
+            for statistic, monitor in monitors.items():
                 assert monitor.threshold is not None
                 values, threshold = _along(monitor, other.features()), monitor.threshold.value
-                alarms = values > threshold
-                halts = np.where(alarms.any(1), alarms.argmax(1) + 1.0, np.inf)
-                halted = (
-                    other
-                    if np.isinf(halts).all()
-                    else play(changed, policy, settings.tests, seed, first=first, halts=halts)
-                )
-                after = slice(settings.onset, None)
-                returns = {"usual": test, "shifted": other, "halted": halted}
-                rows.append(
-                    {"statistic": name, "shift": shift, "severity": severity}
-                    | detection_scores(usual_values[name], values, threshold, settings.onset)
-                    | {
-                        f"{key}_return": float(of.rewards[:, after].sum(1).mean())
-                        for key, of in returns.items()
-                    }
-                )
+                alarms, halted = values > threshold, other
+                if alarms.any():
+                    halts = np.where(alarms.any(1), alarms.argmax(1) + 1.0, np.inf)
+                    halted = play(changed, policy, settings.tests, seed, first=first, halts=halts)
+                row: dict[str, Any] = {"statistic": statistic, "shift": shift, "severity": severity}
+                row |= detection_scores(usual_values[statistic], values, threshold, settings.onset)
+                for key, of in (("usual", test), ("shifted", other), ("halted", halted)):
+                    row[f"{key}_return"] = float(of.rewards[:, settings.onset :].sum(1).mean())
+                rows.append(row)
     return rows
 
 
@@ -310,25 +286,19 @@ def _promise(settings: Settings, name: str, detector: str, seed: int) -> list[di
     act, each = load_policy(task, settings.agent(name)), calibration + tests
     episodes = play_batch(task, act, familiar + calibrations * each, seed).features()
     fitted = _fitted(detector, task, torch.cat(episodes[:familiar]), seed)
-    rows = []
+    limit, rows = highest_rate(settings.alpha, calibrations, calibration, tests), []
     for statistic in settings.statistics:
         monitor = Monitor(fitted, find_class("statistic", statistic)())
         alarms = 0
         for start in range(familiar, len(episodes), each):
             own = episodes[start : start + each]
-            threshold = monitor.calibrate(
-                own[:calibration], settings.alpha, standardise=STANDARDISE
-            )
+            known = own[:calibration]
+            threshold = monitor.calibrate(known, settings.alpha, standardise=STANDARDISE)
             seen = [monitor.scores(episode).numpy() for episode in own[calibration:]]
             maxima = episode_maxima(seen, monitor.statistic, threshold)
             alarms += int((maxima > threshold.value).sum())
-        rows.append(
-            {
-                "statistic": statistic,
-                "false_alarms": alarms / (calibrations * tests),
-                "false_alarm_limit": highest_rate(settings.alpha, calibrations, calibration, tests),
-            }
-        )
+        rate = alarms / (calibrations * tests)
+        rows.append({"statistic": statistic, "false_alarms": rate, "false_alarm_limit": limit})
     return rows
 
 
@@ -360,7 +330,7 @@ def _selection(settings: Settings, task: str, seed: int) -> dict[str, Any]:
     LaplaceHead learns from comparisons of the four least skilled policies of a pool, and is asked
     about the three most skilled.
     """
-    pool, draw = pool_of(settings, task), torch.Generator().manual_seed(seed)
+    pool, draw = settings.pool(task), torch.Generator().manual_seed(seed)
     known = compare_by_return(pool.half(0).clips(600, 25, draw, skills=slice(0, 4)))
     unseen = compare_by_return(
         pool.half(1).clips(2 * settings.pairs, 25, draw, skills=slice(-3, None))
@@ -396,7 +366,7 @@ def _published(settings: Settings, name: str, detector: str, seed: int) -> list[
                 f"{settings.published}."
             )
         other = [
-            play(partial(_changed, task, shift, severity, int(onset), seed, None), act, 1, seed,
+            play(_changed(task, shift, severity, int(onset), seed, None), act, 1, seed,
                  first=first + place)
             for place, onset in enumerate(onsets)
         ]  # fmt: skip
@@ -443,8 +413,9 @@ def _along(monitor: Monitor, episodes: Sequence[torch.Tensor]) -> Array:
 
 def _changed(
     task: Task, shift: str, severity: Severity, onset: int, seed: int, std: Array | None
-) -> gym.Env[Any, Any]:
-    return perturb(make_env(task), shift, severity, onset, seed, observation_std=std)
+) -> Callable[[], gym.Env[Any, Any]]:
+    """Return a function that makes the task's environment with the shift."""
+    return lambda: perturb(make_env(task), shift, severity, onset, seed, observation_std=std)
 
 
 def _shifts(task: Task, names: Sequence[str] | None, severities: Sequence[Severity]) -> list[str]:
@@ -475,12 +446,11 @@ def report(results: pd.DataFrame) -> Report:
     parts = {str(part): rows for part, rows in results.groupby("part", sort=False)}
     sections: list[Section] = []
     figures: dict[str, Any] = {}
-    for part, add in (
-        ("detection", _detection_sections),
-        ("promise", _promise_section),
-        ("selection", _selection_section),
-        ("published", _published_section),
-    ):
+    adders = {
+        "detection": _detection_sections, "promise": _promise_section,
+        "selection": _selection_section, "published": _published_section,
+    }  # fmt: skip
+    for part, add in adders.items():
         if part in parts:
             found, numbers = add(parts[part].dropna(axis="columns", how="all"))
             sections += found
@@ -542,22 +512,24 @@ def harm_prevented(rows: pd.DataFrame) -> float:
         ...                              "halted_return": [0.0]}))
         0.5
     """
-    usual, shifted_, halted = (
-        float(rows[f"{name}_return"].sum()) for name in ("usual", "shifted", "halted")
-    )
-    return (halted - shifted_) / (usual - shifted_) if usual > shifted_ else float("nan")
+    names = ["usual_return", "shifted_return", "halted_return"]
+    usual, shifted, halted = rows[names].astype(float).sum()
+    return float((halted - shifted) / (usual - shifted)) if usual > shifted else float("nan")
 
 
-def _headline(rows: pd.DataFrame) -> pd.DataFrame:
+def _headline(rows: pd.DataFrame, *, every_detector: bool = False) -> pd.DataFrame:
     """Rows of the headline detector and statistic, of middle severity where it was studied."""
     detector, statistic = rows["headline"].iloc[0]
-    own = rows[(rows["detector"] == detector) & (rows["statistic"] == statistic)]
+    own = rows[rows["statistic"] == statistic]
+    if not every_detector:
+        own = own[own["detector"] == detector]
     return own[own["severity"] == "middle"] if (own["severity"] == "middle").any() else own
 
 
 def _detection_figures(rows: pd.DataFrame) -> dict[str, Any]:
     own = _headline(rows)
     figures: dict[str, Any] = {}
+    columns = ["lost", "found", "found_of_all", "delay", "auroc"]
     for suffix, of in (("", own), *((f".{task}", of) for task, of in own.groupby("task"))):
         harmful = of[of["harmful"]]
         figures |= {
@@ -568,42 +540,33 @@ def _detection_figures(rows: pd.DataFrame) -> dict[str, Any]:
             f"auroc{suffix}": harmful["auroc"].mean(),
             f"found_harmless{suffix}": of.loc[~of["harmful"], "found"].mean(),
         }
-    for task, of in own.groupby("task"):
-        columns = ["lost", "found", "found_of_all", "delay", "auroc"]
-        figures[f"shifts.{task}"] = of.groupby("shift")[columns].mean().to_dict("index")
+        if suffix:
+            figures[f"shifts{suffix}"] = of.groupby("shift")[columns].mean().to_dict("index")
     return figures
 
 
 def _detection_figure(rows: pd.DataFrame) -> Figure:
-    _, statistic = rows["headline"].iloc[0]
-    own = rows[rows["statistic"] == statistic]
-    own = own[own["severity"] == "middle"] if (own["severity"] == "middle").any() else own
+    own = _headline(rows, every_detector=True)
     look = plots.looks(list(own["detector"].unique()))
-    tasks = own.groupby("task", sort=False)
     names = list(own["shift"].unique())
-    with plots.style():
-        figure, panels = plots.panels(
-            len(tasks), columns=min(4, len(tasks)), width=8.6, height=0.6 + 0.28 * len(names),
-            sharey=True,
-        )  # fmt: skip
-        for axes, (task, on_task) in zip(panels, tasks, strict=True):
-            for detector, of in on_task.groupby("detector", sort=False):
-                offset = 0.12 * (list(look).index(str(detector)) - (len(look) - 1) / 2)
-                for harmful, some in of.groupby("harmful"):
-                    mean = some.groupby("shift")["found"].mean()
-                    axes.plot(
-                        mean.to_numpy(), [names.index(shift) + offset for shift in mean.index],
-                        look[str(detector)]["marker"], color=look[str(detector)]["color"],
-                        fillstyle="full" if harmful else "none",
-                        label=detector if harmful else None,
-                    )  # fmt: skip
-            axes.set_title(task, fontsize=11)
-            axes.set_xlim(-0.05, 1.05)
-            axes.set_xlabel("found")
-        panels[0].set_yticks(range(len(names)), names)
-        panels[0].set_ylim(len(names) - 0.5, -0.5)
-        plots.legend_below(figure)
-    return figure
+
+    def draw(axes: Axes, on_task: pd.DataFrame) -> None:
+        for detector, of in on_task.groupby("detector", sort=False):
+            offset = 0.12 * (list(look).index(str(detector)) - (len(look) - 1) / 2)
+            for harmful, some in of.groupby("harmful"):
+                mean = some.groupby("shift")["found"].mean()
+                axes.plot(
+                    mean.to_numpy(), [names.index(shift) + offset for shift in mean.index],
+                    look[str(detector)]["marker"], color=look[str(detector)]["color"],
+                    fillstyle="full" if harmful else "none",
+                    label=detector if harmful else None,
+                )  # fmt: skip
+        axes.set_xlim(-0.05, 1.05)
+        axes.set_xlabel("found")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+
+    return plots.by_task(own, draw, columns=4, height=0.6 + 0.28 * len(names), sharey=True)
 
 
 def _promise_section(rows: pd.DataFrame) -> Found:

@@ -13,30 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
-from active import SyntheticMarker, SyntheticTeacher
-from experiments.analysis import plots
+from active import SyntheticMarker
+from experiments.analysis import plots, stats
 from experiments.analysis.page import Report, Section
-from experiments.analysis.stats import (
-    Interval,
-    bootstrap,
-    curve_matrix,
-    first_reached,
-    interquartile_mean,
-    labels_ratio,
-    over_tasks,
-    paired,
-)
+from experiments.analysis.stats import Interval, curve_matrix, interquartile_mean
 from experiments.registry import find_class
-from experiments.studies import check_least, check_tasks, pool_of, seed_range
-from rewardmodels import Comparisons, InvalidInput, fit
+from experiments.studies import (
+    PoolSettings,
+    check_least,
+    check_tasks,
+    compare_by_return,
+    generator_of,
+    make_pools,
+    seed_range,
+)
+from rewardmodels import InvalidInput, fit
 from rewardmodels import calibration as score
 
 EPOCHS = 100
@@ -49,11 +46,10 @@ QUICK = {"tasks": ("Hopper",), "seeds": 2, "pool_steps": 20_480, "pool_episodes"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PoolSettings):
     """Settings of the study.
 
     Args:
-        tasks: Any that `rewardmodels learn` takes.
         marked: How many of each comparison's two clips are marked: 1, 2 or both; no marks are
             always among what is compared.
         predictor: A name or an import path.
@@ -66,17 +62,12 @@ class Settings:
             doesn't know.
         tests: Pairs that accuracy is measured on.
         seeds: Draws of clips, pairs, tests, wrong marks and initial weights.
-        first_seed: The first of them.
-        pools: Directory of the agents' episodes.
-        pool_steps: Environment steps that each agent is trained for.
-        pool_episodes: Episodes kept of each stage of training.
 
     Raises:
         InvalidInput: A number out of range, or clips longer than a task's episodes.
         UnknownName: A task or predictor that doesn't exist.
     """
 
-    tasks: Sequence[str] = ("HalfCheetah", "Hopper", "Walker2d")
     marked: Sequence[int] = (2,)
     predictor: str = "LaplaceHead"
     counts: Sequence[int] = (10, 20, 40, 80)
@@ -85,11 +76,6 @@ class Settings:
     stands_out: float = 0.5
     flip_rate: float = 0.0
     tests: int = 1000
-    seeds: int = 5
-    first_seed: int = 0
-    pools: Path = Path("runs/pools")
-    pool_steps: int = 300_000
-    pool_episodes: int = 8
 
     def __post_init__(self) -> None:
         check_least(self, length=2, stretch=1, tests=10, seeds=1)
@@ -107,10 +93,7 @@ class Settings:
         check_tasks(self.tasks, self.length)
 
 
-def prepare(settings: Settings) -> None:
-    """Train each task's agent, which its cells share."""
-    for task in settings.tasks:
-        pool_of(settings, task, progress=True)
+prepare = make_pools
 
 
 def cells(settings: Settings) -> list[dict[str, Any]]:
@@ -126,15 +109,12 @@ def cells(settings: Settings) -> list[dict[str, Any]]:
 def cell(settings: Settings, task: str, marks_per_pair: int, seed: int) -> list[dict[str, Any]]:
     """Fit to each number of comparisons, with so many clips of each pair marked."""
     torch.set_num_threads(1)
-    (number,) = np.random.SeedSequence([seed, 3]).generate_state(1)
-    draw = torch.Generator().manual_seed(int(number))
-    pool, most = pool_of(settings, task), settings.counts[-1]
+    draw = generator_of(seed, 3)
+    pool, most = settings.pool(task), settings.counts[-1]
     clips = pool.half(0).clips(2 * most, settings.length, draw)
     tests = pool.half(1).clips(2 * settings.tests, settings.length, draw)
-    pairs, test_pairs = (torch.arange(len(of)).view(-1, 2) for of in (clips, tests))
-    oracle = SyntheticTeacher()
-    comparisons = Comparisons(clips, pairs, oracle.answer(clips, pairs))
-    preference = oracle.answer(tests, test_pairs)
+    comparisons, held_out = compare_by_return(clips), compare_by_return(tests)
+    preference = held_out.preference
     assert clips.rewards is not None
     assert tests.rewards is not None
     marker = SyntheticMarker(
@@ -148,7 +128,7 @@ def cell(settings: Settings, task: str, marks_per_pair: int, seed: int) -> list[
         model = find_class("model", settings.predictor)()
         known = marks[marks.rows[:, 0] < 2 * n]
         fit(model, comparisons[:n].compact(), marks=known, epochs=EPOCHS, seed=seed)
-        predicted = model.posterior(tests).preference(test_pairs)
+        predicted = model.posterior(tests).preference(held_out.pairs)
         rewards = model.frame_posterior(
             frames.observations.flatten(0, 1), frames.actions.flatten(0, 1)
         ).mean
@@ -182,7 +162,9 @@ def report(results: pd.DataFrame) -> Report:
         Section(
             "Accuracy with and without marks",
             "Held-out pairs predicted correctly; lines are interquartile means over seeds.",
-            _figure(results),
+            plots.accuracy_by_task(
+                results, "arm", plots.looks(list(ARMS.values()), reference=ARMS[0]), height=3
+            ),
             _curves(results),
         ),
         Section(
@@ -210,19 +192,11 @@ def _savings(results: pd.DataFrame) -> pd.DataFrame:
             seeds = len(own.index.intersection(alone.index))
             if not seeds:
                 continue
-            ratio, low, high = labels_ratio(own, alone, LEVEL * own.columns.max())
+            ratio, low, high = stats.labels_ratio(own, alone, LEVEL * own.columns.max())
             saved = Interval(1 - ratio, 1 - high, 1 - low)
             given = marked.groupby("comparisons")["marks"].mean()
-            rows.append(
-                {
-                    "task": task,
-                    "arm": arm,
-                    "marks per comparison": float(given.iloc[-1] / given.index[-1]),
-                    "saved": saved,
-                    "verdict": saved.verdict(seeds),
-                    "seeds": seeds,
-                }
-            )
+            per_comparison = float(given.iloc[-1] / given.index[-1])
+            rows.append((task, arm, per_comparison, saved, saved.verdict(seeds), seeds))
     columns = ["task", "arm", "marks per comparison", "saved", "verdict", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -252,31 +226,18 @@ def _worth(on_task: pd.DataFrame, arm: str, comparisons: int) -> Interval | str:
 
     def worth(drawn: np.ndarray) -> float:
         reached, curve = interquartile_mean(drawn[:, 1]), interquartile_mean(drawn[:, 2:])
-        return (first_reached(counts, curve, reached) - comparisons) / max(1, drawn[:, 0].mean())
+        further = stats.first_reached(counts, curve, reached) - comparisons
+        return further / max(1, drawn[:, 0].mean())
 
-    return bootstrap(worth, sample)
+    return stats.bootstrap(worth, sample)
 
 
 def _differences(results: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for count, at_count in results.groupby("comparisons"):
-        gaps = paired(at_count, "accuracy", by="arm", reference=ARMS[0])
+        gaps = stats.paired(at_count, "accuracy", by="arm", reference=ARMS[0])
         for arm, of_arm in gaps.groupby("arm", sort=False):
-            gap = over_tasks(of_arm, "difference")
+            gap = stats.over_tasks(of_arm, "difference")
             seeds = int(of_arm.groupby("task").size().min())
-            rows.append(
-                {"arm": arm, "comparisons": count, "difference": gap, "verdict": gap.verdict(seeds)}
-            )
+            rows.append((arm, count, gap, gap.verdict(seeds)))
     return pd.DataFrame(rows, columns=["arm", "comparisons", "difference", "verdict"])
-
-
-def _figure(results: pd.DataFrame) -> Figure:
-    look = plots.looks(list(ARMS.values()), reference=ARMS[0])
-    with plots.style():
-        tasks = results.groupby("task", sort=False)
-        figure, panels = plots.panels(len(tasks), columns=min(3, len(tasks)), width=8.6, height=3)
-        for axes, (task, on_task) in zip(panels, tasks, strict=True):
-            plots.seed_curves(axes, on_task, "comparisons", "accuracy", "arm", look)
-            axes.set_title(task, fontsize=11)
-        plots.legend_below(figure)
-    return figure

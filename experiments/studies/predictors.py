@@ -39,7 +39,7 @@ from experiments.analysis.page import Report, Section
 from experiments.analysis.stats import Interval, Values, interquartile_mean, over_tasks, paired
 from experiments.datasets.people import HUMAN_DATA, baseline, splits
 from experiments.registry import find_class
-from experiments.studies import check_least, check_tasks, pool_of, seed_range
+from experiments.studies import PoolSettings, check_least, check_tasks, make_pools, seed_range
 from rewardmodels import (
     Calibrated,
     Clips,
@@ -99,22 +99,17 @@ QUICK = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PoolSettings):
     """Settings of the study.
 
     Args:
         data: Folder with `delivery.npz`, `pandalm.npz` and `train_tickets.npz`; None leaves people
             out.
-        tasks: Any that `rewardmodels learn` takes.
         predictors: Names or import paths; all others are compared with the first.
         comparisons: To fit to and calibrate on, in all.
         length: Frames per clip.
         tests: Pairs that predictors are tested on.
-        seeds: Draws of clips and of initial weights.
-        first_seed: The first of them; coverage is measured with seed 0 alone.
-        pools: Directory of the agents' episodes; a cluster's workers read it too.
-        pool_steps: Environment steps that each agent is trained for.
-        pool_episodes: Episodes kept of each stage of training.
+        first_seed: The first of the seeds; coverage is measured with seed 0 alone.
 
     Raises:
         InvalidInput: A number out of range, no tasks or predictors, or too long clips.
@@ -122,16 +117,10 @@ class Settings:
     """
 
     data: Path | None = None
-    tasks: Sequence[str] = ("HalfCheetah", "Hopper", "Walker2d")
     predictors: Sequence[str] = tuple(STUDIED)
     comparisons: int = 300
     length: int = 25
     tests: int = 5000
-    seeds: int = 5
-    first_seed: int = 0
-    pools: Path = Path("runs/pools")
-    pool_steps: int = 300_000
-    pool_episodes: int = 8
 
     def __post_init__(self) -> None:
         check_least(self, comparisons=20, length=1, tests=2 * COVERAGE_PAIRS, seeds=1)
@@ -143,10 +132,7 @@ class Settings:
         check_tasks(self.tasks, self.length)
 
 
-def prepare(settings: Settings) -> None:
-    """Train each task's agent, which its cells share."""
-    for task in settings.tasks:
-        pool_of(settings, task, progress=True)
+prepare = make_pools
 
 
 def cells(settings: Settings) -> list[dict[str, Any]]:
@@ -186,7 +172,7 @@ def cell(
 
 def _on_task(settings: Settings, task: str, predictor: str, seed: int) -> list[dict[str, Any]]:
     """Rows of each test, by the posterior as fitted and by the calibrated one."""
-    pool, draw = pool_of(settings, task), torch.Generator().manual_seed(seed)
+    pool, draw = settings.pool(task), torch.Generator().manual_seed(seed)
 
     def compared(half: int, n: int, stages: slice) -> Comparisons:
         clips = pool.half(half).clips(2 * n, settings.length, draw, skills=stages)

@@ -21,23 +21,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import friedmanchisquare
 
 from active import STRATEGIES, all_pairs
-from experiments.analysis import plots
+from experiments.analysis import plots, stats
 from experiments.analysis.page import Report, Section
-from experiments.analysis.stats import (
-    curve_matrix,
-    interquartile_mean,
-    labels_ratio,
-    over_tasks,
-    paired,
-)
 from experiments.datasets.minari import is_minari
 from experiments.datasets.people import HUMAN_DATA, splits
 from experiments.registry import find_class
-from experiments.studies import check_least, check_tasks, compare_by_return, pool_of, seed_range
+from experiments.studies import (
+    PoolSettings,
+    check_least,
+    check_tasks,
+    compare_by_return,
+    generator_of,
+    seed_range,
+)
 from rewardmodels import Comparisons, InvalidInput, fit
 from rewardmodels import calibration as score
 
@@ -55,7 +56,7 @@ QUICK = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PoolSettings):
     """Settings of the study.
 
     Args:
@@ -72,10 +73,6 @@ class Settings:
         length: Frames per clip.
         tests: Pairs that accuracy is measured on.
         seeds: Draws of candidates, tests, first batches and initial weights.
-        first_seed: The first of them.
-        pools: Directory of the agents' episodes; a cluster's workers read it too.
-        pool_steps: Environment steps that each agent is trained for.
-        pool_episodes: Episodes kept of each stage of training.
 
     Raises:
         InvalidInput: A number out of range, clips longer than a task's episodes, neither tasks nor
@@ -94,10 +91,6 @@ class Settings:
     length: int = 25
     tests: int = 1000
     seeds: int = 10
-    first_seed: int = 0
-    pools: Path = Path("runs/pools")
-    pool_steps: int = 300_000
-    pool_episodes: int = 8
 
     def __post_init__(self) -> None:
         check_least(self, batch=2, budget=2 * self.batch, clips=4, length=1, tests=10, seeds=1)
@@ -117,7 +110,7 @@ class Settings:
 def prepare(settings: Settings) -> None:
     """Train each task's agent, and refuse pools whose clips can't be compared."""
     for task in settings.tasks:
-        pool = pool_of(settings, task, progress=True)
+        pool = settings.pool(task, progress=True)
         if float(pool.returns.max()) == float(pool.returns.min()):
             raise InvalidInput(
                 f"pools: expected episodes of {task} with true rewards, by which the synthetic "
@@ -161,7 +154,7 @@ def cell(
 
 def _pool_comparisons(settings: Settings, task: str, seed: int) -> tuple[Comparisons, Comparisons]:
     """Comparisons of all pairs of the candidates, and those to test on."""
-    pool, draw = pool_of(settings, task), _generator(seed)
+    pool, draw = settings.pool(task), generator_of(seed)
     candidates = pool.half(0).clips(settings.clips, settings.length, draw)
     tests = pool.half(1).clips(2 * settings.tests, settings.length, draw)
     pairs = all_pairs(settings.clips)
@@ -177,8 +170,8 @@ def _pool_comparisons(settings: Settings, task: str, seed: int) -> tuple[Compari
 def _ask(
     settings: Settings, known: Comparisons, tests: Comparisons, strategy: str, seed: int
 ) -> list[dict[str, Any]]:
-    chooser, draw = find_class("strategy", strategy)(), _generator(seed, 1)
-    asked = torch.randperm(len(known), generator=_generator(seed, 2))[: settings.batch]
+    chooser, draw = find_class("strategy", strategy)(), generator_of(seed, 1)
+    asked = torch.randperm(len(known), generator=generator_of(seed, 2))[: settings.batch]
     left = torch.ones(len(known), dtype=torch.bool)
     decided = tests.preference != 0.5
     rows: list[dict[str, Any]] = []
@@ -188,13 +181,8 @@ def _ask(
         fit(model, known[asked].compact(), epochs=EPOCHS, seed=seed)
         predicted = model.posterior(tests.clips).preference(tests.pairs)
         correct = ((predicted > 0.5) == (tests.preference > 0.5))[decided]
-        rows.append(
-            {
-                "comparisons": len(asked),
-                "accuracy": float(correct.double().mean()),
-                "log_loss": score.log_loss(predicted, tests.preference),
-            }
-        )
+        row = {"comparisons": len(asked), "accuracy": float(correct.double().mean())}
+        rows.append({**row, "log_loss": score.log_loss(predicted, tests.preference)})
         n = min(settings.batch, min(settings.budget, len(known)) - len(asked))
         if n <= 0:
             return rows
@@ -202,11 +190,6 @@ def _ask(
         posterior = model.posterior(known.clips)
         chosen = chooser.select(posterior, known.pairs[candidates], n, generator=draw)
         asked = torch.cat([asked, candidates[chosen]])
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    (seed,) = np.random.SeedSequence(numbers).generate_state(1)
-    return torch.Generator().manual_seed(int(seed))
 
 
 def report(results: pd.DataFrame) -> Report:
@@ -224,7 +207,9 @@ def report(results: pd.DataFrame) -> Report:
         Section(
             "Learning curves",
             "Held-out pairs predicted correctly; lines are interquartile means over seeds.",
-            _curves_figure(results),
+            plots.accuracy_by_task(
+                results, "strategy", _looks(results), columns=2, height=3.1, legend=5
+            ),
         ),
     ]
     for kind, of in results.groupby("kind", sort=False):
@@ -260,11 +245,15 @@ def report(results: pd.DataFrame) -> Report:
     return Report("Which queries teach most?", sections, figures)
 
 
+def _looks(rows: pd.DataFrame) -> dict[str, plots.Look]:
+    return plots.looks(list(rows["strategy"].unique()), reference=REFERENCE)
+
+
 def _savings(results: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (kind, task), on_task in results.groupby(["kind", "task"], sort=False):
         curves = {
-            str(name): curve_matrix(of, "accuracy")
+            str(name): stats.curve_matrix(of, "accuracy")
             for name, of in on_task.groupby("strategy", sort=False)
         }
         reference = curves.pop(REFERENCE, pd.DataFrame())
@@ -272,7 +261,7 @@ def _savings(results: pd.DataFrame) -> pd.DataFrame:
             seeds = len(own.index.intersection(reference.index))
             if not seeds:
                 continue
-            ratio = labels_ratio(own, reference, LEVEL[str(kind)] * reference.columns.max())
+            ratio = stats.labels_ratio(own, reference, LEVEL[str(kind)] * reference.columns.max())
             verdict = ratio.verdict(seeds, even=1, higher_is_better=False)
             rows.append((task, name, ratio, verdict, seeds))
     columns = ["task", "strategy", "comparisons needed, over uniform's", "verdict", "seeds"]
@@ -283,11 +272,13 @@ def _differences(results: pd.DataFrame) -> pd.DataFrame:
     """Rows of each task, and of all tasks together; a column for each share of the budget."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for share in QUARTERS:
-        gaps = paired(_at_share(results, share), "accuracy", by="strategy", reference=REFERENCE)
+        gaps = stats.paired(
+            _at_share(results, share), "accuracy", by="strategy", reference=REFERENCE
+        )
         for name, of in gaps.groupby("strategy", sort=False):
             groups = [(str(task), some) for task, some in of.groupby("task", sort=False)]
             for task, some in [*groups, *([("all", of)] if len(groups) > 1 else [])]:
-                gap = over_tasks(some, "difference")
+                gap = stats.over_tasks(some, "difference")
                 line = rows.setdefault((task, str(name)), {"task": task, "strategy": name})
                 line[f"at {share:.0%}"] = gap
                 if share == 1:
@@ -298,21 +289,17 @@ def _differences(results: pd.DataFrame) -> pd.DataFrame:
 def _at_share(results: pd.DataFrame, share: float) -> pd.DataFrame:
     """Accuracy of each cell at a share of the budget, linear between batches."""
     keys = ["task", "strategy", "seed"]
-    return pd.DataFrame(
-        {
-            **dict(zip(keys, key, strict=True)),
-            "accuracy": np.interp(
-                share * of["comparisons"].max(), of["comparisons"], of["accuracy"]
-            ),
-        }
+    rows = [
+        (*key, np.interp(share * of["comparisons"].max(), of["comparisons"], of["accuracy"]))
         for key, of in results.groupby(keys, sort=False)
-    )
+    ]
+    return pd.DataFrame(rows, columns=[*keys, "accuracy"])
 
 
 def _ranks(results: pd.DataFrame) -> tuple[pd.DataFrame, float]:
     """Mean rank of each strategy by its mean accuracy, and the p value of Friedman's test."""
     areas = results.groupby(["strategy", "task", "seed"], sort=False)["accuracy"].mean()
-    by_task = areas.groupby(["strategy", "task"], sort=False).agg(interquartile_mean)
+    by_task = areas.groupby(["strategy", "task"], sort=False).agg(stats.interquartile_mean)
     ranks = by_task.unstack("task").dropna(axis="columns").rank(ascending=False)
     p = float("nan")
     if len(ranks) >= 3 and ranks.shape[1] >= 3:
@@ -321,32 +308,13 @@ def _ranks(results: pd.DataFrame) -> tuple[pd.DataFrame, float]:
     return ranks.sort_values("mean", kind="stable").reset_index(), p
 
 
-def _looks(names: Sequence[str]) -> dict[str, plots.Look]:
-    return plots.looks(list(names), reference=REFERENCE)
-
-
-def _curves_figure(results: pd.DataFrame) -> Figure:
-    look, tasks = _looks(results["strategy"].unique()), results.groupby("task", sort=False)
-    with plots.style():
-        figure, panels = plots.panels(len(tasks), columns=min(2, len(tasks)), width=8.6, height=3.1)
-        for axes, (task, on_task) in zip(panels, tasks, strict=True):
-            plots.seed_curves(axes, on_task, "comparisons", "accuracy", "strategy", look)
-            axes.set_title(task, fontsize=11)
-        plots.legend_below(figure, columns=5)
-    return figure
-
-
 def _savings_figure(savings: pd.DataFrame) -> Figure | None:
+    look, column = _looks(savings), "comparisons needed, over uniform's"
+
+    def draw(axes: Axes, rows: pd.DataFrame) -> None:
+        plots.interval_rows(axes, rows.set_index("strategy")[column].to_dict(), look, even=1)
+
+    height = 0.9 + 0.22 * savings["strategy"].nunique()
     if not len(savings):
         return None
-    look, tasks = _looks(savings["strategy"].unique()), savings.groupby("task", sort=False)
-    with plots.style():
-        height = 0.9 + 0.22 * savings["strategy"].nunique()
-        figure, panels = plots.panels(
-            len(tasks), columns=min(2, len(tasks)), width=8.6, height=height
-        )
-        for axes, (task, on_task) in zip(panels, tasks, strict=True):
-            ratios = on_task.set_index("strategy")["comparisons needed, over uniform's"]
-            plots.interval_rows(axes, ratios.to_dict(), look, even=1)
-            axes.set_title(f"{task}: comparisons needed, over uniform's", fontsize=11)
-    return figure
+    return plots.by_task(savings, draw, title=f"{{}}: {column}", columns=2, height=height)

@@ -69,8 +69,7 @@ def ppo_settings(task: Task, n_envs: int = PPO_ENVS) -> dict[str, Any]:
         >>> ppo_settings(find_task("Hopper"), n_envs=32)["n_steps"]
         64
     """
-    shared = {"n_steps": max(1, PPO_ROLLOUT // n_envs), **_PPO}
-    return shared | PPO_SETTINGS.get(task.name, {})
+    return {"n_steps": max(1, PPO_ROLLOUT // n_envs), **_PPO, **PPO_SETTINGS.get(task.name, {})}
 
 
 def make_agent(
@@ -103,15 +102,11 @@ def make_agent(
         >>> agent.gamma, agent.n_steps
         (0.9, 512)
     """
-    classes = {name: getattr(stable_baselines3, name) for name in stable_baselines3.__all__}
-    algorithms = {
-        name: cls
-        for name, cls in classes.items()
-        if isinstance(cls, type) and issubclass(cls, BaseAlgorithm)
-    }
+    exported = {name: getattr(stable_baselines3, name) for name in stable_baselines3.__all__}
+    algorithms = [n for n, cls in exported.items() if hasattr(cls, "learn")]
     if algorithm not in algorithms:
         raise UnknownName("algorithm", algorithm, algorithms)
-    cls = algorithms[algorithm]
+    cls = exported[algorithm]
     arguments = set(inspect.signature(cls).parameters)
     for name in overrides:
         if name not in arguments:
@@ -167,14 +162,19 @@ def train_agent(task: Task, steps: int, file: Path) -> None:
             save_file(tensors, temporary)
 
 
-def load_policy(task: Task, file: Path) -> Policy:
-    """Load the policy that `train_agent` wrote; it explores, as in training."""
+def restore_agent(agent: BaseAlgorithm, normalised: VecNormalize, file: Path) -> None:
+    """Give an agent and its observation statistics the values that `train_agent` wrote."""
     tensors = load_file(file)
-    with isolated_randomness(0), closing(VecNormalize(make_vec_env(task, 1, 0))) as normalised:
-        agent = make_agent("PPO", normalised, task, 0)
     moments: Any = normalised.obs_rms
     moments.mean, moments.var = (tensors.pop(name).numpy() for name in ("mean", "var"))
     agent.policy.load_state_dict({k.removeprefix("policy."): v for k, v in tensors.items()})
+
+
+def load_policy(task: Task, file: Path) -> Policy:
+    """Load the policy that `train_agent` wrote; it explores, as in training."""
+    with isolated_randomness(0), closing(VecNormalize(make_vec_env(task, 1, 0))) as normalised:
+        agent = make_agent("PPO", normalised, task, 0)
+    restore_agent(agent, normalised, file)
     policy: Any = agent.policy
     space: Any = agent.action_space
     spread = policy.log_std.detach().exp().numpy()

@@ -55,15 +55,11 @@ def write_report(run: Path, *, references: Sequence[Path] = ()) -> Path:
                 f"of {each.task!r}. Returns of different tasks can't be compared."
             )
     result = main.result or {}
+    note = "The run hasn't ended: it has no result.json. Numbers are those of its last round."
     origin = Origin(
-        COMMAND,
-        flatten(main.settings),
-        result.get("versions", {}),
-        main.outcome("wall_seconds", "seconds"),
-        ""
-        if result
-        else "The run hasn't ended: it has no result.json. Numbers are those of its last round.",
-    )
+        COMMAND, flatten(main.settings), result.get("versions", {}),
+        main.outcome("wall_seconds", "seconds"), "" if result else note,
+    )  # fmt: skip
     title = f"{main.task or 'unnamed task'}, {arm_of(main).name}"
     report = Report(title, _sections(runs))
     return write_page(main.path, report, origin, "report.html.jinja", video=_video(main))
@@ -73,59 +69,41 @@ def _sections(runs: Sequence[RunDirectory]) -> list[Section]:
     main = runs[0]
     sections = [results_section(runs)]
     if any(len(run.curve("step", "task_return")[0]) for run in runs):
-        sections.append(
-            Section(
-                "True return while training",
-                "Mean true return of the episodes that ended in each round of training.",
-                return_vs_steps(runs),
-                _rounds_table(runs),
-                digits=1,
-            )
-        )
+        text = "Mean true return of the episodes that ended in each round of training."
+        figure, table = return_vs_steps(runs), _rounds_table(runs)
+        sections.append(Section("True return while training", text, figure, table, digits=1))
     else:
-        sections.append(
-            Section("Training", "No episode has finished yet, so there is nothing to draw.")
-        )
+        text = "No episode has finished yet, so there is nothing to draw."
+        sections.append(Section("Training", text))
     if max(main.curve("comparisons", "task_return")[0], default=0) > 0:
-        sections.append(
-            Section(
-                "True return against comparisons",
-                "Level lines are final results of runs without comparisons. Where training goes "
-                "on after the last comparison, the line ends upright.",
-                return_vs_comparisons(runs),
-            )
+        text = (
+            "Level lines are final results of runs without comparisons. Where training goes on "
+            "after the last comparison, the line ends upright."
         )
+        figure = return_vs_comparisons(runs)
+        sections.append(Section("True return against comparisons", text, figure))
     if len(main.curve("comparisons", "held_out_accuracy")[0]):
-        sections.append(
-            Section(
-                "Held-out comparisons",
-                "Share of the comparisons kept from training that the learned reward predicts, "
-                "and log loss in nats per comparison, against guessing.",
-                held_out(main),
-            )
+        text = (
+            "Share of the comparisons kept from training that the learned reward predicts, and "
+            "log loss in nats per comparison, against guessing."
         )
+        sections.append(Section("Held-out comparisons", text, held_out(main)))
     if main.frames:
-        sections.append(
-            Section(
-                "Learned against true reward",
-                "Frames that the final policy visits; the stronger the colour, the more frames. "
-                "Dots are means of a tenth of the frames each, bars one epistemic standard "
-                "deviation. Comparisons leave the learned reward's scale and offset free.",
-                predicted_vs_true(main.frames),
-            )
+        text = (
+            "Frames that the final policy visits; the stronger the colour, the more frames. Dots "
+            "are means of a tenth of the frames each, bars one epistemic standard deviation. "
+            "Comparisons leave the learned reward's scale and offset free."
         )
+        figure = predicted_vs_true(main.frames)
+        sections.append(Section("Learned against true reward", text, figure))
     if len(scores := _scores_table(main)):
-        sections.append(
-            Section(
-                "Scores of the learned reward",
-                "Held-out scores are of comparisons kept from training. Correlation and EPIC "
-                "distance (Gleave et al. 2021, for rewards that depend on the frame alone) are "
-                "over frames that the final policy visits; calibration error and area under the "
-                "risk-coverage curve are over pairs of its clips, for the preference of the "
-                "higher true return.",
-                table=scores,
-            )
+        text = (
+            "Held-out scores are of comparisons kept from training. Correlation and EPIC distance "
+            "(Gleave et al. 2021, for rewards that depend on the frame alone) are over frames that "
+            "the final policy visits; calibration error and area under the risk-coverage curve are "
+            "over pairs of its clips, for the preference of the higher true return."
         )
+        sections.append(Section("Scores of the learned reward", text, table=scores))
     return sections
 
 
@@ -177,17 +155,10 @@ def _rounds_table(runs: Sequence[RunDirectory]) -> pd.DataFrame:
             continue
         best = metrics["task_return"].argmax()
         for label, place in (("first", 0), ("best", best), ("last", -1)):
-            step, comparisons, task_return = metrics.iloc[place]
-            rows.append(
-                {
-                    "reward": name,
-                    "round": label,
-                    "steps": number(step, ",.0f"),
-                    "comparisons": number(comparisons, ",.0f"),
-                    "true return": task_return,
-                }
-            )
-    return pd.DataFrame(rows, dtype=object)
+            *counts, task_return = metrics.iloc[place]
+            rows.append((name, label, *(number(x, ",.0f") for x in counts), task_return))
+    columns = ["reward", "round", "steps", "comparisons", "true return"]
+    return pd.DataFrame(rows, columns=columns, dtype=object)
 
 
 # Name, key in the result, value for a reward that knows nothing, and whether higher is better.
@@ -251,11 +222,8 @@ def return_vs_steps(runs: Sequence[RunDirectory]) -> Figure:
         InvalidInput: If no run has a finished episode.
     """
     figure, [axes] = plots.panels(1)
-    ends = []
-    for run in runs:
-        x, y = run.curve("step", "task_return")
-        if len(x):
-            ends.append(_line(axes, x, y, arm_of(run)))
+    curves = [(*run.curve("step", "task_return"), arm_of(run)) for run in runs]
+    ends = [_line(axes, x, y, arm) for x, y, arm in curves if len(x)]
     if not ends:
         raise InvalidInput("runs: expected a row of metrics with a task_return, got none.")
     axes.set_xlabel("environment steps")
@@ -272,11 +240,8 @@ def return_vs_comparisons(runs: Sequence[RunDirectory]) -> Figure:
         InvalidInput: If no run has made a comparison and finished an episode.
     """
     figure, [axes] = plots.panels(1)
-    ends = []
-    for run in runs:
-        x, y = run.curve("comparisons", "task_return")
-        if len(x) and x.max() > 0:
-            ends.append(_line(axes, x, y, arm_of(run)))
+    curves = [(*run.curve("comparisons", "task_return"), arm_of(run)) for run in runs]
+    ends = [_line(axes, x, y, arm) for x, y, arm in curves if x.max(initial=0) > 0]
     if not ends:
         raise InvalidInput("runs: expected a run with comparisons and a task_return, got none.")
     right = max(end[0] for end in ends)
@@ -304,14 +269,9 @@ def held_out(run: RunDirectory) -> Figure:
     top.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     above = [_line(top, x, accuracy, ARMS["learned"], "held out")]
     above.append(_level(top, 0.5, x[-1], "chance"))
-    below = []
-    for column, arm, name in (
-        ("held_out_log_loss", ARMS["learned"], "held out"),
-        ("train_log_loss", OTHER, "training"),
-    ):
-        at, loss = run.curve("comparisons", column)
-        if len(at):
-            below.append(_line(bottom, at, loss, arm, name))
+    looks = {"held_out": (ARMS["learned"], "held out"), "train": (OTHER, "training")}
+    losses = [(*run.curve("comparisons", f"{of}_log_loss"), *look) for of, look in looks.items()]
+    below = [_line(bottom, *line) for line in losses if len(line[0])]
     below.append(_level(bottom, float(np.log(2)), x[-1], "chance"))
     bottom.set_xlabel("comparisons")
     bottom.xaxis.set_major_locator(MaxNLocator(6, integer=True))

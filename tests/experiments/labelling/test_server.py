@@ -13,8 +13,8 @@ import torch
 from starlette.testclient import TestClient
 
 from active import Counts, FeedbackStore, all_pairs
+from experiments.labelling import label
 from experiments.labelling.auth import Authentication, Person, is_loopback
-from experiments.labelling.command import label
 from experiments.labelling.server import make_app
 from experiments.labelling.videos import Videos
 from rewardmodels import Clips, UnreadableFile

@@ -113,7 +113,7 @@ def test_teachers_are_compared_on_a_pool(tmp_path, monkeypatch):
         return [{"comparisons": n, "accuracy": right + seed / 1e3} for n in (8, 16)]
 
     monkeypatch.setattr(study.strategies, "cell", cell)
-    monkeypatch.setattr(study, "pool_of", lambda *_, **__: None)
+    monkeypatch.setattr(study, "make_pools", lambda settings: None)
     settings = study.Settings(
         mode="pool", tasks=["Pendulum"], budgets=[40], teachers=["oracle", "mistaken"]
     )
