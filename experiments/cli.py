@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
@@ -39,11 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         0 for success, 2 for input that can't be used (with a line that says why on standard
         error), 130 for an interruption.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a user's own class can be named by its path
     try:
-        _run(arguments)
+        _run(list(sys.argv[1:] if argv is None else argv))
     except _Exit as end:
         message, code = end.args
     except KeyboardInterrupt:
@@ -232,13 +232,9 @@ def _interruptible(how_to_resume: Callable[[], str]) -> Iterator[None]:
 
 _NO_SETTINGS = ("help", "config", "resume", "print_config", "print_shtab")
 _TYPES = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "text",
-    "Sequence": "a list",
-    "NoneType": "none",
-}
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
+    "Sequence": "a list", "NoneType": "none",
+}  # fmt: skip
 
 
 def _readable_error(message: str, parser: ArgumentParser) -> RewardModelsError:
@@ -248,9 +244,7 @@ def _readable_error(message: str, parser: ArgumentParser) -> RewardModelsError:
     text = " ".join(message.split())
     argument = ".".join(re.findall(r'Parser key "([^"]+)"', text))
 
-    def found(pattern: str) -> re.Match[str] | None:
-        return re.search(pattern, text)
-
+    found = partial(re.search, string=text)
     if m := found(r"unrecognized arguments: (\S+)"):
         return InvalidInput(_unknown_flag(m[1], parser))
     if m := found(r"argument (\S+): expected one argument|arguments are required: ([^\s,]+)"):
@@ -346,23 +340,11 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         _call("experiments.datasets.minari:export_pool"),
     ),
     "study predictors": ("compare predictors: calibration, uncertainty and cost", _study),
-    "study strategies": (
-        "compare query strategies: the comparisons that they save over uniform ones",
-        _study,
-    ),
-    "study feedback": (
-        "measure how many comparisons are needed, by schedule and by teacher",
-        _study,
-    ),
+    "study strategies": ("compare query strategies: the comparisons that they save", _study),
+    "study feedback": ("measure how many comparisons are needed, by schedule and teacher", _study),
     "study marks": ("measure how many comparisons marks of parts of clips save", _study),
-    "study guard": (
-        "measure which changes of the world a guard finds, and its false alarms",
-        _study,
-    ),
-    "study drift": (
-        "train on a reward learned once: frozen, asked on, pessimistic or guarded",
-        _study,
-    ),
+    "study guard": ("measure which shifts a guard finds, and its false alarms", _study),
+    "study drift": ("train on a reward learned once: frozen, asked on, or guarded", _study),
     "study backflip": ("count the backflips of Hoppers taught by comparisons", _study),
     "benchmark speed": (
         "time what has to be fast",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,6 @@ from rewardmodels.fitting import isolated_randomness
 from rewardmodels.scoring import FrameScorer
 
 _FEATURES = "transition"
-_AGENT = ("agent.zip", "normalise.pkl")
 
 
 @dataclass(frozen=True)
@@ -114,14 +112,14 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
     task, seed = find_task(run.settings["task"]), config.seed
     model: RewardModel = load(run.path / "model.safetensors")
     scorer = model.frame_scorer()
-    make: Callable[[], gym.Env[Any, Any]] = lambda: make_env(task)  # noqa: E731
-    (size,) = make().observation_space.shape or (0,)
+    (size,) = make_env(task).observation_space.shape or (0,)
 
     def make_shifted(std: Any) -> gym.Env[Any, Any]:
+        env = make_env(task)
         if config.shift is None:
-            return make()
+            return env
         onset = task.horizon // 2 if config.onset is None else config.onset
-        return perturb(make(), config.shift, config.severity, onset, seed, observation_std=std)
+        return perturb(env, config.shift, config.severity, onset, seed, observation_std=std)
 
     make_shifted(np.ones(size))  # refuses an unknown shift before any work
     act = _load_agent(run)
@@ -138,7 +136,7 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
         recorded = config.familiar + config.calibration
         print(f"Recording {recorded} episodes, to fit and calibrate a guard.", flush=True)
         with isolated_randomness(seed):
-            usual = play(make, act, recorded, seed).features(_FEATURES)
+            usual = play(lambda: make_env(task), act, recorded, seed).features(_FEATURES)
         monitor.detector.fit(torch.cat(usual[: config.familiar]))
         monitor.calibrate(usual[config.familiar :], config.alpha)
         save_monitor(monitor, file, agent=fingerprint)
@@ -178,7 +176,7 @@ def _check_finished(run: RunDirectory) -> None:
 
 
 def _agent_files(run: RunDirectory) -> list[Path]:
-    return [run.checkpoints[-1] / name for name in _AGENT]
+    return [run.checkpoints[-1] / name for name in ("agent.zip", "normalise.pkl")]
 
 
 def _load_agent(run: RunDirectory) -> Policy:
@@ -218,10 +216,8 @@ def _play_guarded(guard: Guard, act: Policy, scorer: FrameScorer, seed: int) -> 
             alarm, reason = len(steps), info["guard"]["reason"]
     observations, actions, rewards = zip(*steps, strict=True)
     learned, doubt = scorer.batch(np.stack(observations), np.stack(actions))
-    return {
-        "return": sum(rewards), "learned": float(learned.sum()),
-        "doubt": float(doubt.mean()), "alarm": alarm, "reason": reason,
-    }  # fmt: skip
+    scores = {"learned": float(learned.sum()), "doubt": float(doubt.mean())}
+    return {"return": sum(rewards), **scores, "alarm": alarm, "reason": reason}
 
 
 def _print(rows: list[dict[str, Any]], monitor: Monitor, log: EventLog) -> None:
@@ -234,10 +230,8 @@ def _print(rows: list[dict[str, Any]], monitor: Monitor, log: EventLog) -> None:
     )
     for row in rows:
         what = f"alarm at step {row['alarm']}: {row['reason']}" if row["alarm"] else "no alarm"
-        print(
-            f"episode {row['episode']}: true return {row['return']:.0f}, learned "
-            f"{row['learned']:.0f}, {what}"
-        )
+        returns = f"true return {row['return']:.0f}, learned {row['learned']:.0f}"
+        print(f"episode {row['episode']}: {returns}, {what}")
     print(f"Events: {log.path}")
 
 

@@ -19,7 +19,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,8 +51,7 @@ class StudyIncomplete(RewardModelsError, RuntimeError):
     """Some cells of a study have no result; the finished ones are kept."""
 
 
-BACKENDS = {"loky": "joblib", "ray": "ray", "dask": "distributed"}
-"""Module that each backend needs."""
+BACKENDS = {"loky": "joblib", "ray": "ray", "dask": "distributed"}  # the module that each needs
 
 Submit = Callable[..., Future]
 """Takes a function and its arguments; returns the future of its result."""
@@ -83,7 +82,18 @@ class Run:
     def __post_init__(self) -> None:
         if self.jobs < 1:
             raise InvalidInput(f"jobs: expected at least 1, got {self.jobs}.")
-        check_workers(self.backend, self.address)
+        if self.backend not in BACKENDS:
+            raise UnknownName("backend", self.backend, BACKENDS)
+        if self.address is not None and self.backend == "loky":
+            raise InvalidInput(
+                "address: expected none with loky, which stays on this machine, got "
+                f"{self.address!r}. Pass backend='ray' or 'dask' for a cluster."
+            )
+        if find_spec(BACKENDS[self.backend]) is None:
+            raise InvalidInput(
+                f"backend: expected {self.backend} to be installed, got none; pip install "
+                f"'rewardmodels[{self.backend}]' brings it."
+            )
 
 
 def run_cells(
@@ -207,9 +217,9 @@ def remember(function: Callable[..., Result], cells: Sequence[Cell], out: Path) 
 
 def _module(function: Callable[..., Result]) -> str:
     """Module of a function; of the module that Python was started with, its import name."""
-    main = sys.modules["__main__"]
     if function.__module__ != "__main__":
         return function.__module__
+    main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     return spec.name if spec else Path(getattr(main, "__file__", "__main__")).stem
 
@@ -246,18 +256,19 @@ def write_record(file: Path, record: Record) -> None:
     Raises:
         StudyIncomplete: It couldn't be written, as when a disk is full.
     """
-    try:
+    with _having_room(file):
         write_text_atomically(file, json.dumps(record, indent=1, default=_plain))
+
+
+@contextmanager
+def _having_room(file: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _no_room(file, error) from error
-
-
-def _no_room(file: Path, error: OSError) -> StudyIncomplete:
-    """Error for a file that can't be written."""
-    return StudyIncomplete(
-        f"out: expected room for {file}, got {error}. All that was written before is kept: make "
-        "room, and the same call goes on."
-    )
+        raise StudyIncomplete(
+            f"out: expected room for {file}, got {error}. All that was written before is kept: "
+            "make room, and the same call goes on."
+        ) from error
 
 
 def _as_read(value: Any) -> Any:
@@ -340,12 +351,11 @@ def _fill(
 
 
 def _acquire(lock: FileLock) -> bool:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    except OSError as error:
-        raise _no_room(Path(lock.lock_file), error) from error
+    with _having_room(Path(lock.lock_file)):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:  # which is an OSError too
+            return False
     return True
 
 
@@ -369,44 +379,12 @@ def _compute(function: Callable[..., Result], cell: Cell) -> Record:
     return {**record, "seconds": time.perf_counter() - started, "result": result}
 
 
-def check_workers(backend: str, address: str | None) -> None:
-    """Raise for what `workers` couldn't start.
-
-    Raises:
-        InvalidInput: An address without a cluster, or an extra that isn't installed.
-        UnknownName: No such backend.
-
-    Example:
-        >>> check_workers("loky", "10.0.0.1:8786")
-        Traceback (most recent call last):
-            ...
-        rewardmodels.errors.InvalidInput: address: expected none with loky, ...
-    """
-    if backend not in BACKENDS:
-        raise UnknownName("backend", backend, BACKENDS)
-    if address is not None and backend == "loky":
-        raise InvalidInput(
-            f"address: expected none with loky, which stays on this machine, got {address!r}. Pass "
-            "backend='ray' or 'dask' for a cluster."
-        )
-    if find_spec(BACKENDS[backend]) is None:
-        raise InvalidInput(
-            f"backend: expected {backend} to be installed, got none; pip install "
-            f"'rewardmodels[{backend}]' brings it."
-        )
-
-
 @contextmanager
 def workers(backend: str, jobs: int, address: str | None) -> Iterator[Submit]:
-    """Start workers, or join a cluster's; those that it started end with the block.
+    """Start workers, or join a cluster's, as of `Run`; those that it started end with the block.
 
     joblib's own Ray backend returns results only when all are there, and its look-ahead takes
     calls long before they start. So each backend's futures are used directly.
-
-    Args:
-        backend: Of `BACKENDS`.
-        jobs: Calls at once; of loky, 1 computes in this process.
-        address: The cluster's; None starts one here, or takes what `ray.init` connected to.
 
     Yields:
         A `Submit`. A call whose worker dies has a future that raises.
@@ -414,19 +392,16 @@ def workers(backend: str, jobs: int, address: str | None) -> Iterator[Submit]:
     Raises:
         InvalidInput: No cluster answers at the address.
     """
-    start = {"loky": _here if jobs == 1 else _loky, "ray": _ray, "dask": _dask}[backend]
-    with start(jobs, address) as submit:
+    here = backend == "loky" and jobs == 1
+    start = {"loky": _loky, "ray": _ray, "dask": _dask}[backend]
+    with nullcontext(_call_here) if here else start(jobs, address) as submit:
         yield submit
 
 
-@contextmanager
-def _here(jobs: int, address: str | None) -> Iterator[Submit]:
-    def submit(function: Callable[..., Any], *arguments: Any) -> Future:
-        done: Future = Future()
-        done.set_result(function(*arguments))
-        return done
-
-    yield submit
+def _call_here(function: Callable[..., Any], *arguments: Any) -> Future:
+    done: Future = Future()
+    done.set_result(function(*arguments))
+    return done
 
 
 @contextmanager

@@ -15,17 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from active import (
-    ACQUISITIONS,
-    BATCH_RULES,
-    SCHEDULES,
-    STRATEGIES,
-    TEACHERS,
-    BatchRule,
-    QueryStrategy,
-    Schedule,
-    Teacher,
-)
+import active
 from ood import DETECTORS, STATISTICS, OODDetector, Statistic
 from rewardmodels import InvalidInput, RewardModel, UnknownName
 from rewardmodels.saving import PREDICTORS
@@ -54,10 +44,10 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "model": Kind(RewardModel, PREDICTORS),
-    "strategy": Kind(QueryStrategy, STRATEGIES),
-    "schedule": Kind(Schedule, SCHEDULES),
-    "teacher": Kind(Teacher, TEACHERS),
-    "rule": Kind(BatchRule, BATCH_RULES),
+    "strategy": Kind(active.QueryStrategy, active.STRATEGIES),
+    "schedule": Kind(active.Schedule, active.SCHEDULES),
+    "teacher": Kind(active.Teacher, active.TEACHERS),
+    "rule": Kind(active.BatchRule, active.BATCH_RULES),
     "detector": Kind(OODDetector, DETECTORS),
     "statistic": Kind(Statistic, STATISTICS),
 }
@@ -113,10 +103,10 @@ def make_detector(name: str, observation_size: int, seed: int) -> OODDetector:
         >>> make_detector("DynamicsEnsemble", 17, seed=1).seed
         1
     """
-    cls: Callable[..., Any] = find_class("detector", name)
+    cls = find_class("detector", name)
     offered = {"observation_size": observation_size, "seed": seed}
-    taken = inspect.signature(cls).parameters
-    detector: OODDetector = cls(**{k: v for k, v in offered.items() if k in taken})
+    taken = offered.keys() & inspect.signature(cls).parameters
+    detector: OODDetector = cls(**{name: offered[name] for name in taken})
     return detector
 
 
@@ -180,7 +170,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [describe(item) for item in value]
     if inspect.isfunction(value) or inspect.isclass(value):
-        for name, acquisition in ACQUISITIONS.items():
+        for name, acquisition in active.ACQUISITIONS.items():
             if value is acquisition:
                 return name
         if "<" in value.__qualname__:

@@ -136,7 +136,11 @@ def write_page(
             f"sections: expected titles that differ, got several named {', '.join(sorted(twice))}."
         )
     out.mkdir(parents=True, exist_ok=True)
-    page = template(layout).render(
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    templates = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    page = templates.get_template(layout).render(
         report=report,
         sections=[(section, _drawing(section, out / "figures")) for section in report.sections],
         origin=origin,
@@ -176,11 +180,9 @@ def markdown(sections: Sequence[Section]) -> str:
 
 
 def publish(figures: Mapping[str, Any], file: Path | None) -> None:
-    """Print figures and package versions as JSON, and write the same to a file.
+    """Print figures and package versions as JSON, and write the same to a file, if one is given.
 
-    Args:
-        figures: Numbers by flat names; intervals become lists, what isn't finite null.
-        file: Path of the file; None only prints.
+    Intervals become lists, what isn't finite null.
     """
     text = json.dumps({**_finite(figures), "versions": versions()}, indent=2)
     print(text)
@@ -204,22 +206,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def template(name: str) -> jinja2.Template:
-    """Load one of the page templates."""
-    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    return jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    ).get_template(name)
-
-
-def inline(svg: str, name: str, description: str) -> Markup:
-    """Prepare an SVG to stand inside a page: scalable, described, its colours the page's own.
-
-    Args:
-        svg: Text of the file.
-        name: Makes its ids unique in the page.
-        description: For readers who can't see it.
-    """
+def _drawing(section: Section, folder: Path) -> Markup | None:
+    """SVG of a section's figure, to stand inside the page, in the page's own colours."""
+    if section.figure is None:
+        return None
+    svg, name = plots.save(section.figure, folder / section.name), section.name
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
@@ -227,19 +218,11 @@ def inline(svg: str, name: str, description: str) -> Markup:
         svg = svg.replace(colour, f"var(--{variable})")
     head, body = svg.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    return Markup("{} role='img' aria-label='{}'>{}").format(
-        Markup(head), description, Markup(body)
-    )
-
-
-def _drawing(section: Section, folder: Path) -> Markup | None:
-    if section.figure is None:
-        return None
     # So that a phone scrolls a wide figure, whose text would be too small to read otherwise.
     least = round(0.6 * 96 * section.figure.get_size_inches()[0])
-    svg = plots.save(section.figure, folder / section.name)
-    drawing = str(inline(svg, section.name, f"{section.title}. {section.text}"))
-    return Markup(drawing.replace("<svg", f'<svg style="min-width: {least}px"', 1))
+    return Markup("{} style='min-width: {}px' role='img' aria-label='{}'>{}").format(
+        Markup(head), least, f"{section.title}. {section.text}", Markup(body)
+    )
 
 
 def _cell(value: Any, digits: int) -> str:

@@ -80,11 +80,10 @@ def looks(names: Sequence[str], reference: str | None = None) -> dict[str, Look]
         reference: Arm that the others are compared with, drawn grey and dashed.
     """
     found: dict[str, Look] = {}
-    others = [name for name in dict.fromkeys(names) if name != reference]
-    for place, name in enumerate(others):
-        colour, dashes = COLOURS[place % len(COLOURS)], _DASHES[place // len(COLOURS) % 3]
-        marker = _MARKERS[place % len(_MARKERS)]
-        found[name] = {"color": colour, "linestyle": dashes, "marker": marker}
+    n = len(COLOURS)
+    for place, name in enumerate(name for name in dict.fromkeys(names) if name != reference):
+        colour, dashes = COLOURS[place % n], _DASHES[place // n % 3]
+        found[name] = {"color": colour, "linestyle": dashes, "marker": _MARKERS[place % n]}
     if reference is not None:
         found[reference] = {"color": GREY, "linestyle": "--", "linewidth": 2.2}
     return found
@@ -133,31 +132,6 @@ def legend_below(figure: Figure, columns: int = 4) -> None:
         )  # fmt: skip
 
 
-def seed_curves(
-    axes: Axes,
-    results: pd.DataFrame,
-    x: str,
-    y: str,
-    by: str,
-    look: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Draw a line for each arm: the interquartile mean over seeds of y at each x.
-
-    Args:
-        axes: To draw on.
-        results: Tidy rows with the columns `x`, `y` and `by`, one for each seed.
-        x: Column on the horizontal axis.
-        y: Column on the vertical axis.
-        by: Column that names the arm.
-        look: Of each arm, as `looks` returns them.
-    """
-    for name, rows in results.groupby(by, sort=False):
-        line = rows.groupby(x)[y].apply(interquartile_mean)
-        axes.plot(line.index, line.to_numpy(), label=name, **look[str(name)])
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-
-
 def by_task(
     results: pd.DataFrame,
     draw: Callable[[Axes, pd.DataFrame], None],
@@ -189,18 +163,27 @@ def by_task(
 def accuracy_by_task(
     results: pd.DataFrame, by: str, look: Mapping[str, Look], **options: Any
 ) -> Figure:
-    """Draw accuracy against comparisons: `seed_curves` in a figure `by_task`."""
-    return by_task(
-        results, lambda axes, rows: seed_curves(axes, rows, "comparisons", "accuracy", by, look),
-        **options,
-    )  # fmt: skip
+    """Draw accuracy against comparisons, a panel for each task (`by_task`).
+
+    Args:
+        results: Rows with `task`, `comparisons`, `accuracy` and the arm, one for each seed.
+        by: Column that names the arm, each of which has a line: interquartile means over seeds.
+        look: Of each arm, as `looks` returns them.
+        options: Of `by_task`.
+    """
+
+    def draw(axes: Axes, on_task: pd.DataFrame) -> None:
+        for name, rows in on_task.groupby(by, sort=False):
+            line = rows.groupby("comparisons")["accuracy"].apply(interquartile_mean)
+            axes.plot(line.index, line.to_numpy(), label=name, **look[str(name)])
+        axes.set_xlabel("comparisons")
+        axes.set_ylabel("accuracy")
+
+    return by_task(results, draw, **options)
 
 
 def interval_rows(
-    axes: Axes,
-    intervals: Mapping[str, Interval],
-    look: Mapping[str, Mapping[str, Any]],
-    even: float,
+    axes: Axes, intervals: Mapping[str, Interval], look: Mapping[str, Look], even: float
 ) -> None:
     """Draw a horizontal interval for each arm, one below the other, and a line at no difference.
 
@@ -263,33 +246,20 @@ def label_lines(figure: Figure, ends: Mapping[Axes, Sequence[End]]) -> Figure:
         placed = spread_labels(at, [7.0 * (1 + text.count("\n")) for text in texts])
         for (x, y, _, colour), text, old, new in zip(lines, texts, at, placed, strict=True):
             axes.annotate(
-                text,
-                (x, y),
-                (8, new - old),
-                textcoords="offset points",
-                color=colour,
-                va="center",
-                linespacing=1.0,
-                parse_math=False,
-                annotation_clip=False,
-            )
+                text, (x, y), (8, new - old), textcoords="offset points", color=colour,
+                va="center", linespacing=1.0, parse_math=False, annotation_clip=False,
+            )  # fmt: skip
     return figure
 
 
 def _merged(ends: Sequence[End]) -> list[End]:
     """One label for all lines of a name, at the mean of their ends."""
-    groups: dict[str, list[End]] = {}
-    for end in ends:
-        groups.setdefault(end[2], []).append(end)
-    return [
-        (
-            max(x for x, *_ in group),
-            float(np.mean([y for _, y, *_ in group])),
-            name if len(group) == 1 else f"{name}, {len(group)} runs",
-            group[0][3],
-        )
-        for name, group in groups.items()
-    ]
+    merged = []
+    for name in dict.fromkeys(name for _, _, name, _ in ends):
+        x, y, _, colours = zip(*(end for end in ends if end[2] == name), strict=True)
+        shown = name if len(x) == 1 else f"{name}, {len(x)} runs"
+        merged.append((max(x), float(np.mean(y)), shown, colours[0]))
+    return merged
 
 
 def spread_labels(centres: Sequence[float], halves: Sequence[float]) -> list[float]:

@@ -130,11 +130,7 @@ def interquartile_mean(values: ArrayLike, axis: int = 0) -> Any:
 def over_tasks(results: pd.DataFrame, column: str) -> Interval:
     """Interquartile mean of a column over tasks and seeds, its interval stratified by task.
 
-    Seeds are resampled within each task, so the interval is about these tasks.
-
-    Args:
-        results: Rows with a `task`, one a seed.
-        column: Name of the column.
+    Seeds (a row each) are resampled within each `task`, so the interval is about these tasks.
     """
     samples = [rows[column].to_numpy(float) for _, rows in results.groupby("task", sort=False)]
     return bootstrap(lambda *drawn: interquartile_mean(np.concatenate(drawn)), *samples)
@@ -168,10 +164,7 @@ def paired(results: pd.DataFrame, column: str, by: str, reference: str) -> pd.Da
 def curve_matrix(results: pd.DataFrame, y: str, x: str = "comparisons") -> pd.DataFrame:
     """Return y by seed (rows) and x (columns), for the seeds and points that are complete.
 
-    Args:
-        results: Tidy rows of one arm on one task, with `seed`, x and y.
-        y: Metric.
-        x: Column that becomes the columns.
+    `results` has tidy rows of one arm on one task, with `seed`, x and y.
     """
     table = results.pivot_table(index="seed", columns=x, values=y)
     return table.dropna(axis="columns", thresh=len(table)).dropna()
@@ -207,10 +200,8 @@ def labels_ratio(own: pd.DataFrame, reference: pd.DataFrame, at: float) -> Inter
         reference: The same of the arm to compare with.
         at: Comparisons of the reference at which its level is taken.
     """
-    seeds, counts = (
-        own.index.intersection(reference.index),
-        own.columns.intersection(reference.columns),
-    )
+    seeds = own.index.intersection(reference.index)
+    counts = own.columns.intersection(reference.columns)
     comparisons = counts.to_numpy(float)
 
     def ratio(curves: Values) -> float:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from json import dumps, loads
@@ -28,12 +28,14 @@ import torch
 
 from active import FeedbackStore, all_pairs
 from experiments.analysis.page import check_json, publish
-from experiments.envs.tasks import find_task, make_env, simulator_state
+from experiments.envs.rollout import rollout
+from experiments.envs.tasks import find_task
+from experiments.envs.vector import make_vec_env
 from experiments.labelling.auth import Person
 from experiments.labelling.questions import PREFERENCES, Choice
 from experiments.labelling.server import make_app
 from experiments.labelling.videos import Job, Videos
-from rewardmodels import Clips, InvalidInput
+from rewardmodels import InvalidInput
 
 CHROMIUM: Final = Path("/usr/bin/chromium")
 CHROMIUM_FLAGS: Final = (
@@ -85,30 +87,18 @@ def benchmark_page(
 
 def put_queries(run: Path, task: str, n: int, *, clips: int, length: int = 25) -> list[int]:
     """Put n queries about clips of a random policy into a run's store; return their ids."""
-    env = make_env(find_task(task))
-    env.action_space.seed(0)
-    rows: dict[str, list[Any]] = {"observations": [], "actions": [], "states": []}
-    for seed in range(clips):
-        env.reset(seed=seed)
-        for _ in range(length):
-            state, action = simulator_state(env.unwrapped), env.action_space.sample()
-            for name, value in zip(rows, (env.step(action)[0], action, state), strict=True):
-                rows[name].append(value)
-    env.close()
-    columns = {
-        name: torch.from_numpy(np.asarray(values, np.float32)).unflatten(0, (clips, length))
-        for name, values in rows.items()
-    }
+    short = replace(find_task(task), horizon=length)
+    with closing(make_vec_env(short, clips, 0, "gymnasium")) as envs:
+        space = envs.action_space
+        space.seed(0)
+        played = rollout(envs, lambda seen, _: np.stack([space.sample() for _ in seen])).clips()
     # Where there are enough clips, queries share none, so that every pair is drawn anew.
     pairs = torch.arange(2 * n).view(n, 2)
     if 2 * n > clips:
         every = all_pairs(clips)
         pairs = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:n]]
     with FeedbackStore(run / "answers.sqlite") as store:
-        return store.add_queries(Clips(**columns), pairs, round=0)
-
-
-# ---- answers while the server is killed
+        return store.add_queries(played, pairs, round=0)
 
 
 class _NoVideos(Videos):
@@ -252,9 +242,6 @@ def _serve(run: Path, port: int, lease_seconds: float) -> None:
     bound: dict[str, Any] = {"host": "127.0.0.1", "port": port}
     app = make_app(run, _NoVideos(run, ""), repeat_every=0, lease_seconds=lease_seconds, **bound)
     uvicorn.run(app, log_level="error", access_log=False, **bound)
-
-
-# ---- videos and the browser
 
 
 async def _render_pairs(run: Path, task: str) -> list[float]:

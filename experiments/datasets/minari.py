@@ -59,9 +59,7 @@ def export_pool(
 
         out = Path(get_dataset_path(f"rewardmodels/{_name(task, steps, seed)}-v0"))
     _need_room(out)
-    pool = make_pool(
-        task, steps=steps, seed=seed, levels=levels, episodes=episodes, folder=Path(pools)
-    )
+    pool = make_pool(task, steps=steps, seed=seed, levels=levels, episodes=episodes, folder=pools)
     write_minari(pool, out, name=_name(task, steps, seed))
     print(f"{len(pool.trajectories)} episodes of {levels} skills: {out}")
     return out
@@ -100,13 +98,8 @@ def write_minari(pool: Pool, out: Path, *, name: str) -> None:
             spec = deepcopy(env.unwrapped.spec)
             assert spec is not None  # `find_task` knows only what is registered
             spec.max_episode_steps = task.horizon  # which an unwrapped one doesn't tell
-            storage = MinariStorage.new(
-                part / "data",
-                env.observation_space,
-                env.action_space,
-                spec,
-                jpeg_encoding=False,
-            )
+            spaces = env.observation_space, env.action_space
+            storage = MinariStorage.new(part / "data", *spaces, spec, jpeg_encoding=False)
         storage.update_metadata(
             {
                 "dataset_id": f"rewardmodels/{name}-v0",
@@ -183,7 +176,8 @@ def pool_from_minari(name_or_path: str | Path, *, levels: int = 10) -> Pool:
         trained = {int(one["skill"]): int(one.get("policy_steps", -1)) for one in about}
         steps = torch.tensor([trained[k] for k in sorted(trained)])
     else:
-        skill = _quantile(clips.returns, min(levels, len(clips)))
+        rank = clips.returns.argsort(stable=True).argsort()
+        skill = rank * min(levels, len(clips)) // len(clips)
         steps = torch.full((int(skill.max()) + 1,), -1)
     recorded_in = data.env_spec.id if data.env_spec else data.spec.dataset_id
     task = known.get("rewardmodels_task", recorded_in)
@@ -191,18 +185,9 @@ def pool_from_minari(name_or_path: str | Path, *, levels: int = 10) -> Pool:
 
 
 def find_pool(task: str, folder: Path, *, progress: bool = True, **made: int) -> Pool:
-    """Return a task's pool, made if need be, or that of a Minari data set (`minari:NAME` or path).
+    """Return a Minari data set (`minari:NAME` or path) as a pool, or a task's, made if need be.
 
-    Args:
-        task: Any that `make_pool` takes, or a data set.
-        folder: Where pools are kept that are made here.
-        progress: As `make_pool` has it.
-        made: What else goes to `make_pool`.
-
-    Raises:
-        InvalidInput: As `make_pool` or `pool_from_minari` raises it.
-        UnknownName: No such task.
-        UnreadableFile: A damaged file.
+    Arguments and errors are those of `pool_from_minari`, or of `make_pool`.
     """
     if is_minari(task):
         return pool_from_minari(task.removeprefix(_MINARI))
@@ -265,12 +250,6 @@ def _tensor(values: Any) -> Tensor:
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _quantile(returns: Tensor, levels: int) -> Tensor:
-    """Return `(N,)` long, 0 for the worst of `levels` groups of equal size by return."""
-    rank = returns.argsort(stable=True).argsort()
-    return rank * levels // len(returns)
 
 
 def _name(task: str, steps: int, seed: int) -> str:

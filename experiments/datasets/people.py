@@ -1,7 +1,9 @@
 """People's comparisons: three published sets, and the regression to beat.
 
-Each loader takes the folder of the files. People disagree, repeat themselves and compare the same
-pairs, so rows aren't independent draws: `splits` keeps together what a random split would leak.
+Each loader takes the folder of the files, and raises InvalidInput where its file isn't there, and
+UnreadableFile where it is damaged or lacks something. People disagree, repeat themselves and
+compare the same pairs, so rows aren't independent draws: `splits` keeps together what a random
+split would leak.
 """
 
 from __future__ import annotations
@@ -92,21 +94,13 @@ def load_delivery(folder: Path) -> HumanData:
     judge how far there is still to go. Groups are pairs of walks in either order. The baseline's
     features are the summed features and changes, and the distance at the start. Held out is "mud":
     either walk met mud.
-
-    Args:
-        folder: Where `delivery.npz` is.
-
-    Raises:
-        InvalidInput: The file isn't there, or its board has no goal.
-        UnreadableFile: It is damaged or lacks something.
     """
     names = ("positions", "actions", "features", "feature_names", "preference", "board")
     positions, actions, met, labels, preference, board = _read(folder, "delivery.npz", names)
     goals = np.argwhere(np.isin(board, _GOALS))
     if not len(goals):
         raise InvalidInput(
-            f"{Path(folder) / 'delivery.npz'}: expected a board with a goal (a cell of "
-            f"{_GOALS[0]} or {_GOALS[1]}), got none."
+            f"{folder}/delivery.npz: expected a board with a goal (a cell of {_GOALS}), got none."
         )
     positions = positions.astype(float)
     distance = np.abs(positions[..., None, :] - goals).sum(-1).min(-1)  # (Q, 2, 4)
@@ -115,13 +109,8 @@ def load_delivery(folder: Path) -> HumanData:
     whole = np.concatenate([met.sum(2), nearer.sum(2), distance[..., :1]], -1)
     mud: Mask = np.logical_or.reduce(met[..., list(labels).index("mud")] > 0, axis=(1, 2))
     comparisons = _comparisons(observations, actions, preference)
-    return HumanData(
-        "delivery",
-        comparisons,
-        _numbered(np.sort(comparisons.pairs.numpy(), 1)),
-        whole[:, 1] - whole[:, 0],
-        {"mud": mud},
-    )
+    groups = _numbered(np.sort(comparisons.pairs.numpy(), 1))
+    return HumanData("delivery", comparisons, groups, whole[:, 1] - whole[:, 0], {"mud": mud})
 
 
 def load_pandalm(folder: Path) -> HumanData:
@@ -131,13 +120,6 @@ def load_pandalm(folder: Path) -> HumanData:
     instruction's (whose sum is their cosine), and the logarithm of one more than its number of
     words. The instruction itself is the same for both, and left out. Groups are instructions. The
     baseline's features are the same numbers.
-
-    Args:
-        folder: Where `pandalm.npz` is.
-
-    Raises:
-        InvalidInput: The file isn't there.
-        UnreadableFile: It is damaged or lacks something.
     """
     names = ("instruction", "first", "second", "first_words", "second_words", "preference")
     asked, first, second, *words, preference = _read(folder, "pandalm.npz", names)
@@ -154,13 +136,6 @@ def load_tickets(folder: Path) -> HumanData:
     A clip is one frame without an action: price (1/100 guilder), time (minutes), changes, and
     comfort (0 the best class, 2 the worst). Groups are people. The baseline's features are the
     same numbers.
-
-    Args:
-        folder: Where `train_tickets.npz` is.
-
-    Raises:
-        InvalidInput: The file isn't there.
-        UnreadableFile: It is damaged or lacks something.
     """
     names = ("first", "second", "preference", "person")
     first, second, preference, person = _read(folder, "train_tickets.npz", names)
@@ -177,17 +152,10 @@ HUMAN_DATA: dict[str, Callable[[Path], HumanData]] = {
 def splits(
     data: HumanData, folds: int = 5, *, seed: int = 0
 ) -> Iterator[tuple[Integers, Integers]]:
-    """Yield rows to train on and to test on for each fold; no group is on both sides.
+    """Iterate over the rows to train on and to test on; no group is on both sides.
 
-    Ties are in both; a score may leave them out by `HumanData.decided`.
-
-    Args:
-        data: People's comparisons.
-        folds: Number of folds, at least 2 and at most one for each group.
-        seed: Of the assignment of groups to folds.
-
-    Returns:
-        An iterator over (train, test), indices into Q in increasing order.
+    Rows are indices into Q in increasing order. Ties are in both; a score may leave them out by
+    `HumanData.decided`. The seed assigns groups to folds.
 
     Raises:
         InvalidInput: Fewer than two folds, or more than there are groups.
@@ -243,12 +211,8 @@ def baseline(data: HumanData, train: Integers, test: Integers) -> Floats:
     regression = make_pipeline(
         StandardScaler(with_mean=False), LogisticRegression(fit_intercept=False, max_iter=1000)
     )
-    search = GridSearchCV(
-        regression,
-        {"logisticregression__C": _STRENGTHS},
-        scoring="neg_log_loss",
-        cv=GroupKFold(folds),
-    )
+    tried = {"logisticregression__C": _STRENGTHS}
+    search = GridSearchCV(regression, tried, scoring="neg_log_loss", cv=GroupKFold(folds))
     search.fit(x, np.concatenate([second_won, ~second_won]), groups=groups)
     probability: Floats = search.predict_proba(data.features[test])[:, 1]
     return probability

@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ from tqdm import tqdm
 
 from experiments.envs.rollout import play_agent
 from experiments.envs.tasks import Task, find_task
-from experiments.training.agents import PPO_ROLLOUT, ppo_on_own_reward
+from experiments.envs.vector import MAX_SEED
+from experiments.training.agents import PPO_ROLLOUT, ppo_on_own_reward, progress_bar, train_until
 from experiments.training.run_directory import versions
 from rewardmodels import Clips, InvalidInput, UnreadableFile
 from rewardmodels.clips import cut
@@ -32,7 +32,6 @@ from rewardmodels.saving import atomic_path
 
 FORMAT = 1
 _COLUMNS = ("observations", "actions", "rewards", "states")
-_MAX_SEED = 2**31 - 10_001  # EnvPool's are 32 bits, and each copy of an environment has its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +95,9 @@ class Pool:
         return replace(self, trajectories=self.trajectories[rows], skill=self.skill[rows])
 
     def clips(
-        self,
-        n: int,
-        length: int,
-        generator: torch.Generator,
-        *,
+        self, n: int, length: int, generator: torch.Generator, *,
         skills: slice | Sequence[int] | None = None,
-    ) -> Clips:
+    ) -> Clips:  # fmt: skip
         """Cut n clips, equally many from each skill (up to one), in random order.
 
         Within a skill every place is equally likely, and draws are with replacement, so clips may
@@ -183,50 +178,40 @@ def make_pool(
         rewardmodels.errors.InvalidInput: steps: expected at least 18,432 for 10 levels, ...
     """
     found = find_task(task)
-    _check(seed, steps, levels, episodes)
-    name = f"{task.replace('/', '_')}-{steps}-steps-{levels}x{episodes}-seed-{seed}.v{FORMAT}"
-    path = Path(folder) / f"{name}.safetensors"
-    if path.exists():
-        return _read(path, task, seed)
-    _make_folder(path.parent)
-    with tqdm(
-        total=steps, unit=" steps", unit_scale=True, mininterval=1.0, disable=not progress
-    ) as bar:
-        recorded, trained_for = _record(found, seed, steps, levels, episodes, bar)
-    best_last = torch.stack([clips.returns.mean() for clips in recorded]).argsort(stable=True)
-    pool = Pool(
-        task,
-        seed,
-        Clips.cat([recorded[level] for level in best_last]),
-        torch.arange(levels).repeat_interleave(episodes),
-        torch.tensor(trained_for)[best_last],
-    )
-    _write(pool, path)
-    return pool
-
-
-def _check(seed: int, steps: int, levels: int, episodes: int) -> None:
-    for name, value, least in (("levels", levels, 2), ("episodes", episodes, 1)):
+    for what, value, least in (("levels", levels, 2), ("episodes", episodes, 1)):
         if value < least:
-            raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
-    if not 0 <= seed <= _MAX_SEED:
-        raise InvalidInput(f"seed: expected 0 to {_MAX_SEED:,}, got {seed}.")
+            raise InvalidInput(f"{what}: expected at least {least}, got {value}.")
+    if not 0 <= seed <= MAX_SEED:
+        raise InvalidInput(f"seed: expected 0 to {MAX_SEED:,}, got {seed}.")
     if steps < (least := (levels - 1) * PPO_ROLLOUT):
         raise InvalidInput(
             f"steps: expected at least {least:,} for {levels} levels, since the policy changes "
             f"once in {PPO_ROLLOUT:,} steps, got {steps:,}. Train for longer, or take fewer levels."
         )
+    name = f"{task.replace('/', '_')}-{steps}-steps-{levels}x{episodes}-seed-{seed}.v{FORMAT}"
+    path = Path(folder) / f"{name}.safetensors"
+    if path.exists():
+        return _read(path, task, seed)
+    _make_folder(path.parent)
+    with progress_bar(steps, show=progress) as bar:
+        recorded, trained_for = _record(found, seed, steps, levels, episodes, bar)
+    best_last = torch.stack([clips.returns.mean() for clips in recorded]).argsort(stable=True)
+    clips = Clips.cat([recorded[level] for level in best_last])
+    skill = torch.arange(levels).repeat_interleave(episodes)
+    pool = Pool(task, seed, clips, skill, torch.tensor(trained_for)[best_last])
+    _write(pool, path)
+    return pool
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("it can't be written to")
     except OSError as error:
         raise InvalidInput(
-            f"folder: expected a directory, or room for one, got {folder}: {error}."
+            f"folder: expected a directory to write to, or room for one, got {folder}: {error}."
         ) from error
-    if not os.access(folder, os.W_OK):
-        raise InvalidInput(f"folder: expected one that can be written to, got {folder}.")
 
 
 def _record(
@@ -236,18 +221,10 @@ def _record(
     recorded: list[Clips] = []
     trained_for: list[int] = []
     with ppo_on_own_reward(task, seed) as (agent, normalised):
-
-        def advance(*_: Any) -> bool:
-            bar.update(min(agent.num_timesteps, bar.total) - bar.n)  # rollouts are whole
-            return True
-
         for level in range(levels):
-            until = steps * level // (levels - 1)
-            if until > agent.num_timesteps:
-                left = until - agent.num_timesteps
-                agent.learn(left, callback=advance, reset_num_timesteps=False)
+            train_until(agent, steps * level // (levels - 1), bar)
             step = agent.num_timesteps
-            own_seed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0] % _MAX_SEED)
+            own_seed = int(np.random.SeedSequence([seed, step]).generate_state(1)[0] % MAX_SEED)
             # What is drawn here mustn't change what is learned next.
             with isolated_randomness(own_seed):
                 clips = play_agent(agent, normalised, task, episodes=episodes, seed=own_seed)

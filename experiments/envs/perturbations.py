@@ -28,12 +28,8 @@ Array = NDArray[Any]
 Alter = Callable[[Any, float, np.random.Generator], None]
 """Changes an `mjModel` in place, by an amount."""
 
-PUSH_PERIOD = 25
-"""Steps from the start of one push to the start of the next."""
-PUSH_STEPS = 5
-"""Steps that a push lasts."""
-TRIAL = 2.0
-"""Simulated seconds in which a change of the model has to make a difference."""
+PUSH_PERIOD, PUSH_STEPS = 25, 5  # steps from one push to the next, and those that it lasts
+TRIAL = 2.0  # simulated seconds in which a change of the model has to make a difference
 _ROOT = 1  # body 0 is the world
 
 
@@ -125,8 +121,8 @@ class Freeze(Perturbation):
     def begin(self, observation: Array, draw: np.random.Generator) -> None:
         super().begin(observation, draw)
         n = len(observation)
-        self.frozen = np.zeros(n, bool)
-        self.frozen[draw.choice(n, math.ceil(self.amount * n), replace=False)] = True
+        chosen = draw.choice(n, math.ceil(self.amount * n), replace=False)
+        self.frozen = np.isin(np.arange(n), chosen)
 
     def observe(self, observation: Array) -> Array:
         return np.where(self.frozen, self.observation, observation)
@@ -158,13 +154,9 @@ class Push(Perturbation):
         self.simulator, self.force = simulator, mass * amount / (PUSH_STEPS * simulator.dt)
 
     def act(self, step: int) -> None:
-        if step % PUSH_PERIOD == 0:
-            self._push(self.force * self.draw.choice([-1.0, 1.0]))
-        elif step % PUSH_PERIOD == PUSH_STEPS:
-            self._push(0.0)
-
-    def _push(self, force: float) -> None:
-        self.simulator.data.xfrc_applied[_ROOT, 0] = force
+        if (place := step % PUSH_PERIOD) in (0, PUSH_STEPS):
+            force = self.force * self.draw.choice([-1.0, 1.0]) if place == 0 else 0.0
+            self.simulator.data.xfrc_applied[_ROOT, 0] = force
 
 
 def scale(*fields: str) -> Callable[..., Perturbation]:
@@ -216,7 +208,6 @@ class Kind:
 
 
 _STD = "standard deviations of an observation"
-
 PERTURBATIONS: Mapping[str, Kind] = {
     "mass": Kind("times all mass", (1.5, 2, 3), scale("body_mass", "body_inertia")),
     "damping": Kind("times every joint's damping", (2, 3, 6), scale("dof_damping")),
@@ -244,23 +235,12 @@ PERTURBATIONS: Mapping[str, Kind] = {
 class PerturbedEnv(gym.Wrapper[Any, Any, Any, Any]):
     """Environment that is perturbed from a known step of each episode on; `perturb` makes it.
 
-    Args:
-        env: The environment.
-        perturbation: To apply.
-        description: Its name and amount, for messages.
-        onset: Unperturbed steps at the start of every episode.
-        seed: Of the perturbation's randomness.
+    Attributes:
+        description: The perturbation's name and amount, for messages.
     """
 
-    def __init__(
-        self,
-        env: gym.Env[Any, Any],
-        perturbation: Perturbation,
-        description: str,
-        onset: int,
-        seed: int,
-    ) -> None:
-        super().__init__(env)
+    def __init__(self, perturbation: Perturbation, description: str, onset: int, seed: int) -> None:
+        super().__init__(perturbation.env)
         self.perturbation, self.description = perturbation, description
         self.onset, self.seed = onset, seed
         self.draw = np.random.default_rng(seed)
@@ -368,7 +348,7 @@ def perturb(
             f"after {TRIAL:g} simulated seconds under the same actions its state is the same with "
             "it and without. Choose another."
         )
-    return PerturbedEnv(env, perturbation, f"{name}: {amount:g} {kind.unit}", onset, seed)
+    return PerturbedEnv(perturbation, f"{name}: {amount:g} {kind.unit}", onset, seed)
 
 
 def _check_std(name: str, given: Array | None, shape: tuple[int, ...]) -> Array:

@@ -39,23 +39,7 @@ class RenderingUnavailable(RewardModelsError, RuntimeError):
 def render_states(
     task: Task, states: NDArray[np.floating[Any]], width: int = 240, height: int = 240
 ) -> NDArray[np.uint8]:
-    """Render simulator states off screen; for many clips use a `Renderer`.
-
-    Args:
-        task: Of the states.
-        states: `(T, s)`, each `qpos` and `qvel` (or, outside MuJoCo, `state`), as `states()`
-            of either backend gives them.
-        width: Of a picture, in pixels.
-        height: Of a picture, in pixels.
-
-    Returns:
-        RGB, `(T, height, width, 3)`.
-
-    Raises:
-        InvalidInput: If `states` isn't `(T, s)` with the task's own `s`.
-        RenderingUnavailable: If no OpenGL library (for MuJoCo) or no pygame (for classic
-            control) is installed, or the environment's state can't be set.
-    """
+    """Render simulator states once; see `Renderer` and its `draw`."""
     with Renderer(task, width, height) as renderer:
         return renderer.draw(states)
 
@@ -96,18 +80,18 @@ class Renderer:
                 )
             self._length = len(now)
             if hasattr(env.unwrapped, "set_state"):
-                self._draw = stack.enter_context(
-                    _mujoco_drawer(env.unwrapped, width, height, smooth)
-                )
+                drawer = _mujoco_drawer(env.unwrapped, width, height, smooth)
             else:
-                self._draw = stack.enter_context(_own_drawer(task, width, height))
+                drawer = _own_drawer(task, width, height)
+            self._draw = stack.enter_context(drawer)
             self._open = stack.pop_all()
 
     def draw(self, states: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
         """Render states.
 
         Args:
-            states: `(T, s)`, as of `render_states`.
+            states: `(T, s)`, each `qpos` and `qvel` (or, outside MuJoCo, `state`), as `states()`
+                of either backend gives them.
 
         Returns:
             RGB, `(T, height, width, 3)`.
@@ -249,19 +233,11 @@ def write_video(frames: NDArray[np.uint8], path: str | os.PathLike[str], fps: fl
         ...         print(video.streams.video[0].frames)
         5
     """
-    path = Path(path)
-    frames = _checked(frames)
+    path, frames = Path(path), np.asarray(frames)
     if path.suffix.lower() != ".mp4":
         raise InvalidInput(f"path: expected a name ending in .mp4, got {path.name!r}.")
     if not (np.isfinite(fps) and fps > 0):
         raise InvalidInput(f"fps: expected a positive number of frames a second, got {fps!r}.")
-    with atomic_path(path) as temporary:
-        _encode(frames, temporary, Fraction(fps).limit_denominator(1001))
-
-
-def _checked(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return frames with even sides; raise for frames that can't be encoded."""
-    frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise InvalidInput(
             f"frames: expected shape (T, H, W, 3) with no empty axis, got {frames.shape}."
@@ -271,25 +247,19 @@ def _checked(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
             f"frames: expected uint8 from 0 to 255, got {frames.dtype}. "
             "Pictures from 0 to 1 want (255 * frames).round().astype(np.uint8)."
         )
-    odd_height, odd_width = frames.shape[1] % 2, frames.shape[2] % 2
-    if odd_height or odd_width:
-        frames = np.pad(frames, ((0, 0), (0, odd_height), (0, odd_width), (0, 0)), mode="edge")
-    return frames
+    codec = next((codec for codec in _CODECS if codec in av.codecs_available), None)
+    if codec is None:
+        raise RewardModelsError(
+            f"No video encoder: PyAV {av.__version__} has none of {', '.join(_CODECS)}. "
+            "Install PyAV's own wheel with `pip install --only-binary av av`."
+        )
+    _, height, width, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with atomic_path(path) as temporary:
+        _encode(frames, temporary, codec, Fraction(fps).limit_denominator(1001))
 
 
-def _codec() -> str:
-    """Return the best encoder of this build of PyAV."""
-    for codec in _CODECS:
-        if codec in av.codecs_available:
-            return codec
-    raise RewardModelsError(
-        f"No video encoder: PyAV {av.__version__} has none of {', '.join(_CODECS)}. "
-        "Install PyAV's own wheel with `pip install --only-binary av av`."
-    )
-
-
-def _encode(frames: NDArray[np.uint8], path: Path, rate: Fraction) -> None:
-    codec = _codec()
+def _encode(frames: NDArray[np.uint8], path: Path, codec: str, rate: Fraction) -> None:
     options = {} if codec == "libopenh264" else {"crf": _CRF}
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as file:
         stream = cast(av.VideoStream, file.add_stream(codec, rate=rate, options=options))
@@ -301,15 +271,10 @@ def _encode(frames: NDArray[np.uint8], path: Path, rate: Fraction) -> None:
         stream.codec_context.color_trc = _BT709
         stream.codec_context.color_range = ColorRange.MPEG
         for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            file.mux(
-                stream.encode(
-                    picture.reformat(
-                        format="yuv420p",
-                        src_color_range="JPEG",
-                        dst_color_range="MPEG",
-                        dst_colorspace="ITU709",
-                    )
-                )
-            )
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = rgb.reformat(
+                format="yuv420p", src_color_range="JPEG", dst_color_range="MPEG",
+                dst_colorspace="ITU709",
+            )  # fmt: skip
+            file.mux(stream.encode(picture))
         file.mux(stream.encode(None))

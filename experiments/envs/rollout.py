@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import gymnasium as gym
@@ -47,7 +47,7 @@ class Episodes:
     states: Array | None = None
 
     def __getitem__(self, rows: slice) -> Episodes:
-        columns = (self.first, self.observations, self.actions, self.rewards, self.states)
+        columns = (getattr(self, field.name) for field in fields(Episodes))
         return Episodes(*(None if x is None else x[rows] for x in columns))  # type: ignore[arg-type]
 
     def features(self, features: str | Features = "transition") -> list[Tensor]:
@@ -66,12 +66,9 @@ class Episodes:
 
     def clips(self) -> Clips:
         """Return the episodes as N clips, in single precision."""
-        return Clips(
-            _tensor(self.observations),
-            _tensor(self.actions),
-            rewards=_tensor(self.rewards),
-            states=None if self.states is None else _tensor(self.states),
-        )
+        states = None if self.states is None else _tensor(self.states)
+        observations, actions = _tensor(self.observations), _tensor(self.actions)
+        return Clips(observations, actions, rewards=_tensor(self.rewards), states=states)
 
 
 class SeededEnvs:
@@ -116,10 +113,8 @@ def rollout(envs: Any, act: Callable[[Array, int], Array]) -> Episodes:
         ended = bool(ends[0])
         before = np.stack([info["terminal_observation"] for info in infos]) if ended else after
         steps.append((before, actions, rewards, states))
-    columns = (
-        None if column[0] is None else np.stack(column, 1) for column in zip(*steps, strict=True)
-    )
-    return Episodes(first, *columns)  # type: ignore[arg-type]
+    columns = zip(*steps, strict=True)
+    return Episodes(first, *(None if c[0] is None else np.stack(c, 1) for c in columns))  # type: ignore[arg-type]
 
 
 def play(
@@ -199,12 +194,8 @@ def play_agent(
 ) -> Clips:
     """Play episodes of an agent that explores, as in training, all at once.
 
-    Args:
-        agent: Acts; it draws from the global generators.
-        normalised: Holds the statistics by which the agent's inputs are normalised.
-        task: The task.
-        episodes: Number of episodes.
-        seed: Of the first states.
+    The agent draws from the global generators; the seed decides the first states. `normalised`
+    holds the statistics by which the agent's inputs are normalised.
 
     Returns:
         Clips with the task's own reward and, where there are any, simulator states.
@@ -222,10 +213,8 @@ def play_agent(
 
 
 def _cat(parts: Sequence[Episodes]) -> Episodes:
-    columns = [(p.first, p.observations, p.actions, p.rewards, p.states) for p in parts]
-    return Episodes(
-        *(None if c[0] is None else np.concatenate(c) for c in zip(*columns, strict=True))  # type: ignore[arg-type]
-    )
+    columns = zip(*([getattr(p, f.name) for f in fields(Episodes)] for p in parts), strict=True)
+    return Episodes(*(None if c[0] is None else np.concatenate(c) for c in columns))  # type: ignore[arg-type]
 
 
 def _tensor(values: Array) -> Tensor:

@@ -121,7 +121,6 @@ class FixedHorizon(gym.Wrapper[Any, Any, Any, Any]):
     """Environment that goes on past termination, so that only a time limit ends an episode."""
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step, with `terminated` always False."""
         observation, reward, _, truncated, info = self.env.step(action)
         return observation, reward, False, truncated, info
 
@@ -138,12 +137,10 @@ class TaskWrapper(gym.Wrapper[Any, Any, Any, Any]):
             self.observation_space = Box(-np.inf, np.inf, example.shape, example.dtype.type)
 
     def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
-        """Reset; see `gymnasium.Env.reset`."""
         observation, info = self.env.reset(**options)
         return self.task.observed(observation), info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Step; see `gymnasium.Env.step`."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         observation = self.task.observed(observation)
         if self.task.reward is not None:

@@ -17,6 +17,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from experiments.envs.tasks import Task, make_env, simulator_state
 from rewardmodels.errors import InvalidInput, RewardModelsError, UnknownName
 
+MAX_SEED = 2**31 - 10_001  # EnvPool's are 32 bits, and each copy of an environment has its own
+
 Backend = Literal["auto", "gymnasium", "envpool"]
 FloatArray = NDArray[np.float32]
 
@@ -87,10 +89,9 @@ class GymnasiumVecEnv(DummyVecEnv):
 
     def step_wait(self) -> tuple[FloatArray, FloatArray, NDArray[np.bool_], list[dict[str, Any]]]:
         observations, rewards, dones, infos = super().step_wait()
-        dtype = self.observation_space.dtype
+        dtype, name = self.observation_space.dtype, "terminal_observation"
         for i in np.flatnonzero(dones):
-            last = infos[i]["terminal_observation"]
-            infos[i]["terminal_observation"] = np.asarray(last, dtype)
+            infos[i][name] = np.asarray(infos[i][name], dtype)
         return np.asarray(observations, dtype), rewards, dones, infos
 
     def states(self) -> FloatArray | None:
@@ -138,14 +139,10 @@ class EnvPoolVecEnv(VecEnv):
         import envpool
 
         pool = envpool.make(
-            self.task.env_id,
-            env_type="gymnasium",
-            num_envs=self.num_envs,
-            num_threads=min(self._threads, self.num_envs),
-            seed=self._seeds[0] or 0,
-            max_episode_steps=self.task.horizon,
-            **self.task.kwargs,
-        )
+            self.task.env_id, env_type="gymnasium", num_envs=self.num_envs,
+            num_threads=min(self._threads, self.num_envs), seed=self._seeds[0] or 0,
+            max_episode_steps=self.task.horizon, **self.task.kwargs,
+        )  # fmt: skip
         with warnings.catch_warnings():
             # EnvPool makes its spaces when first asked, with bounds in float64 for float32.
             warnings.filterwarnings("ignore", ".*precision lowered by casting", UserWarning)
@@ -153,7 +150,6 @@ class EnvPoolVecEnv(VecEnv):
         return pool
 
     def step_async(self, actions: NDArray[Any]) -> None:
-        """Start a step of the worker threads."""
         self._actions = actions
         self._pool.send(actions, self._ids)
 
@@ -170,8 +166,8 @@ class EnvPoolVecEnv(VecEnv):
             ended = self._ids[dones]
             infos = [{} for _ in self._ids]
             for i in ended:
-                last = observations[i].copy()
-                infos[i] = {"terminal_observation": last, "TimeLimit.truncated": True}
+                infos[i]["terminal_observation"] = observations[i].copy()
+                infos[i]["TimeLimit.truncated"] = True
             first, info = self._pool.reset(ended)
             observations[info["env_id"]] = self.task.observed(first)
             for name, position in self._positions.items():
@@ -208,25 +204,20 @@ class EnvPoolVecEnv(VecEnv):
         return None
 
     def close(self) -> None:
-        """Stop the worker threads."""
         self._pool = None
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Return the task's settings; EnvPool's environments have no Python attributes."""
         if attr_name == "render_mode":
             return [None for _ in self._get_indices(indices)]
         raise AttributeError(f"EnvPool's environments have no attribute {attr_name!r} to show.")
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Raise: EnvPool's environments have no Python methods."""
         raise AttributeError(f"EnvPool's environments have no attribute {attr_name!r} to set.")
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kw: Any) -> list[Any]:
-        """Raise: EnvPool's environments have no Python methods."""
         raise AttributeError(f"EnvPool's environments have no method {method_name!r} to call.")
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
-        """Return False: EnvPool's environments have no wrappers."""
         return [False for _ in self._get_indices(indices)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields, replace
 from importlib import import_module
+from json import dumps, loads
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -119,11 +120,9 @@ def run_study(
             run = Run(folder)
             if isinstance(settings, PoolSettings):
                 settings = replace(settings, pools=folder / "pools")
-        shared = {
-            field.name: _plain(getattr(settings, field.name))
-            for field in fields(settings)
-            if field.name not in study.GRID
-        }
+        all_settings = {field.name: getattr(settings, field.name) for field in fields(settings)}
+        shared = {name: x for name, x in all_settings.items() if name not in study.GRID}
+        shared = loads(dumps(shared, default=str))  # paths as text, tuples as lists
         grid = [{**axes, **shared} for axes in study.cells(settings)]
         compute, where = _Compute(study), replace(run, out=run.out / "cells")
         if not report_only:
@@ -143,7 +142,7 @@ def run_study(
         write_text_atomically(run.out / "results.csv", results[plain].to_csv(index=False))
         origin = Origin(
             command_line(study, settings),
-            {field.name: getattr(settings, field.name) for field in fields(settings)},
+            all_settings,
             versions,
             seconds=sum(lines[0]["cell_seconds"] for lines in rows),
             note=""
@@ -247,9 +246,3 @@ def _rows(
         for package, version in record["versions"].items():
             versions.setdefault(package, {})[version] = None
     return rows, {package: " and ".join(several) for package, several in versions.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value

@@ -305,14 +305,9 @@ def _promise(settings: Settings, name: str, detector: str, seed: int) -> list[di
 def highest_rate(alpha: float, calibrations: int, calibration: int, tests: int) -> float:
     r"""Return the rate that a kept promise exceeds in one case of 20.
 
-    Given one calibration of n maxima, alarms among m tests are beta-binomial with parameters
-    $n + 1 - k$ and k, k the threshold's rank (Vovk 2012); those of several are independent.
-
-    Args:
-        alpha: Promised rate.
-        calibrations: Their number.
-        calibration: Episodes of each.
-        tests: m, episodes that test each.
+    Given one calibration of n maxima, alarms among m `tests` are beta-binomial with parameters
+    $n + 1 - k$ and k, k the threshold's rank (Vovk 2012); those of several `calibrations` are
+    independent. Each takes `calibration` episodes, of which n aren't used to standardise.
 
     Example:
         >>> highest_rate(0.05, 10, 52, 100)  # a binomial of 1,000 would have 0.062

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from tqdm import tqdm
 
 from experiments.envs.rollout import Array, Policy
 from experiments.envs.tasks import Task
@@ -149,6 +150,25 @@ def ppo_on_own_reward(task: Task, seed: int) -> Iterator[tuple[BaseAlgorithm, Ve
         np.random.set_state(numpy)  # noqa: NPY002
 
 
+def progress_bar(steps: int, done: int = 0, *, show: bool = True) -> tqdm:
+    """Make a progress bar of environment steps, for `train_until`."""
+    return tqdm(
+        total=steps, initial=done, unit=" steps", unit_scale=True, mininterval=1, disable=not show
+    )
+
+
+def train_until(agent: BaseAlgorithm, step: int, bar: tqdm) -> None:
+    """Train an agent up to a step, and show how far it is."""
+
+    def advance(*_: Any) -> bool:
+        bar.update(min(agent.num_timesteps, bar.total) - bar.n)  # rollouts are whole
+        return True
+
+    if step > agent.num_timesteps:
+        left = step - agent.num_timesteps
+        agent.learn(left, callback=advance, reset_num_timesteps=False)
+
+
 def train_agent(task: Task, steps: int, file: Path) -> None:
     """Train PPO on the task's own reward, and write its policy and observation statistics."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -189,11 +209,9 @@ def load_policy(task: Task, file: Path) -> Policy:
 
 
 def exploring_policy(agent: BaseAlgorithm, normalised: VecNormalize) -> Policy:
-    """Return an agent of Stable-Baselines3 as a policy that explores, as in training.
+    """Return an agent as a policy that explores, drawing from PyTorch's global generator.
 
-    Args:
-        agent: Acts; it draws from PyTorch's global generator.
-        normalised: Holds the statistics by which the agent's inputs are normalised.
+    `normalised` holds the statistics by which the agent's inputs are normalised.
     """
 
     def act(observations: Array, noise: Array) -> Array:

@@ -18,11 +18,10 @@ from active import (
     Teacher,
 )
 from experiments.envs.tasks import find_task
+from experiments.envs.vector import MAX_SEED
 from rewardmodels import DeepEnsemble, InvalidInput, RewardModel
 
 RewardName = Literal["learned", "task", "zero", "constant", "random"]
-
-_MAX_SEED = 2**31 - 10_001  # EnvPool's are 32 bits, and each copy of an environment has its own
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,8 @@ class LearnConfig:
                 raise InvalidInput(f"{name}: expected a number of at least {bound}, got {value}.")
             if value == math.inf:
                 raise InvalidInput(f"{name}: expected a finite number, got inf.")
-        if self.seed > _MAX_SEED:
-            raise InvalidInput(f"seed: expected at most {_MAX_SEED:,}, got {self.seed}.")
+        if self.seed > MAX_SEED:
+            raise InvalidInput(f"seed: expected at most {MAX_SEED:,}, got {self.seed}.")
         assert self.comparisons is not None
         if self.candidates * (self.candidates - 1) // 2 < self.comparisons:
             raise InvalidInput(

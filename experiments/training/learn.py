@@ -28,33 +28,18 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 
-from active import (
-    FeedbackStore,
-    Request,
-    Schedule,
-    Uniform,
-    all_pairs,
-    mean_information,
-)
+from active import FeedbackStore, Request, Schedule, Uniform, all_pairs, mean_information
 from experiments.envs.rendering import RenderingUnavailable, render_states, write_video
 from experiments.envs.rollout import play_agent
 from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
-from experiments.training.agents import PPO_ENVS, make_agent
+from experiments.training.agents import PPO_ENVS, make_agent, progress_bar, train_until
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
 from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward, relabel
 from experiments.training.run_directory import RunDirectory, versions
-from rewardmodels import (
-    Clips,
-    ReturnPosterior,
-    RewardModel,
-    SampledPosterior,
-    fit,
-    load,
-    save,
-)
+from rewardmodels import Clips, ReturnPosterior, RewardModel, SampledPosterior, fit, load, save
 from rewardmodels.calibration import expected_calibration_error, risk_coverage
 from rewardmodels.clips import cut
 from rewardmodels.epic import pearson_distance
@@ -87,21 +72,14 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
     run.start(config)  # only now, so that settings that raise leave no directory behind
     with (
         FeedbackStore(config.out / "answers.sqlite") as store,
-        tqdm(
-            total=config.steps,
-            initial=learner.step,
-            unit=" steps",
-            unit_scale=True,
-            mininterval=1.0,
-            disable=not progress,
-        ) as bar,
+        progress_bar(learner.steps, learner.step, show=progress) as bar,
     ):
         for round in range(learner.rounds_done, learner.rounds):
             learner.seed(round)
             if config.reward == "learned":
                 learner.ask(round, store, bar.set_postfix_str)
                 learner.fit_reward(store)
-            learner.train_policy(learner.steps_after(round), bar)
+            train_until(learner.agent, learner.steps_after(round), bar)
             learner.save_round(round, store, bar)
         result = learner.finish(store)
     write_report(config.out)
@@ -164,10 +142,7 @@ class Learner:
     def ask(self, round: int, store: FeedbackStore, report: Callable[[str], Any] = str) -> None:
         """Let the teacher compare clips of the agent, as many as are due in a round.
 
-        Args:
-            round: Index of the round.
-            store: Keeps queries and comparisons.
-            report: Shows a line while people are waited for.
+        `report` shows a line while people are waited for.
         """
         if round == 0:
             self._act_at_random()
@@ -206,27 +181,15 @@ class Learner:
         if isinstance(self.agent, OffPolicyAlgorithm):
             relabel(self.agent, reward)
 
-    def train_policy(self, until: int, bar: tqdm) -> None:
-        """Train the policy by ordinary reinforcement learning, up to a step."""
-
-        def advance(*_: Any) -> bool:
-            bar.update(min(self.step, bar.total) - bar.n)  # rollouts are whole
-            return True
-
-        if until > self.step:
-            self.agent.learn(until - self.step, callback=advance, reset_num_timesteps=False)
-
     def save_round(self, round: int, store: FeedbackStore, bar: tqdm) -> None:
         """Log the round's metrics, and write a checkpoint from which the next round starts."""
         row = self._metrics(store)
         self.run.log(row)
         self.run.checkpoint(round, self._write)
-        returned = (
-            f"true return {row['task_return']:.0f}" if "task_return" in row else "no episode ended"
-        )
-        bar.set_postfix_str(
-            f"round {round + 1}/{self.rounds}, {row['comparisons']:.0f} comparisons, {returned}"
-        )
+        known = "task_return" in row
+        returned = f"true return {row['task_return']:.0f}" if known else "no episode ended"
+        place = f"round {round + 1}/{self.rounds}"
+        bar.set_postfix_str(f"{place}, {row['comparisons']:.0f} comparisons, {returned}")
 
     def finish(self, store: FeedbackStore) -> dict[str, Any]:
         """Evaluate the final policy, and write the result, a video and the model."""
@@ -238,10 +201,7 @@ class Learner:
         )
         put, answered, skipped = store.counts()
         result = {
-            "task": self.task.name,
-            "reward": config.reward,
-            "algorithm": config.algorithm,
-            "seed": config.seed,
+            **{name: getattr(config, name) for name in ("task", "reward", "algorithm", "seed")},
             "steps": self.step,
             "comparisons": answered,
             "queries": put,
@@ -249,8 +209,7 @@ class Learner:
             "final_return": float(clips.returns.mean()),
             "final_returns": clips.returns.tolist(),
             **count_events(self.task, clips),
-            "held_out_accuracy": last.get("held_out_accuracy"),
-            "held_out_log_loss": last.get("held_out_log_loss"),
+            **{name: last.get(name) for name in ("held_out_accuracy", "held_out_log_loss")},
             **dict.fromkeys(REWARD_SCORES),
             "wall_seconds": last["seconds"],
             "steps_per_second": self.step / last["seconds"],
@@ -287,9 +246,8 @@ class Learner:
         for step in range(self.latest):
             if step % self.start_over == 0:
                 self.env.reset()
-            self.env.step(
-                np.stack([self.env.action_space.sample() for _ in range(self.env.num_envs)])
-            )
+            actions = [self.env.action_space.sample() for _ in range(self.env.num_envs)]
+            self.env.step(np.stack(actions))
         self.env.episode_returns.clear()
 
     def _latest_clips(self, n: int) -> Clips:
@@ -328,9 +286,8 @@ class Learner:
             row["task_return"], row["learned_return"] = np.mean(ended, 0).tolist()
             ended.clear()
         if (report := self.model.fit_report) is not None:
-            row["held_out_accuracy"] = report.held_out_accuracy
-            row["held_out_log_loss"] = report.held_out_log_loss
-            row["train_log_loss"] = report.train_log_loss
+            for name in ("held_out_accuracy", "held_out_log_loss", "train_log_loss"):
+                row[name] = getattr(report, name)
             latest = self._latest_clips(200)
             posterior = self.model.posterior(latest)
             both = torch.stack([posterior.mean, latest.returns])

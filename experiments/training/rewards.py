@@ -26,37 +26,21 @@ def zero_reward(observations: Array, actions: Array) -> Array:
     return np.zeros(len(observations), np.float32)
 
 
-def constant_reward(observations: Array, actions: Array) -> Array:
-    """One for every frame, a baseline; the return only depends on an episode's length."""
-    return np.ones(len(observations), np.float32)
-
-
-class RandomReward:
-    """Standard normal draws, a baseline.
-
-    Args:
-        seed: Of the draws.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
-
-    def __call__(self, observations: Array, actions: Array) -> Array:
-        return self._rng.standard_normal(len(observations), np.float32)
-
-
 def baseline_reward(name: str, seed: int) -> RewardFunction | None:
     """Return the reward of a baseline, or None for the task's own.
 
     Args:
         name: Of `experiments.training.config.RewardName`; `learned` gets zero until the first fit.
-        seed: Of the random reward.
+        seed: Of the random reward, standard normal draws.
     """
     if name == "task":
         return None
+    if name == "constant":  # the return depends on an episode's length alone
+        return lambda observations, actions: np.ones(len(observations), np.float32)
+    draw = np.random.default_rng(seed)
     if name == "random":
-        return RandomReward(seed)
-    return constant_reward if name == "constant" else zero_reward
+        return lambda observations, actions: draw.standard_normal(len(observations), np.float32)
+    return zero_reward
 
 
 class LearnedReward:
@@ -129,13 +113,11 @@ class RewardWrapper(VecEnvWrapper):
         self._sums = np.zeros((2, self.num_envs))
 
     def reset(self) -> Any:
-        """Reset the environments."""
         self._sums[:] = 0
         self.clip_buffer.end_episodes()
         return self.venv.reset()
 
     def step_async(self, actions: Array) -> None:
-        """Start a step of the environments."""
         # A choice stays a whole number.
         kind = np.int64 if isinstance(self.action_space, spaces.Discrete) else np.float32
         self._action: NDArray[np.floating | np.integer] = np.array(actions, dtype=kind)
@@ -143,7 +125,6 @@ class RewardWrapper(VecEnvWrapper):
         self.venv.step_async(actions)
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Finish the step, with the reward replaced."""
         observations, task_rewards, ends, infos = self.venv.step_wait()
         after = cast(Array, observations)  # the tasks' are arrays, never dicts
         if ends.any():
@@ -164,10 +145,7 @@ class RewardWrapper(VecEnvWrapper):
 def relabel(agent: OffPolicyAlgorithm, reward: RewardFunction, *, batch_size: int = 65536) -> None:
     """Recompute the rewards in a replay buffer, all of which a refit makes stale.
 
-    Args:
-        agent: An off-policy algorithm.
-        reward: The new reward.
-        batch_size: Transitions per call of `reward`.
+    `reward` is the new one, called with `batch_size` transitions at a time.
     """
     buffer = agent.replay_buffer
     assert buffer is not None
