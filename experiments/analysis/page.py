@@ -117,12 +117,7 @@ def write_page(
 ) -> Path:
     """Write `report.html`, `tables.md`, videos, and figures as `figures/<name>.pdf` and `.svg`.
 
-    Args:
-        out: Directory of the page.
-        report: Content.
-        origin: How it was made.
-        layout: Name of the template.
-        extra: Further variables of the template.
+    `layout` is the name of the page's template, `extra` are further variables of it.
 
     Returns:
         Path of the page.

@@ -105,7 +105,7 @@ def measure_throughput(rollouts: int) -> dict[str, float]:
         pairs = torch.arange(200).view(100, 2)
         better = (clips.returns[pairs[:, 1]] > clips.returns[pairs[:, 0]]).float()
         fit(learned.model, Comparisons(clips, pairs, better), epochs=5)
-        learned.set_reward(LearnedReward(learned.model))
+        learned.env.reward = LearnedReward(learned.model)
         for _ in range(rollouts):
             for arm, learner in learners.items():
                 before, started = learner.step, time.perf_counter()
@@ -164,13 +164,9 @@ def _naive_score(returns: torch.Tensor, first: int, second: int) -> float:
 def seconds_to_select(
     strategy: QueryStrategy, *, clips: int, pairs: int | None = None, n: int = 100
 ) -> float:
-    """Median seconds for the choice of n queries.
+    """Median seconds for the choice of n queries by a posterior of 100 samples.
 
-    Args:
-        strategy: Chooses.
-        clips: Number of clips, whose posterior has 100 samples.
-        pairs: Candidates, drawn at random; None for all pairs of the clips.
-        n: Queries.
+    Candidates are `pairs` drawn at random, or all pairs of the `clips`.
     """
     draw = torch.Generator().manual_seed(0)
     posterior = SampledPosterior(torch.randn(100, clips, generator=draw))
@@ -198,12 +194,7 @@ def guard_steps(
     """Compare guarded with bare steps, by detector.
 
     A bare and a guarded environment take the same actions in turn, so that other load on the
-    machine affects both.
-
-    Args:
-        task: MuJoCo task.
-        steps: Of each environment, in each repeat.
-        repeats: Number whose median is taken.
+    machine affects both. Figures are medians of repeats, each of so many steps of both.
     """
     short = replace(find_task(task), horizon=400)
     figures: dict[str, float] = {}
@@ -262,11 +253,7 @@ def _step_round(
 
 
 def detector_scale(make: Callable[[], OODDetector], frames: int) -> dict[str, float]:
-    """Measure a detector that is fitted to so many frames of a HalfCheetah's size.
-
-    Args:
-        make: The detector.
-        frames: Of correlated normal numbers.
+    """Measure a detector fitted to frames of a HalfCheetah's size, of correlated normal numbers.
 
     Returns:
         Processor seconds of the fit, microseconds of one score, megabytes of the pickled detector.

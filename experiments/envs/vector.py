@@ -176,13 +176,10 @@ class EnvPoolVecEnv(VecEnv):
         return observations.copy(), rewards, dones, infos
 
     def states(self) -> FloatArray | None:
-        """Return the simulators' states at the current observation, as `render_states` takes them.
+        """Rebuild the simulators' states `(n_envs, s)`, or None if observations don't hold them.
 
-        Rebuilt from what the observation says and the position that it leaves out. Velocities
-        are as clipped as the observation's (at ±10 for Hopper and Walker2d).
-
-        Returns:
-            `(n_envs, s)`, or None if the observation doesn't hold the state.
+        From what the observation says and the position that it leaves out: velocities are as
+        clipped as the observation's (at ±10 for Hopper and Walker2d).
 
         Raises:
             RewardModelsError: If the environments haven't been reset yet.

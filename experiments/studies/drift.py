@@ -60,7 +60,7 @@ from experiments.training.agents import (
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward
 from ood import Mahalanobis, Monitor, PauseOnAlarm
-from rewardmodels import Clips, Comparisons, RewardModel, UnknownName, fit
+from rewardmodels import Clips, Comparisons, RewardModel, UnknownName
 from rewardmodels.clips import cut
 
 Arm = Literal[
@@ -238,10 +238,10 @@ class _Training:
             pairs = pairs[torch.randperm(len(pairs), generator=self.draw)[:n]]
         preference = SyntheticTeacher().answer(clips, pairs, self.draw)
         self.comparisons.append(Comparisons(clips, pairs, preference).compact())
-        old = self.env.reward
-        moments = old.moments(clips) if isinstance(old, LearnedReward) else (0.0, 1.0)
-        fit(self.model, Comparisons.cat(self.comparisons), epochs=EPOCHS, seed=self.seed)
-        self.env.reward = LearnedReward(self.model, self.pessimism).rescaled(clips, *moments)
+        self.env.refit(
+            self.model, Comparisons.cat(self.comparisons), clips, pessimism=self.pessimism,
+            epochs=EPOCHS, seed=self.seed,
+        )  # fmt: skip
 
     def scheduled(self, schedule: Schedule | None, steps: int, more: int) -> None:
         """Train, and after each round ask for the comparisons that a schedule wants."""

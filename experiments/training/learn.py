@@ -39,7 +39,7 @@ from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
 from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward, relabel
 from experiments.training.run_directory import RunDirectory, versions
-from rewardmodels import Clips, ReturnPosterior, RewardModel, SampledPosterior, fit, load, save
+from rewardmodels import Clips, ReturnPosterior, RewardModel, SampledPosterior, load, save
 from rewardmodels.calibration import expected_calibration_error, risk_coverage
 from rewardmodels.clips import cut
 from rewardmodels.epic import pearson_distance
@@ -169,17 +169,13 @@ class Learner:
         comparisons = store.comparisons()
         if comparisons is None or len(comparisons) < MIN_COMPARISONS:
             return  # the teacher has skipped nearly everything so far
-        latest = self._latest_clips(100)
-        old = self.env.reward
-        moments = old.moments(latest) if isinstance(old, LearnedReward) else (0.0, 1.0)
-        fit(self.model, comparisons, epochs=self.config.epochs, seed=self.config.seed)
-        self.set_reward(LearnedReward(self.model, self.config.pessimism).rescaled(latest, *moments))
-
-    def set_reward(self, reward: LearnedReward) -> None:
-        """Replace the agent's reward, also that of the transitions in a replay buffer."""
-        self.env.reward = reward
+        self.env.refit(
+            self.model, comparisons, self._latest_clips(100), pessimism=self.config.pessimism,
+            epochs=self.config.epochs, seed=self.config.seed,
+        )  # fmt: skip
         if isinstance(self.agent, OffPolicyAlgorithm):
-            relabel(self.agent, reward)
+            assert self.env.reward is not None
+            relabel(self.agent, self.env.reward)
 
     def save_round(self, round: int, store: FeedbackStore, bar: tqdm) -> None:
         """Log the round's metrics, and write a checkpoint from which the next round starts."""

@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from experiments.training.clip_buffer import ClipBuffer
-from rewardmodels import Clips, RewardModel
+from rewardmodels import Clips, Comparisons, RewardModel, fit
 
 Array = NDArray[Any]
 RewardFunction = Callable[[Array, Array], Array]
@@ -111,6 +111,19 @@ class RewardWrapper(VecEnvWrapper):
         self.clip_buffer, self.reward = clip_buffer, reward
         self.episode_returns: list[tuple[float, float]] = []
         self._sums = np.zeros((2, self.num_envs))
+
+    def refit(
+        self, model: RewardModel, comparisons: Comparisons, clips: Clips, *,
+        pessimism: float = 0.0, **options: Any,
+    ) -> None:  # fmt: skip
+        """Fit a model, and replace the reward by its own, with the old one's moments on the clips.
+
+        `options` are those of `rewardmodels.fit`; the old reward may be the same model's.
+        """
+        old = self.reward
+        moments = old.moments(clips) if isinstance(old, LearnedReward) else (0.0, 1.0)
+        fit(model, comparisons, **options)
+        self.reward = LearnedReward(model, pessimism).rescaled(clips, *moments)
 
     def reset(self) -> Any:
         self._sums[:] = 0

@@ -21,6 +21,7 @@ from active import Constant, FeedbackStore, QueryStrategy, WhenUnsure
 from experiments.cli import main
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner, learn, score_reward
+from experiments.training.rewards import relabel
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import (
     Clips,
@@ -304,7 +305,7 @@ def test_an_off_policy_algorithm_learns_resumes_and_relabels(tmp_path):
     buffer = learner.agent.replay_buffer
     assert buffer.size() == 3000
     learner.seed(ROUNDS)
-    learner.set_reward(learner.env.reward)
+    relabel(learner.agent, learner.env.reward)
     model = load(config.out / "model.safetensors")
     for row in (0, 1500, 2999):
         seen = model.frame_posterior(
