@@ -5,9 +5,10 @@ from __future__ import annotations
 import pickle
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from rewardmodels.saving import load, save
 
 MakeModel = Callable[[], RewardModel]
 Check = Callable[[MakeModel], None]
+Make = TypeVar("Make")
 
 _TOLERANCE = 1e-3  # of the values' scale: for sums in another order
 _DRAWS = 8192
@@ -57,18 +59,23 @@ def check_reward_model(make_model: MakeModel) -> None:
             def test_my_model(check):
                 check(MyRewardModel)
     """
+    run_checks(CHECKS, make_model)
+
+
+def run_checks(checks: Sequence[Callable[[Make], None]], make: Make) -> None:
+    """Run all checks on what `make` makes; raise one CheckFailed with all that fail."""
     failures = []
-    for check in CHECKS:
+    for check in checks:
         try:
-            check(make_model)
+            check(make)
         except CheckFailed as failure:
-            failures.append(str(failure))
+            failures.append(f"- {check.__name__}: {failure}")
         except Exception as error:
-            error.add_note(f"Raised in rewardmodels.checks.{check.__name__}.")
+            error.add_note(f"Raised in {check.__module__}.{check.__name__}.")
             raise
     if failures:
-        listed = "\n".join(f"- {failure}" for failure in failures)
-        raise CheckFailed(f"{len(failures)} of {len(CHECKS)} checks failed:\n{listed}")
+        listed = "\n".join(failures)
+        raise CheckFailed(f"{len(failures)} of {len(checks)} checks failed:\n{listed}")
 
 
 # Fitting, saving and refusing.
@@ -82,22 +89,14 @@ def check_invalid_calls_raise(make_model: MakeModel) -> None:
     wider = Clips(torch.zeros(2, 4, _OBSERVATION + 1), torch.zeros(2, 4, _ACTION))
     # As many numbers in all, which a network alone wouldn't notice.
     moved = Clips(torch.zeros(2, 4, _OBSERVATION - 1), torch.zeros(2, 4, _ACTION + 1))
+    cause = "`posterior` overridden, without the checks of RewardModel's"
     for what, call, expected in (
         ("posterior before a fit", lambda: new.posterior(clips), NotFitted),
         ("frame_posterior before a fit", lambda: new.frame_posterior(*frames), NotFitted),
         ("observations too wide", lambda: model.posterior(wider), InvalidInput),
         ("a number moved to the actions", lambda: model.posterior(moved), InvalidInput),
     ):
-        try:
-            call()
-        except expected:
-            continue
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        else:
-            found = "a posterior"
-        cause = "`posterior` overridden, without the checks of RewardModel's"
-        raise _failure(f"{what} raises {expected.__name__}", f"got {found}", cause)
+        expect_error(expected, what, call, cause)
 
 
 def check_learns_an_easy_reward(make_model: MakeModel) -> None:
@@ -454,21 +453,40 @@ def _failure(promise: str, numbers: str, cause: str) -> CheckFailed:
     return CheckFailed(f"{promise}: {numbers}. Usual cause: {cause}.")
 
 
-def _expect_same(
-    what: str, found: Tensor, expected: Tensor, cause: str, scale_of: Tensor | None = None
+def expect_error(error: type[Exception], what: str, call: Callable[[], object], cause: str) -> None:
+    """Raise CheckFailed unless a call raises this error."""
+    found = "nothing"
+    try:
+        call()
+    except error:
+        return
+    except Exception as other:
+        found = f"{type(other).__name__}: {other}"
+    raise _failure(f"{what} raises {error.__name__}", f"got {found}", cause)
+
+
+def expect_within(
+    what: str, found: Tensor, expected: Tensor, allowed: Tensor | float, cause: str
 ) -> None:
+    """Raise CheckFailed unless all numbers found are within `allowed` of those expected."""
     found, expected = _double(found), _double(expected)
     if found.shape != expected.shape:
         shapes = f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
         raise _failure(what, shapes, cause)
-    allowed = _TOLERANCE * float((expected if scale_of is None else _double(scale_of)).abs().max())
-    error = (found - expected).abs()
+    excess = (found - expected).abs() - allowed
     # Written so that NaN fails.
-    if not bool((error <= allowed).all()):
-        worst = int(error.nan_to_num(nan=torch.inf).argmax())
-        numbers = f"{float(found.flatten()[worst]):.6g}, expected "
-        numbers += f"{float(expected.flatten()[worst]):.6g} within {allowed:.2g}"
-        raise _failure(what, numbers, cause)
+    if not bool((excess <= 0).all()):
+        worst = int(excess.nan_to_num(nan=torch.inf).argmax())
+        one, other = float(found.flatten()[worst]), float(expected.flatten()[worst])
+        within = float(torch.as_tensor(allowed).expand_as(expected).flatten()[worst])
+        raise _failure(what, f"{one:.6g}, expected {other:.6g} within {within:.2g}", cause)
+
+
+def _expect_same(
+    what: str, found: Tensor, expected: Tensor, cause: str, scale_of: Tensor | None = None
+) -> None:
+    scale = _double(expected if scale_of is None else scale_of).abs().max()
+    expect_within(what, found, expected, _TOLERANCE * float(scale), cause)
 
 
 def _expect_same_moments(
@@ -489,16 +507,5 @@ def _expect_same_moments(
 def _expect_mean(what: str, draws: Tensor, expected: Tensor, cause: str) -> None:
     """Compare the mean of draws `(n, ...)` with its expectation."""
     draws, expected = _double(draws), _double(expected)
-    if draws.shape[1:] != expected.shape:
-        shapes = f"shape {tuple(expected.shape)}, expected {tuple(draws.shape[1:])}"
-        raise _failure(what, shapes, cause)
-    mean = draws.mean(0)
     allowed = _SIGMAS * draws.std(0) / len(draws) ** 0.5 + _TOLERANCE * float(expected.abs().max())
-    error = (mean - expected).abs()
-    if not bool((error <= allowed).all()):
-        worst = int((error / allowed).nan_to_num(nan=torch.inf).argmax())
-        numbers = f"{float(expected.flatten()[worst]):.4g}, where the draws' mean is "
-        numbers += (
-            f"{float(mean.flatten()[worst]):.4g} within {float(allowed.flatten()[worst]):.2g}"
-        )
-        raise _failure(what, numbers, cause)
+    expect_within(what, expected, draws.mean(0), allowed, cause)
