@@ -216,9 +216,14 @@ def all_pairs(n: int) -> Tensor:
         >>> all_pairs(3).tolist()
         [[0, 1], [0, 2], [1, 2]]
     """
-    if n < 0:
-        raise InvalidInput(f"n: expected a number of clips, at least 0, got {n}.")
+    require("n", n >= 0, "a number of clips, at least 0", n)
     return torch.triu_indices(n, n, 1).T.contiguous()
+
+
+def require(name: str, valid: bool, expected: str, got: object) -> None:
+    """Raise InvalidInput about an argument unless it is valid."""
+    if not valid:
+        raise InvalidInput(f"{name}: expected {expected}, got {got}.")
 
 
 def check_pairs(pairs: Tensor, n: int) -> None:

@@ -18,7 +18,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from rewardmodels.errors import InvalidInput
+from active.acquisition import require
 
 # Two clips are twins if no sample's returns differ by more than this share of the spread of all
 # returns, plus so many roundings of a return (networks sum in varying order).
@@ -93,8 +93,7 @@ class Power(BatchRule):
     """
 
     def __init__(self, power: float = 1.0) -> None:
-        if not 0 <= power < math.inf:
-            raise InvalidInput(f"power: expected a finite number, at least 0, got {power}.")
+        require("power", 0 <= power < math.inf, "a finite number, at least 0", power)
         self.power = power
 
     def choose(

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from active.acquisition import check_pairs
+from active.acquisition import check_pairs, require
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, UnknownName, UnreadableFile
@@ -190,8 +190,7 @@ class FeedbackStore:
                     f"pairs: expected two different clips, got clip {first} against itself in "
                     f"row {row}."
                 )
-        if round < 0:
-            raise InvalidInput(f"round: expected at least 0, got {round}.")
+        require("round", round >= 0, "at least 0", round)
         used = sorted({clip for row in rows for clip in row})
         self._check_frames(clips)
         blobs = {clip: _pack(clips, clip) for clip in used}
@@ -234,17 +233,14 @@ class FeedbackStore:
         """
         if preference is not None and math.isnan(preference):
             preference = None
-        if preference is not None and not 0 <= preference <= 1:
-            raise InvalidInput(
-                "preference: expected a probability from 0 to 1, or None for a skipped query, "
-                f"got {preference}."
-            )
-        if seconds is not None and not 0 <= seconds < math.inf:
-            raise InvalidInput(f"seconds: expected a number of at least 0, got {seconds}.")
+        valid = preference is None or 0 <= preference <= 1
+        expected = "a probability from 0 to 1, or None for a skipped query"
+        require("preference", valid, expected, preference)
+        valid = seconds is None or 0 <= seconds < math.inf
+        require("seconds", valid, "a number of at least 0", seconds)
         if declined not in get_args(Declined):
             raise UnknownName("declined", declined, get_args(Declined))
-        if not teacher:
-            raise InvalidInput("teacher: expected the teacher's name, got an empty one.")
+        require("teacher", bool(teacher), "the teacher's name", "an empty one")
         with self._file.transaction() as db:
             self.shown(query_id)
             sql = "SELECT teacher FROM standing WHERE query = ?"
@@ -331,8 +327,7 @@ class FeedbackStore:
             Missing: An unknown query.
             UnreadableFile: A clip whose bytes have changed.
         """
-        if not query_ids:
-            raise InvalidInput("query_ids: expected at least one, got none.")
+        require("query_ids", len(query_ids) > 0, "at least one", "none")
         place: dict[int, int] = {}  # of a clip's id among the clips returned
         pairs = [
             [place.setdefault(clip, len(place)) for clip in self.shown(query_id)]
@@ -350,8 +345,7 @@ class FeedbackStore:
 
     def clips(self, ids: Sequence[int]) -> Clips:
         """Return clips by id, such as those of marks and ratings; errors as in `clips_of`."""
-        if not ids:
-            raise InvalidInput("ids: expected at least one, got none.")
+        require("ids", len(ids) > 0, "at least one", "none")
         return Clips.cat([self._load(clip) for clip in ids])
 
     def counts(self) -> Counts:
@@ -453,12 +447,9 @@ class Leases:
         Raises:
             InvalidInput: An empty holder, n below 1, or seconds that aren't positive.
         """
-        if not holder:
-            raise InvalidInput("holder: expected a name, got an empty one.")
-        if n < 1:
-            raise InvalidInput(f"n: expected at least 1 query, got {n}.")
-        if not 0 < seconds < math.inf:
-            raise InvalidInput(f"seconds: expected a positive number, got {seconds}.")
+        require("holder", bool(holder), "a name", "an empty one")
+        require("n", n >= 1, "at least 1 query", n)
+        require("seconds", 0 < seconds < math.inf, "a positive number", seconds)
         now = self._clock()
         with self._db.transaction() as db:
             db.execute("DELETE FROM leases WHERE expires <= ?", (now,))
@@ -515,11 +506,8 @@ class Marks:
             InvalidInput: Frames out of order or below 0, or an empty teacher. The clip's length
                 isn't checked, which would take reading it.
         """
-        if not 0 <= first <= last:
-            raise InvalidInput(
-                "first, last: expected frames from 0 on with the last not before the first, got "
-                f"{first} and {last}."
-            )
+        expected = "frames from 0 on with the last not before the first"
+        require("first, last", 0 <= first <= last, expected, f"{first} and {last}")
         return self._insert("marks", clip, teacher, first=first, last=last, good=int(good))
 
     def rate(self, clip: int, rating: float, *, teacher: str) -> int:
@@ -529,8 +517,7 @@ class Marks:
             Missing: No such clip.
             InvalidInput: A rating outside [0, 1], or an empty teacher.
         """
-        if not 0 <= rating <= 1:
-            raise InvalidInput(f"rating: expected a number from 0 to 1, got {rating}.")
+        require("rating", 0 <= rating <= 1, "a number from 0 to 1", rating)
         return self._insert("ratings", clip, teacher, rating=float(rating))
 
     def rows(self) -> list[Mark]:
@@ -554,8 +541,7 @@ class Marks:
         return [Mark(i, of, a, b, bool(good), who) for i, of, a, b, good, who in rows]
 
     def _insert(self, table: str, clip: int, teacher: str, **row: float) -> int:
-        if not teacher:
-            raise InvalidInput("teacher: expected the teacher's name, got an empty one.")
+        require("teacher", bool(teacher), "the teacher's name", "an empty one")
         with self._db.transaction():
             if not self._db.rows("SELECT 1 FROM clips WHERE id = ?", (clip,)):
                 raise Missing(f"clip: expected a clip in {self._db.path}, got {clip}.")
@@ -653,10 +639,9 @@ def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
         Counts(put=1, answered=1, skipped=0)
     """
     _check_format(format)
-    if not store.is_file():
-        raise InvalidInput(f"store: expected a feedback store's file, got {store}.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidInput(f"folder: expected a new or an empty folder, got {folder}.")
+    require("store", store.is_file(), "a feedback store's file", store)
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    require("folder", empty, "a new or an empty folder", folder)
     file = _Database(store)
     with closing(file.connection) as db, _refuse_damage(store):
         db.execute("BEGIN")  # a snapshot, whatever is written meanwhile
@@ -686,10 +671,8 @@ def import_feedback(folder: Path, store: Path) -> None:
         InvalidInput: A store that exists already, or a folder that isn't an export.
         UnreadableFile: A damaged export; no store is made.
     """
-    if store.exists():
-        raise InvalidInput(f"store: expected a new file, got {store}, which exists.")
-    if not store.parent.is_dir():
-        raise InvalidInput(f"store: expected a file in an existing folder, got {store}.")
+    require("store", not store.exists(), "a new file", f"{store}, which exists")
+    require("store", store.parent.is_dir(), "a file in an existing folder", store)
     format = next((f for f in get_args(Format) if (folder / f"clips.{f}").is_file()), None)
     if format is None:
         raise InvalidInput(f"folder: expected what export_feedback wrote, got {folder}.")
@@ -867,8 +850,7 @@ class _Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.parent.is_dir():
-            raise InvalidInput(f"path: expected a file in an existing folder, got {path}.")
+        require("path", path.parent.is_dir(), "a file in an existing folder", path)
         # A process killed while making the file leaves a rollback journal, which SQLite applies
         # on the first connection that may write.
         interrupted = path.with_name(path.name + "-journal").exists()

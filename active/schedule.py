@@ -14,8 +14,7 @@ from typing import Final, final
 
 import torch
 
-from active.acquisition import all_pairs, mutual_information
-from rewardmodels.errors import InvalidInput
+from active.acquisition import all_pairs, mutual_information, require
 from rewardmodels.posterior import ReturnPosterior
 
 # A multiple of the sizes that ensembles have, so that each member counts alike.
@@ -34,8 +33,7 @@ class Schedule(ABC):
     """
 
     def __init__(self, initial: float = 0.25) -> None:
-        if not 0 <= initial <= 1:
-            raise InvalidInput(f"initial: expected a share from 0 to 1, got {initial}.")
+        require("initial", 0 <= initial <= 1, "a share from 0 to 1", initial)
         self.initial = initial
 
     @abstractmethod
@@ -135,10 +133,8 @@ class Hyperbolic(Timetable):
 
     def __init__(self, initial: float = 0.25, half_life: float = 2e6) -> None:
         super().__init__(initial)
-        if not 0 < half_life < math.inf:
-            raise InvalidInput(
-                f"half_life: expected a positive, finite number of agent steps, got {half_life}."
-            )
+        expected = "a positive, finite number of agent steps"
+        require("half_life", 0 < half_life < math.inf, expected, half_life)
         self.half_life = half_life
 
     def share_by(self, step: int, total_steps: int) -> float:
@@ -176,10 +172,8 @@ class WhenUnsure(Schedule):
 
     def __init__(self, level: float = 0.2, share: float = 0.1, initial: float = 0.25) -> None:
         super().__init__(initial)
-        if not 0 <= level <= math.log(2):
-            raise InvalidInput(f"level: expected nats from 0 to log 2 = 0.693, got {level}.")
-        if not 0 < share <= 1:
-            raise InvalidInput(f"share: expected a share above 0, up to 1, got {share}.")
+        require("level", 0 <= level <= math.log(2), "nats from 0 to log 2 = 0.693", level)
+        require("share", 0 < share <= 1, "a share above 0, up to 1", share)
         self.level, self.share = level, share
 
     def comparisons_by(
@@ -227,9 +221,9 @@ def mean_information(posterior: ReturnPosterior) -> float:
         0.462
     """
     samples = posterior.rsample(_SAMPLES, torch.Generator().manual_seed(0)).detach()
-    if samples.shape[1] < 2:
-        raise InvalidInput(f"posterior: expected at least 2 clips, got {samples.shape[1]}.")
-    pairs = all_pairs(samples.shape[1]).to(samples.device)
+    clips = samples.shape[1]
+    require("posterior", clips >= 2, "at least 2 clips", clips)
+    pairs = all_pairs(clips).to(samples.device)
     return float(mutual_information(samples, pairs).double().mean())
 
 
@@ -238,8 +232,6 @@ def _part(budget: int, share: float) -> int:
 
 
 def _check(step: int, total_steps: int, budget: int, answered: int) -> None:
-    if step < 0 or total_steps < 1 or budget < 0 or answered < 0:
-        raise InvalidInput(
-            "step, total_steps, budget, answered: expected at least 0, 1, 0 and 0, got "
-            f"{step}, {total_steps}, {budget} and {answered}."
-        )
+    require("total_steps", total_steps >= 1, "at least 1", total_steps)
+    for name, value in (("step", step), ("budget", budget), ("answered", answered)):
+        require(name, value >= 0, "at least 0", value)

@@ -24,6 +24,7 @@ from active.acquisition import (
     mutual_information,
     predictive_entropy,
     preference_variance,
+    require,
 )
 from active.batch import (
     BatchRule,
@@ -86,15 +87,11 @@ def check_selection(
         )
     if weights is None:
         return
-    if weights.shape != (clips,):
-        raise InvalidInput(
-            f"weights: expected one per clip, shape ({clips},), got {tuple(weights.shape)}."
-        )
-    if not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise InvalidInput(
-            "weights: expected finite numbers, at least 0, got some that are negative, NaN or "
-            "infinite."
-        )
+    shape = tuple(weights.shape)
+    require("weights", shape == (clips,), f"one per clip, shape ({clips},)", shape)
+    valid = bool(((weights >= 0) & weights.isfinite()).all())
+    got = "some that are negative, NaN or infinite"
+    require("weights", valid, "finite numbers, at least 0", got)
 
 
 def weighted(scores: Tensor, pairs: Tensor, weights: Tensor | None) -> Tensor:
@@ -161,8 +158,7 @@ class ScoredStrategy(QueryStrategy):
         rule: BatchRule | None = None,
         samples: int = 32,
     ) -> None:
-        if samples < 1:
-            raise InvalidInput(f"samples: expected at least 1 posterior sample, got {samples}.")
+        require("samples", samples >= 1, "at least 1 posterior sample", samples)
         if isinstance(acquisition, str):
             acquisition = acquisition_named(acquisition)
         self.acquisition = acquisition

@@ -22,7 +22,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from active.acquisition import check_pairs
+from active.acquisition import check_pairs, require
 from active.feedback import FeedbackStore, Query, import_feedback
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Marks
@@ -170,14 +170,14 @@ class SyntheticTeacher(Teacher):
         same_threshold: float | None = None,
         as_published: bool = False,
     ) -> None:
-        _require("rationality", rationality >= 0, "a number, at least 0", rationality)
-        _require("myopia", 0 <= myopia <= 1, "a discount from 0 to 1", myopia)
-        _require("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate)
+        require("rationality", rationality >= 0, "a number, at least 0", rationality)
+        require("myopia", 0 <= myopia <= 1, "a discount from 0 to 1", myopia)
+        require("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate)
         skip, same = skip_threshold or 0.0, same_threshold or 0.0
-        _require("skip_threshold", math.isfinite(skip), "a finite number or None", skip)
+        require("skip_threshold", math.isfinite(skip), "a finite number or None", skip)
         least = -math.inf if as_published else 0.0
         valid = math.isfinite(same) and same >= least
-        _require("same_threshold", valid, "a finite number from 0 or None", same)
+        require("same_threshold", valid, "a finite number from 0 or None", same)
         self.rationality = rationality
         self.myopia = myopia
         self.flip_rate = flip_rate
@@ -241,8 +241,7 @@ class HumanTeacher(Teacher):
     """
 
     def __init__(self, patience: float = 0.0) -> None:
-        if not 0 <= patience <= 1:
-            raise InvalidInput(f"patience: expected a share from 0 to 1, got {patience}.")
+        require("patience", 0 <= patience <= 1, "a share from 0 to 1", patience)
         self.patience = patience
 
     def collect(self, request: Request) -> None:
@@ -378,9 +377,9 @@ class SyntheticMarker:
     """
 
     def __init__(self, length: int = 5, threshold: float = 0.0, flip_rate: float = 0.0) -> None:
-        _require("length", length >= 1, "at least 1 frame", length)
-        _require("threshold", 0 <= threshold < math.inf, "a finite number from 0", threshold)
-        _require("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate)
+        require("length", length >= 1, "at least 1 frame", length)
+        require("threshold", 0 <= threshold < math.inf, "a finite number from 0", threshold)
+        require("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate)
         self.length, self.threshold, self.flip_rate = length, threshold, flip_rate
 
     def mark(self, clips: Clips, generator: torch.Generator | None = None) -> Marks:
@@ -433,8 +432,3 @@ def _discounted(clips: Clips, discount: float) -> Tensor:
         rewards = rewards * torch.pow(discount, frames_left.double())
     # Rounded once: float sums differ with order and padding, which would break exact ties.
     return torch.tensor([math.fsum(row) for row in rewards.tolist()], dtype=torch.float64)
-
-
-def _require(name: str, valid: bool, expected: str, value: float) -> None:
-    if not valid:
-        raise InvalidInput(f"{name}: expected {expected}, got {value}.")

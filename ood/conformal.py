@@ -25,9 +25,10 @@ import numpy as np
 import scipy.stats
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter1d
 from torch import Tensor
 
-from ood.detectors import as_array
+from ood.detectors import as_array, require
 from ood.sequential import ConformalMartingale, Spike, Statistic
 from rewardmodels import InvalidInput
 
@@ -107,8 +108,7 @@ def episodes_needed(alpha: float, standardise: float = 0.0) -> int:
         >>> episodes_needed(0.05), episodes_needed(0.05, standardise=0.25)
         (19, 25)
     """
-    if not 0 < alpha < 1:
-        raise InvalidInput(f"alpha: expected a probability above 0 and below 1, got {alpha}.")
+    require("alpha", 0 < alpha < 1, "a probability above 0 and below 1", alpha)
     needed = total = math.ceil(1 / alpha - 1e-9) - 1
     while total - _standardising_episodes(total, standardise) < needed:
         total += 1
@@ -133,30 +133,6 @@ def conformal_rank(n: int, alpha: float) -> int:
         )
     # 0.95 times 20 may be a rounding error above 19.
     return max(1, math.ceil((1 - alpha) * (n + 1) - 1e-9))
-
-
-def conformal_quantile(values: Tensor, alpha: float) -> float:
-    r"""Smallest number that a new exchangeable value exceeds with probability at most alpha.
-
-    The $\lceil (1 - \alpha)(n + 1) \rceil$-th smallest of n (Lei et al. 2018, §2.2).
-
-    Args:
-        values: `(n,)`; infinity is allowed.
-        alpha: In (0, 1).
-
-    Raises:
-        InvalidInput: Too few values for this alpha, NaN, or an alpha that isn't in (0, 1).
-
-    Example:
-        >>> conformal_quantile(torch.arange(1.0, 20.0), alpha=0.1)
-        18.0
-    """
-    if values.ndim != 1 or bool(values.isnan().any()):
-        raise InvalidInput(
-            f"values: expected shape (n,) without NaN, got {tuple(values.shape)} with "
-            f"{int(values.isnan().sum())} NaN."
-        )
-    return float(values.double().sort().values[conformal_rank(len(values), alpha) - 1])
 
 
 def calibrate(
@@ -204,9 +180,10 @@ def calibrate(
             f"{given - plain.episodes} that only standardise, got {plain.episodes} of {given}. "
             "Record more, or set fewer apart."
         )
-    conformal_rank(plain.episodes, alpha)
-    maxima = torch.from_numpy(episode_maxima(episodes, statistic, plain))
-    return replace(plain, value=conformal_quantile(maxima, alpha))
+    rank = conformal_rank(plain.episodes, alpha)
+    maxima = episode_maxima(episodes, statistic, plain)
+    require("statistic", not np.isnan(maxima).any(), "one of numbers", "NaN")
+    return replace(plain, value=float(np.sort(maxima)[rank - 1]))
 
 
 def calibrate_stream(
@@ -241,8 +218,7 @@ def calibrate_stream(
         >>> calibrate_stream(scores, ConformalMartingale(), alpha=0.001, block=100).value
         1000.0
     """
-    if block < 1:
-        raise InvalidInput(f"block: expected at least one step, got {block}.")
+    require("block", block >= 1, "at least one step", block)
     flat = _checked(0, scores, statistic)
     shape = (-1, block, *flat.shape[1:])
     blocks = list(torch.from_numpy(flat[: len(flat) // block * block]).reshape(shape))
@@ -250,8 +226,7 @@ def calibrate_stream(
     if isinstance(statistic, ConformalMartingale):
         episodes_needed(alpha)  # refuses an alpha that is none
         held_out, plain = _standardised(blocks, statistic, alpha, standardise, window)
-        if not held_out:
-            raise InvalidInput(f"scores: expected more blocks of {block} steps, got {len(blocks)}.")
+        require("scores", bool(held_out), f"more blocks of {block} steps", len(blocks))
         statistic.history = episode_maxima(held_out, Spike(), plain).tolist()
         return replace(plain, value=1 / alpha, period=block)
     found = calibrate(blocks, statistic, alpha, standardise=standardise, window=window)
@@ -262,10 +237,8 @@ def _standardised(
     scores: Sequence[Tensor], statistic: Statistic, alpha: float, standardise: float, window: int
 ) -> tuple[list[Array], Threshold]:
     """Set episodes apart to standardise by; return the others, and a threshold without a value."""
-    if not 0 <= standardise < 1:
-        raise InvalidInput(f"standardise: expected a share in [0, 1), got {standardise}.")
-    if window < 1:
-        raise InvalidInput(f"window: expected at least one step, got {window}.")
+    require("standardise", 0 <= standardise < 1, "a share in [0, 1)", standardise)
+    require("window", window >= 1, "at least one step", window)
     episodes = [_checked(i, episode, statistic) for i, episode in enumerate(scores)]
     apart = _standardising_episodes(len(episodes), standardise)
     usual = _usual(episodes[:apart], window) if episodes[:apart] else (np.zeros(1), np.ones(1))
@@ -298,15 +271,13 @@ def _usual(episodes: list[Array], window: int) -> tuple[Array, Array]:
         count[: len(episode)] += 1
         total[: len(episode)] += centred
         squares[: len(episode)] += centred**2
-    reach = window // 2
-    first = np.maximum(np.arange(longest) - reach, 0)
-    last = np.minimum(np.arange(longest) + reach + 1, longest)
-    pooled = []
-    for column in (count, total, squares):
-        running = np.concatenate([np.zeros_like(column[:1]), column.cumsum(0)])
-        pooled.append(running[last] - running[first])
-    n, mean = pooled[0], pooled[1] / pooled[0]
-    variance = np.maximum(pooled[2] / n - mean**2, 0) * n / np.maximum(n - 1, 1)
+    width = 2 * (window // 2) + 1
+    n, sums, sums_of_squares = (
+        width * uniform_filter1d(column, width, 0, mode="constant")
+        for column in (count, total, squares)
+    )
+    mean = sums / n
+    variance = np.maximum(sums_of_squares / n - mean**2, 0) * n / np.maximum(n - 1, 1)
     overall = np.sqrt(squares.sum(0) / count.sum(0))
     overall = np.where(overall > 0, overall, 1.0)
     return centre + mean, np.maximum(np.sqrt(variance), _SMALLEST_SCALE * overall)

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from sklearn.mixture import GaussianMixture
 
-from ood.detectors import Array, OODDetector, check_enough, check_positive
-from rewardmodels import InvalidInput
+from ood.detectors import Array, OODDetector, check_enough, check_positive, require
 
 
 class KNN(OODDetector):
@@ -45,8 +44,7 @@ class KNN(OODDetector):
 
     def __init__(self, k: int = 5, frames: int = 8192, seed: int = 0) -> None:
         check_positive(k=k, frames=frames)
-        if k > frames:
-            raise InvalidInput(f"k: expected at most the {frames} frames that are kept, got {k}.")
+        require("k", k <= frames, f"at most the {frames} frames that are kept", k)
         self.k, self.frames, self.seed = k, frames, seed
 
     def fit_frames(self, frames: Array) -> None:

@@ -273,20 +273,15 @@ class RelativeMahalanobis(OODDetector):
     learned = ("whitening", "within", "centres")
 
     def __init__(self, groups: int = 8, seed: int = 0) -> None:
-        if groups < 2:
-            raise InvalidInput(f"groups: expected at least 2, got {groups}.")
+        require("groups", groups >= 2, "at least 2", groups)
         self.groups, self.seed = groups, seed
 
     def fit_frames(self, frames: Array) -> None:
         check_enough(frames, groups=self.groups)
         standard = self.standardise(frames)
         means = MiniBatchKMeans(self.groups, random_state=self.seed, n_init=3, batch_size=4096)
-        group = means.fit_predict(standard)
-        count = np.bincount(group, minlength=self.groups)
-        sums = np.zeros((self.groups, standard.shape[1]))
-        np.add.at(sums, group, standard)
-        centres = (sums / np.maximum(count, 1)[:, None])[count > 0]
-        nearest = (np.cumsum(count > 0) - 1)[group]
+        used, nearest = np.unique(means.fit_predict(standard), return_inverse=True)
+        centres = np.stack([standard[nearest == i].mean(0) for i in range(len(used))])
         self.whitening = whitening(standard)
         self.within = whitening(standard - centres[nearest])
         self.centres = centres @ self.within
@@ -429,10 +424,8 @@ class Joint(OODDetector):
                 "detectors, columns: expected at least one of each, and as many, got "
                 f"{len(self.detectors)} and {len(self.columns)}."
             )
-        if combine not in ("max", "mean"):
-            raise InvalidInput(f"combine: expected 'max' or 'mean', got {combine!r}.")
-        if not 0 < held_out < 1:
-            raise InvalidInput(f"held_out: expected a share in (0, 1), got {held_out}.")
+        require("combine", combine in ("max", "mean"), "'max' or 'mean'", repr(combine))
+        require("held_out", 0 < held_out < 1, "a share in (0, 1)", held_out)
         self.combine: Literal["max", "mean"] = combine
         self.held_out = held_out
 
@@ -510,20 +503,23 @@ def whitening(centred: Array) -> Array:
     return whitening
 
 
+def require(name: str, valid: bool, expected: str, got: object) -> None:
+    """Raise InvalidInput about an argument unless it is valid."""
+    if not valid:
+        raise InvalidInput(f"{name}: expected {expected}, got {got}.")
+
+
 def check_enough(frames: Array, **numbers: int) -> None:
     """Raise InvalidInput for fewer frames than one of these numbers, with its name."""
     for name, value in numbers.items():
-        if len(frames) < value:
-            raise InvalidInput(
-                f"features: expected at least {name} = {value} frames, got {len(frames)}."
-            )
+        n = len(frames)
+        require("features", n >= value, f"at least {name} = {value} frames", n)
 
 
 def check_positive(**numbers: int) -> None:
     """Raise InvalidInput for a number below 1, with its name."""
     for name, value in numbers.items():
-        if value < 1:
-            raise InvalidInput(f"{name}: expected at least 1, got {value}.")
+        require(name, value >= 1, "at least 1", value)
 
 
 def _check_finite(frames: Array) -> None:

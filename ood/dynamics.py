@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ood.detectors import CONSTANT_SCALE, Array, OODDetector, as_array, check_positive, whitening
-from rewardmodels import InvalidInput
+from ood.detectors import (
+    CONSTANT_SCALE,
+    Array,
+    OODDetector,
+    as_array,
+    check_positive,
+    require,
+    whitening,
+)
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.networks import PRIOR_GAIN
 
@@ -79,8 +86,8 @@ class DynamicsEnsemble(OODDetector):
         seed: int = 0,
     ) -> None:
         check_positive(observation_size=observation_size, members=members, steps=steps)
-        if score_by not in (known := get_args(Literal["likelihood", "error"])):
-            raise InvalidInput(f"score_by: expected one of {', '.join(known)}; got {score_by!r}.")
+        known = ("likelihood", "error")
+        require("score_by", score_by in known, "'likelihood' or 'error'", repr(score_by))
         self.observation_size, self.members, self.hidden = observation_size, members, tuple(hidden)
         check_positive(hidden=min(self.hidden, default=1))
         self.score_by: Literal["likelihood", "error"] = score_by
@@ -91,11 +98,11 @@ class DynamicsEnsemble(OODDetector):
 
     def fit_frames(self, frames: Array) -> None:
         size = self.observation_size
-        if frames.shape[1] < 2 * size:
-            raise InvalidInput(
-                f"features: expected at least {2 * size} numbers, those of an observation before "
-                f"and after the action, got {frames.shape[1]}."
-            )
+        width = frames.shape[1]
+        expected = (
+            f"at least {2 * size} numbers, those of an observation before and after the action"
+        )
+        require("features", width >= 2 * size, expected, width)
         change = frames[:, -size:] - frames[:, :size]
         self.change_mean = change.mean(0)
         smallest = CONSTANT_SCALE * np.maximum(1, np.abs(frames[:, -size:]).max(0))

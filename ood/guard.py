@@ -23,6 +23,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
+from ood.detectors import check_positive, require
 from ood.features import Features, feature_names, find_features
 from ood.monitor import Monitor, Policy, Reading, Stream
 from rewardmodels import Clips, InvalidInput
@@ -120,26 +121,17 @@ class AlarmResponse:
 
     def __post_init__(self) -> None:
         known = get_args(Response)
-        if not callable(self.on_alarm) and self.on_alarm not in known:
-            raise InvalidInput(
-                f"on_alarm: expected one of {', '.join(known)} or a function, got "
-                f"{self.on_alarm!r}."
-            )
+        valid = callable(self.on_alarm) or self.on_alarm in known
+        expected = f"one of {', '.join(known)} or a function"
+        require("on_alarm", valid, expected, repr(self.on_alarm))
         for name in ("ask", "fallback"):
-            if self.on_alarm == name and not callable(getattr(self, name)):
-                raise InvalidInput(
-                    f"{name}: expected a function, since on_alarm is {name!r}, got "
-                    f"{getattr(self, name)!r}."
-                )
-        if self.while_asking not in ("wait", "continue"):
-            raise InvalidInput(
-                f"while_asking: expected 'wait' or 'continue', got {self.while_asking!r}."
-            )
-        if not 0 < self.resume_below <= 1 or self.resume_after < 1 or self.clip_frames < 1:
-            raise InvalidInput(
-                "resume_below, resume_after, clip_frames: expected a share in (0, 1] and at least "
-                f"one of each, got {self.resume_below}, {self.resume_after} and {self.clip_frames}."
-            )
+            function = getattr(self, name)
+            valid = self.on_alarm != name or callable(function)
+            require(name, valid, f"a function, since on_alarm is {name!r}", repr(function))
+        valid = self.while_asking in ("wait", "continue")
+        require("while_asking", valid, "'wait' or 'continue'", repr(self.while_asking))
+        require("resume_below", 0 < self.resume_below <= 1, "a share in (0, 1]", self.resume_below)
+        check_positive(resume_after=self.resume_after, clip_frames=self.clip_frames)
 
 
 class Guard(gym.Wrapper[Any, Any, Any, Any]):
@@ -356,8 +348,8 @@ class GuardController:
         log: Callable[[Event], None] | None,
     ) -> None:
         for name, space in zip(("observation", "action"), env_spaces, strict=True):
-            if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete)):
-                raise InvalidInput(f"env: expected {name}s that are arrays, got {space}.")
+            arrays = isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete))
+            require("env", arrays, f"{name}s that are arrays", space)
         observation_space, self.action_space = env_spaces
         self.n, self.monitor, self.log = n, monitor, log
         self.response = response or AlarmResponse()
@@ -462,10 +454,8 @@ class GuardController:
 
     def decide(self, go_on: bool, environment: int = 0) -> None:
         """Decide as `Guard.decide`, for one environment."""
-        if not self.undecided[environment]:
-            raise InvalidInput(
-                f"environment: expected one that waits for a decision, got {environment}."
-            )
+        waiting = bool(self.undecided[environment])
+        require("environment", waiting, "one that waits for a decision", environment)
         self.undecided[environment] = False
         if not go_on:
             reason = f"{self.reasons[environment]}; the decision was to halt"

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from ood.conformal import Threshold, calibrate, calibrate_stream
 from ood.density import KNN, MixtureDensity
-from ood.detectors import Array, Joint, Mahalanobis, OODDetector, RelativeMahalanobis, as_array
+from ood.detectors import (
+    Array,
+    Joint,
+    Mahalanobis,
+    OODDetector,
+    RelativeMahalanobis,
+    as_array,
+    check_positive,
+)
 from ood.dynamics import DynamicsEnsemble, RandomNetworkDistillation
 from ood.features import Features, find_features
 from ood.sequential import CUSUM, STATISTICS, STREAM_STATISTICS, Statistic, root_mean_square
@@ -292,8 +300,7 @@ def record_episodes(
         >>> [x.shape for x in record_episodes(env, policy, 2, "transition")]
         [torch.Size([20, 7]), torch.Size([20, 7])]
     """
-    if episodes < 1:
-        raise InvalidInput(f"episodes: expected at least one, got {episodes}.")
+    check_positive(episodes=episodes)
     compute, recorded = find_features(features), []
     for episode in range(episodes):
         before, _ = env.reset(seed=seed if episode == 0 else None)

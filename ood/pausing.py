@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
+from ood.detectors import require
 from ood.features import Features, find_features
 from ood.monitor import Monitor, Stream
-from rewardmodels import InvalidInput
 
 Array = NDArray[Any]
 
@@ -70,8 +70,7 @@ class PauseOnAlarm(BaseCallback):
         share: float = 0.5,
     ) -> None:
         super().__init__()
-        if not 0 < share <= 1:
-            raise InvalidInput(f"share: expected a share of the copies in (0, 1], got {share}.")
+        require("share", 0 < share <= 1, "a share of the copies in (0, 1]", share)
         self.features, self.share = find_features(features), share
         self.paused = False
         self.alarmed = np.zeros(0, bool)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rewardmodels import InvalidInput
+from ood.detectors import require
+from rewardmodels.calibration import check_predictions
 
 CONFIDENT = 0.9
 """Confidence above which a prediction counts as confident."""
@@ -56,7 +57,7 @@ def confident_errors(probability: Tensor, preference: Tensor) -> Tensor:
         >>> confident_errors(torch.tensor([0.95, 0.8, 0.99, 0.99]), preference).tolist()
         [True, False, False, False]
     """
-    _check(probability, preference)
+    check_predictions(probability, preference)
     wrong = (probability > 0.5) != (preference > 0.5)
     return (confidence(probability) > CONFIDENT) & wrong & (preference != 0.5)
 
@@ -82,12 +83,10 @@ def select(
         >>> select(p, preference, min_confidence=0.8).confident_errors_kept
         1
     """
-    _check(probability, preference)
-    if not 0.5 <= min_confidence <= 1:
-        raise InvalidInput(f"min_confidence: expected a number in [0.5, 1], got {min_confidence}.")
+    check_predictions(probability, preference)
+    require("min_confidence", 0.5 <= min_confidence <= 1, "a number in [0.5, 1]", min_confidence)
     decided = preference != 0.5
-    if not bool(decided.any()):
-        raise InvalidInput("preference: expected one that isn't a tie, got none.")
+    require("preference", bool(decided.any()), "one that isn't a tie", "none")
     kept = confidence(probability) >= min_confidence
     # A probability of one half is wrong one way round and right the other.
     wrong = ((probability > 0.5) != (preference > 0.5)).double()
@@ -100,14 +99,3 @@ def select(
         int(errors.sum()),
         int((errors & kept).sum()),
     )
-
-
-def _check(probability: Tensor, preference: Tensor) -> None:
-    if probability.ndim != 1 or probability.shape != preference.shape:
-        raise InvalidInput(
-            "probability, preference: expected two shapes (Q,), got "
-            f"{tuple(probability.shape)} and {tuple(preference.shape)}."
-        )
-    for name, value in (("probability", probability), ("preference", preference)):
-        if not bool(((value >= 0) & (value <= 1)).all()):
-            raise InvalidInput(f"{name}: expected numbers from 0 to 1, got others.")

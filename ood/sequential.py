@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ood.detectors import require
 from rewardmodels import InvalidInput
 
 Array = NDArray[np.float64]
@@ -70,8 +71,7 @@ class Statistic(ABC):
 
     def start(self, n: int) -> None:
         """Begin with n environments, at least one."""
-        if n < 1:
-            raise InvalidInput(f"n: expected at least one environment, got {n}.")
+        require("n", n >= 1, "at least one environment", n)
         self.value = self._initial_value(n)
 
     def reset(self, mask: NDArray[np.bool_]) -> None:
@@ -143,8 +143,7 @@ class EWMA(Statistic):
     """
 
     def __init__(self, weight: float = 0.1) -> None:
-        if not 0 < weight <= 1:
-            raise InvalidInput(f"weight: expected a number in (0, 1], got {weight}.")
+        require("weight", 0 < weight <= 1, "a number in (0, 1]", weight)
         self.weight = weight
 
     def next_value(self, value: Array, scores: Array) -> Array:
@@ -170,8 +169,7 @@ class CUSUM(Statistic):
     """
 
     def __init__(self, drift: float = 0.5) -> None:
-        if not 0 <= drift < np.inf:
-            raise InvalidInput(f"drift: expected a finite number of at least 0, got {drift}.")
+        require("drift", 0 <= drift < np.inf, "a finite number of at least 0", drift)
         self.drift = drift
 
     def next_value(self, value: Array, scores: Array) -> Array:
@@ -201,10 +199,8 @@ class MEWMA(Statistic):
     multivariate = True
 
     def __init__(self, weight: float = 0.1, clip: float = 3.0) -> None:
-        if not 0 < weight <= 1:
-            raise InvalidInput(f"weight: expected a number in (0, 1], got {weight}.")
-        if not clip > 0:
-            raise InvalidInput(f"clip: expected a number above 0, got {clip}.")
+        require("weight", 0 < weight <= 1, "a number in (0, 1]", weight)
+        require("clip", clip > 0, "a number above 0", clip)
         self.weight, self.clip = weight, clip
 
     def next_value(self, value: Array, scores: Array) -> Array:
@@ -252,8 +248,7 @@ class ConformalMartingale(Statistic):
 
     def __init__(self, history: Sequence[float] = (), seed: int = 0) -> None:
         self.history, self.seed = [float(score) for score in history], seed
-        if any(map(math.isnan, self.history)):
-            raise InvalidInput("history: expected numbers, got NaN.")
+        require("history", not any(map(math.isnan, self.history)), "numbers", "NaN")
 
     def start(self, n: int) -> None:
         super().start(n)

@@ -311,24 +311,28 @@ def risk_coverage(uncertainty: Tensor, probability: Tensor, preference: Tensor) 
     return RiskCoverage(used / len(wrong), risk, generalised, float(risk.mean()), augrc)
 
 
-def _checked(probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
-    if probability.ndim != 1 or probability.shape != preference.shape or not len(probability):
+def check_predictions(probability: Tensor, preference: Tensor) -> None:
+    """Raise InvalidInput unless both are `(Q,)` numbers from 0 to 1."""
+    if probability.ndim != 1 or probability.shape != preference.shape:
         raise InvalidInput(
-            "probability, preference: expected two shapes (Q,) with Q of at least 1, got "
+            "probability, preference: expected two shapes (Q,), got "
             f"{tuple(probability.shape)} and {tuple(preference.shape)}."
         )
-    # In double precision, so that sums over many pairs don't depend on their order.
-    checked = []
     for name, value in (("probability", probability), ("preference", preference)):
-        value = value.detach().double().cpu()
         wrong = ~((value >= 0) & (value <= 1))
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0])
             raise InvalidInput(
                 f"{name}: expected numbers from 0 to 1, got {float(value[row])} in row {row}."
             )
-        checked.append(value)
-    return checked[0], checked[1]
+
+
+def _checked(probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
+    check_predictions(probability, preference)
+    if not len(probability):
+        raise InvalidInput("probability, preference: expected at least one pair, got none.")
+    # In double precision, so that sums over many pairs don't depend on their order.
+    return probability.detach().double().cpu(), preference.detach().double().cpu()
 
 
 def _errors(uncertainty: Tensor, probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
