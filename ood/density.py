@@ -58,20 +58,19 @@ class KNN(OODDetector):
         self.half_norms = np.vecdot(standard, standard) / 2
 
     def score_frames(self, frames: Array) -> Array:
-        frames = self.standardise(frames)
-        size = max(1, self._CHUNK // len(self.half_norms))
-        parts = [frames[i : i + size] for i in range(0, len(frames), size)]
-        each = [np.sqrt(self._nearest(row, order)[0][-1]) for row, order in self._rows(parts)]
-        return np.array(each)
+        rows = self._rows(self.standardise(frames))
+        return np.array([np.sqrt(self._nearest(row, order)[0][-1]) for row, order in rows])
 
     def explain_frames(self, frames: Array) -> Array:
         """Absolute difference from the nearest training frame, feature by feature."""
         standard = self.standardise(frames)
-        nearest = [self._nearest(row, order)[1][0] for row, order in self._rows([standard])]
+        nearest = [self._nearest(row, order)[1][0] for row, order in self._rows(standard)]
         return np.abs(standard - self.kept.T[nearest])
 
-    def _rows(self, parts: list[Array]) -> Iterator[tuple[Array, Array]]:
-        for part in parts:
+    def _rows(self, standard: Array) -> Iterator[tuple[Array, Array]]:
+        size = max(1, self._CHUNK // len(self.half_norms))
+        for start in range(0, len(standard), size):
+            part = standard[start : start + size]
             # Half the squared distance, less the frame's own norm: it has the same order.
             orders = self.half_norms - part.astype(np.float32).dot(self.kept)
             yield from zip(part, orders, strict=True)

@@ -16,7 +16,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -36,7 +35,7 @@ from ood.features import Features, find_features
 from ood.sequential import CUSUM, STATISTICS, STREAM_STATISTICS, Statistic, root_mean_square
 from rewardmodels import InvalidInput
 from rewardmodels.errors import NotFitted, RewardModelsError, UnreadableFile
-from rewardmodels.saving import atomic_path
+from rewardmodels.saving import atomic_path, open_described
 
 FORMAT = 1
 DETECTORS: dict[str, type[OODDetector]] = {
@@ -373,17 +372,8 @@ def load_monitor(path: str | os.PathLike[str], *, agent: str | None = None) -> M
             ...
         rewardmodels.errors.UnreadableFile: pyproject.toml: expected a monitor written by ...
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: expected a monitor written by ood.save_monitor.")
-    try:
-        with safe_open(path, "np") as file:
-            about = json.loads((file.metadata() or {})["ood"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if int(about["format"]) > FORMAT:
-            raise UnreadableFile(
-                f"{path}: expected format {FORMAT} or older, got {about['format']}; update "
-                "rewardmodels."
-            )
+    what = "a monitor written by ood.save_monitor"
+    with open_described(path, "ood", FORMAT, what, "np") as (about, arrays):
         detector = _rebuild(about["detector"], "detector.", arrays)
         # Shapes that don't fit together show when they are used.
         detector.score(torch.zeros(1, detector.num_features))
@@ -396,13 +386,6 @@ def load_monitor(path: str | os.PathLike[str], *, agent: str | None = None) -> M
             monitor.threshold = Threshold(**fields, mean=mean, scale=scale)
             monitor.check()
         changed = monitor.fingerprint != about["fingerprint"]
-    except (
-        SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError, StaleThreshold,
-    ) as error:  # fmt: skip
-        raise UnreadableFile(
-            f"{path}: expected a monitor written by ood.save_monitor, got a damaged file or one of "
-            f"another kind ({error!r})."
-        ) from error
     if changed:
         raise UnreadableFile(f"{path}: expected what was saved, got a detector changed since.")
     if agent is not None and about.get("agent", "") != agent:

@@ -55,9 +55,6 @@ def sharpness(probability: Tensor) -> float:
     Probabilities that are all 1/2 are calibrated; the aim is sharpness subject to calibration
     (Gneiting et al. 2007).
 
-    Args:
-        probability: `(Q,)`.
-
     Example:
         >>> round(sharpness(torch.tensor([0.9, 0.5])), 4)
         0.4

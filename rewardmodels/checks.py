@@ -164,10 +164,10 @@ def check_posterior_has_no_side_effects(make_model: MakeModel) -> None:
             posterior.preference(pairs)
             posterior.rsample(3, torch.Generator().manual_seed(0))
             after = _state(model)
-            changed = [name for name in before if before[name] != after.get(name)]
-            if changed or len(before) != len(after):
-                numbers = f"changed in {'training' if training else 'eval'} mode: "
-                numbers += ", ".join(changed or sorted(set(after) - set(before)))
+            changed = [name for name in before | after if before.get(name) != after.get(name)]
+            if changed:
+                mode = "training" if training else "eval"
+                numbers = f"changed in {mode} mode: {', '.join(changed)}"
                 raise _failure("`posterior` changes nothing", numbers, cause)
             if posterior.mean.requires_grad or posterior.covariance.requires_grad:
                 raise _failure("no gradient is kept", "requires_grad=True", "a missing no_grad")

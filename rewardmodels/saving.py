@@ -90,6 +90,37 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+@contextmanager
+def open_described(
+    path: str | os.PathLike[str], key: str, newest: int, what: str, framework: str
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield the JSON that a safetensors file's metadata has under `key`, and its tensors by name.
+
+    Raises:
+        UnreadableFile: Another kind of file than `what`, a damaged one, a `format` above `newest`,
+            or contents that raise in the block.
+        FileNotFoundError: The file doesn't exist.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: expected {what}.")
+    try:
+        with safe_open(path, framework) as file:
+            about = json.loads((file.metadata() or {})[key])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if int(about["format"]) > newest:
+            raise UnreadableFile(
+                f"{path}: expected format {newest} or older, got {about['format']}; update "
+                "rewardmodels."
+            )
+        yield about, tensors
+    except (
+        SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError,
+    ) as error:  # fmt: skip
+        raise UnreadableFile(
+            f"{path}: expected {what}, got a damaged file or one of another kind ({error!r})."
+        ) from error
+
+
 def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> None:
     """Write a fitted model to one safetensors file, atomically.
 
@@ -158,26 +189,13 @@ def load(
             ...
         rewardmodels.errors.UnreadableFile: pyproject.toml: expected a model written by ...
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: expected a model written by rewardmodels.save.")
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["rewardmodels"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    what = "a model written by rewardmodels.save"
+    with open_described(path, "rewardmodels", FORMAT, what, "pt") as (about, tensors):
         version, name, hparams = int(about["format"]), about["class"], about["hyper_parameters"]
         own_network, shapes = bool(about["own_network"]), about["spec"]
         method = about["calibrated"]
         spec = FrameSpec(
             tuple(shapes["observation"]), tuple(shapes["action"]), int(shapes["discrete_actions"])
-        )
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UnreadableFile(
-            f"{path}: expected a model written by rewardmodels.save, got a damaged file or one of "
-            f"another format ({error!r})."
-        ) from error
-    if version > FORMAT:
-        raise UnreadableFile(
-            f"{path}: expected format {FORMAT} or older, got {version}; update rewardmodels."
         )
     known = cls or PREDICTORS.get(name)
     if known is None or known.__name__ != name:
