@@ -111,7 +111,6 @@ class Teacher:
 
 
 @final
-@dataclass(eq=False)
 class SyntheticTeacher(Teacher):
     r"""A synthetic teacher who compares by the task's reward, with the errors of B-Pref.
 
@@ -162,21 +161,29 @@ class SyntheticTeacher(Teacher):
         tensor([0.])
     """
 
-    rationality: float = math.inf
-    myopia: float = 1.0
-    flip_rate: float = 0.0
-    skip_threshold: float | None = None
-    same_threshold: float | None = None
-    as_published: bool = False
-
-    def __post_init__(self) -> None:
-        require("rationality", self.rationality >= 0, "a number, at least 0", self.rationality)
-        require("myopia", 0 <= self.myopia <= 1, "a discount from 0 to 1", self.myopia)
-        require("flip_rate", 0 <= self.flip_rate <= 1, "a probability", self.flip_rate)
-        skip, same = self.skip_threshold or 0.0, self.same_threshold or 0.0
+    def __init__(
+        self,
+        rationality: float = math.inf,
+        myopia: float = 1.0,
+        flip_rate: float = 0.0,
+        skip_threshold: float | None = None,
+        same_threshold: float | None = None,
+        as_published: bool = False,
+    ) -> None:
+        require("rationality", rationality >= 0, "a number, at least 0", rationality)
+        require("myopia", 0 <= myopia <= 1, "a discount from 0 to 1", myopia)
+        require("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate)
+        skip, same = skip_threshold or 0.0, same_threshold or 0.0
         require("skip_threshold", math.isfinite(skip), "a finite number or None", skip)
-        valid = math.isfinite(same) and (same >= 0 or self.as_published)
+        least = -math.inf if as_published else 0.0
+        valid = math.isfinite(same) and same >= least
         require("same_threshold", valid, "a finite number from 0 or None", same)
+        self.rationality = rationality
+        self.myopia = myopia
+        self.flip_rate = flip_rate
+        self.skip_threshold = skip_threshold
+        self.same_threshold = same_threshold
+        self.as_published = as_published
 
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
