@@ -228,11 +228,9 @@ def require(name: str, valid: bool, expected: str, got: object) -> None:
 
 def check_pairs(pairs: Tensor, n: int) -> None:
     """Raise InvalidInput unless pairs is `(Q, 2)` integers from 0 to n - 1."""
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype not in _INTEGERS:
-        raise InvalidInput(
-            f"pairs: expected integers of shape (Q, 2), got {pairs.dtype} of shape "
-            f"{tuple(pairs.shape)}."
-        )
+    valid = pairs.ndim == 2 and pairs.shape[1] == 2 and pairs.dtype in _INTEGERS
+    got = f"{pairs.dtype} of shape {tuple(pairs.shape)}"
+    require("pairs", valid, "integers of shape (Q, 2)", got)
     if len(pairs) and not 0 <= int(pairs.min()) <= int(pairs.max()) < n:
         raise InvalidInput(
             f"pairs: expected indices from 0 to {n - 1} ({n} clips), got "
@@ -258,16 +256,11 @@ def over_differences(
         >>> over_differences(returns, all_pairs(3), lambda difference: difference.mean(0))
         tensor([2., 4., 2.])
     """
-    if returns.ndim != 2 or not returns.is_floating_point() or len(returns) == 0:
-        raise InvalidInput(
-            "returns: expected floats of shape (S, N) with at least one sample, got "
-            f"{returns.dtype} of shape {tuple(returns.shape)}."
-        )
-    if not bool(returns.isfinite().all()):
-        raise InvalidInput(
-            "returns: expected finite numbers, got NaN or infinity; the model that drew them "
-            "has diverged."
-        )
+    valid = returns.ndim == 2 and returns.is_floating_point() and len(returns) > 0
+    got = f"{returns.dtype} of shape {tuple(returns.shape)}"
+    require("returns", valid, "floats of shape (S, N) with at least one sample", got)
+    got = "NaN or infinity; the model that drew them has diverged"
+    require("returns", bool(returns.isfinite().all()), "finite numbers", got)
     check_pairs(pairs, returns.shape[1])
     # Doubles, because information is a small difference of entropies of order one.
     samples = returns.double()

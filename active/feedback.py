@@ -185,11 +185,8 @@ class FeedbackStore:
         check_pairs(pairs, len(clips))
         rows = pairs.tolist()
         for row, (first, second) in enumerate(rows):
-            if first == second:
-                raise InvalidInput(
-                    f"pairs: expected two different clips, got clip {first} against itself in "
-                    f"row {row}."
-                )
+            got = f"clip {first} against itself in row {row}"
+            require("pairs", first != second, "two different clips", got)
         require("round", round >= 0, "at least 0", round)
         used = sorted({clip for row in rows for clip in row})
         self._check_frames(clips)
@@ -391,16 +388,15 @@ class FeedbackStore:
 
     def _check_frames(self, clips: Clips) -> None:
         """Raise InvalidInput for frames of another shape than the stored clips'."""
-        ((known,),) = self._file.rows("SELECT min(id) FROM clips")
-        stored = None if known is None else self._load(known)
+        ((oldest,),) = self._file.rows("SELECT min(id) FROM clips")
+        stored = None if oldest is None else self._load(oldest)
         for name in () if stored is None else ("observations", "actions", "states"):
             old, new = getattr(stored, name), getattr(clips, name)
-            if old is not None and new is not None and old.shape[2:] != new.shape[2:]:
-                raise InvalidInput(
-                    f"clips.{name}: expected frames of shape {tuple(old.shape[2:])} like those "
-                    f"in {self.path}, got {tuple(new.shape[2:])}; use another file for another "
-                    "task."
-                )
+            if old is not None and new is not None:
+                known, shape = tuple(old.shape[2:]), tuple(new.shape[2:])
+                expected = f"frames of shape {known} like those in {self.path}"
+                got = f"{shape}; use another file for another task"
+                require(f"clips.{name}", shape == known, expected, got)
 
 
 def _pack(clips: Clips, index: int) -> bytes:
@@ -739,11 +735,9 @@ def _read(path: Path, columns: dict[str, str]) -> Iterable[Row]:
 def _check_format(format: str) -> None:
     if format not in get_args(Format):
         raise UnknownName("format", format, get_args(Format))
-    if format == "parquet" and find_spec("pyarrow") is None:
-        raise InvalidInput(
-            "format: expected pyarrow to be installed for parquet, got none; "
-            "pip install 'rewardmodels[parquet]' installs it."
-        )
+    installed = format != "parquet" or find_spec("pyarrow") is not None
+    got = "none; pip install 'rewardmodels[parquet]' installs it"
+    require("format", installed, "pyarrow to be installed for parquet", got)
 
 
 # The file: schema, transactions, damage.

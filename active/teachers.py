@@ -290,11 +290,8 @@ class ReplayTeacher(Teacher):
 
     def __init__(self, file: Path) -> None:
         self.file = Path(file)
-        if not self.file.exists():
-            raise InvalidInput(
-                f"file: expected an answers.sqlite or the directory of an export, got {file}, "
-                "which doesn't exist."
-            )
+        expected = "an answers.sqlite or the directory of an export"
+        require("file", self.file.exists(), expected, f"{file}, which doesn't exist")
 
     def check(self, observation: Sequence[int] | None, action: Sequence[int] | None) -> None:
         """Raise if the recording holds no comparison or clips of another task.
@@ -304,8 +301,7 @@ class ReplayTeacher(Teacher):
             UnreadableFile: A damaged recording.
         """
         with self._recorded() as (store, answered):
-            if not answered:
-                raise InvalidInput(f"file: expected comparisons, got {self.file} without any.")
+            require("file", bool(answered), "comparisons", f"{self.file} without any")
             clips, _ = store.clips_of([answered[0].id])
         for name, wanted in (("observations", observation), ("actions", action)):
             shape = tuple(getattr(clips, name).shape[2:])

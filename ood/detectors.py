@@ -99,11 +99,9 @@ class OODDetector(ABC):
             InvalidInput: Another shape, fewer than two frames, NaN or infinity.
         """
         frames = as_array(features).astype(np.float64, copy=False)
-        if frames.ndim != 2 or len(frames) < 2 or not frames.shape[1]:
-            raise InvalidInput(
-                "features: expected shape (B, F) with B of at least 2 and F of at least 1, got "
-                f"{frames.shape}."
-            )
+        valid = frames.ndim == 2 and len(frames) >= 2 and frames.shape[1] > 0
+        expected = "shape (B, F) with B of at least 2 and F of at least 1"
+        require("features", valid, expected, frames.shape)
         _check_finite(frames)
         self.num_features, self.revision = 0, self.revision + 1
         self.mean = frames.mean(0)
@@ -419,11 +417,9 @@ class Joint(OODDetector):
     ) -> None:
         self.detectors = list(detectors)
         self.columns = list(columns) if columns is not None else [None] * len(self.detectors)
-        if not self.detectors or len(self.columns) != len(self.detectors):
-            raise InvalidInput(
-                "detectors, columns: expected at least one of each, and as many, got "
-                f"{len(self.detectors)} and {len(self.columns)}."
-            )
+        n, m = len(self.detectors), len(self.columns)
+        valid, expected = n > 0 and n == m, "at least one of each, and as many"
+        require("detectors, columns", valid, expected, f"{n} and {m}")
         require("combine", combine in ("max", "mean"), "'max' or 'mean'", repr(combine))
         require("held_out", 0 < held_out < 1, "a share in (0, 1)", held_out)
         self.combine: Literal["max", "mean"] = combine
@@ -451,11 +447,8 @@ class Joint(OODDetector):
 
     def fit_frames(self, frames: Array) -> None:
         split = round(len(frames) * (1 - self.held_out))
-        if min(split, len(frames) - split) < 2:
-            raise InvalidInput(
-                "features: expected at least two frames to fit to and two held out, got "
-                f"{split} and {len(frames) - split}."
-            )
+        held_out, expected = len(frames) - split, "at least two frames to fit to and two held out"
+        require("features", min(split, held_out) >= 2, expected, f"{split} and {held_out}")
         for i, detector in enumerate(self.detectors):
             detector.fit(torch.from_numpy(self._select(frames[:split], i)))
         self.usual, self.spread = np.zeros((2, len(self.detectors), 1))

@@ -257,11 +257,9 @@ class VectorGuard(VectorWrapper[Any, Any, Any, Any, Any]):
     ) -> None:
         super().__init__(env)
         self.autoreset = env.metadata.get("autoreset_mode")
-        if not isinstance(self.autoreset, AutoresetMode):
-            raise InvalidInput(
-                "env: expected metadata['autoreset_mode'] to be a gymnasium.vector.AutoresetMode, "
-                f"got {self.autoreset!r}."
-            )
+        valid = isinstance(self.autoreset, AutoresetMode)
+        expected = "metadata['autoreset_mode'] to be a gymnasium.vector.AutoresetMode"
+        require("env", valid, expected, repr(self.autoreset))
         env_spaces = env.single_observation_space, env.single_action_space
         self.controller = GuardController(
             env.num_envs, env_spaces, monitor, features, response, log

@@ -29,6 +29,7 @@ from ood.detectors import (
     RelativeMahalanobis,
     as_array,
     check_positive,
+    require,
 )
 from ood.dynamics import DynamicsEnsemble, RandomNetworkDistillation
 from ood.features import Features, find_features
@@ -329,16 +330,14 @@ def save_monitor(monitor: Monitor, path: str | os.PathLike[str], *, agent: str =
         StaleThreshold: The threshold belongs to another state of the detector.
     """
     known, statistic = STATISTICS | STREAM_STATISTICS, type(monitor.statistic)
-    if known.get(statistic.__name__) is not statistic:
-        raise InvalidInput(
-            f"monitor: expected one of the statistics {', '.join(known)}, got "
-            f"{statistic.__name__}; add it to ood.STATISTICS."
-        )
+    name = statistic.__name__
+    expected = f"one of the statistics {', '.join(known)}"
+    require("monitor", known.get(name) is statistic, expected, f"{name}; add it to ood.STATISTICS")
     arrays: dict[str, Array] = {}
     about: dict[str, Any] = {
         "format": FORMAT,
         "detector": _describe(monitor.detector, "detector.", arrays),
-        "statistic": [statistic.__name__, monitor.statistic.settings],
+        "statistic": [name, monitor.statistic.settings],
         "fingerprint": monitor.fingerprint,
         "agent": agent,
     }
