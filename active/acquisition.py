@@ -284,5 +284,4 @@ def _preference(difference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _entropy(yes: Tensor, no: Tensor) -> Tensor:
-    total: Tensor = torch.special.entr(yes) + torch.special.entr(no)
-    return total
+    return torch.special.entr(yes) + torch.special.entr(no)

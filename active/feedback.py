@@ -728,8 +728,7 @@ def _read(path: Path, columns: dict[str, str]) -> Iterable[Row]:
     else:
         frame = pd.read_parquet(path, columns=names)
     frame = frame[names].astype(columns).astype(object)
-    rows: Iterable[Row] = frame.where(frame.notna(), None).itertuples(index=False, name=None)
-    return rows
+    return frame.where(frame.notna(), None).itertuples(index=False, name=None)
 
 
 def _check_format(format: str) -> None:

@@ -188,11 +188,6 @@ class SyntheticTeacher(Teacher):
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
-        if clips.rewards is None:
-            raise InvalidInput(
-                "clips.rewards: expected the task's own reward, by which a synthetic teacher "
-                "compares, got None; record the clips with rewards, or use a human teacher."
-            )
         check_pairs(pairs, len(clips))
         used, at = torch.unique(pairs.cpu().long(), return_inverse=True)
         clips = clips[used.to(clips.mask.device)]
@@ -392,15 +387,10 @@ class SyntheticMarker:
         Raises:
             InvalidInput: Clips without rewards.
         """
-        if clips.rewards is None:
-            raise InvalidInput(
-                "clips.rewards: expected the task's own reward, by which a synthetic teacher "
-                "marks, got None; record the clips with rewards, or let a person mark them."
-            )
+        rewards = _rewards(clips)
         draws = torch.rand(len(clips), 2, dtype=torch.double, generator=generator)
         if clips.length <= self.length:
             return Marks(clips, torch.zeros(0, 4, dtype=torch.long))
-        rewards = clips.rewards.detach().cpu().double().masked_fill(~clips.mask.cpu(), 0)
         lengths = clips.lengths.cpu()
         sums = rewards.unfold(1, self.length, 1).sum(2)
         outside = torch.arange(sums.shape[1]) > (lengths - self.length)[:, None]
@@ -418,12 +408,21 @@ class SyntheticMarker:
         return Marks(clips, both[both[:, 0].argsort(stable=True)])
 
 
+def _rewards(clips: Clips) -> Tensor:
+    """`(N, T)` doubles on the CPU, 0 past a clip's end."""
+    if clips.rewards is None:
+        raise InvalidInput(
+            "clips.rewards: expected the task's own reward, by which a synthetic teacher compares "
+            "and marks, got None; record the clips with rewards, or ask people."
+        )
+    return clips.rewards.detach().cpu().double().masked_fill(~clips.mask.cpu(), 0)
+
+
 def _discounted(clips: Clips, discount: float) -> Tensor:
     """`(N,)` doubles on the CPU, each clip's last real frame weighing 1."""
-    assert clips.rewards is not None
-    mask = clips.mask.cpu()
-    rewards = clips.rewards.detach().cpu().double().masked_fill(~mask, 0)
+    rewards = _rewards(clips)
     if discount != 1:
+        mask = clips.mask.cpu()
         frames_left = mask.long().flip(1).cumsum(1).flip(1) - mask.long()
         rewards = rewards * torch.pow(discount, frames_left.double())
     # Rounded once: float sums differ with order and padding, which would break exact ties.

@@ -256,8 +256,7 @@ def episode_maxima(
     for i, episode in enumerate(scores):
         padded[i, : lengths[i]] = threshold.standardise(np.asarray(episode), steps[: lengths[i]])
     values = statistic.run(padded)
-    maxima: Array = np.where(steps < lengths[:, None], values, -np.inf).max(1)
-    return maxima
+    return np.where(steps < lengths[:, None], values, -np.inf).max(1)
 
 
 def _usual(episodes: list[Array], window: int) -> tuple[Array, Array]:

@@ -143,5 +143,4 @@ class MixtureDensity(OODDetector):
         white = self.standardise(frames) @ self.factors - self.centres
         log_p = self.constants[:, None] - np.vecdot(white, white) / 2
         most = log_p.max(0)
-        score: Array = -most - np.log(np.exp(log_p - most).sum(0))
-        return score
+        return -most - np.log(np.exp(log_p - most).sum(0))

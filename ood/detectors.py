@@ -137,7 +137,7 @@ class OODDetector(ABC):
 
     def check_frames(self, features: Tensor | Array) -> Array:
         """Convert features to an array that `evaluate` takes; raises as `score` does."""
-        self._check_fitted()
+        self.check_fitted()
         frames = as_array(features)
         if frames.ndim != 2 or frames.shape[1] != self.num_features:
             raise InvalidInput(
@@ -181,7 +181,7 @@ class OODDetector(ABC):
     @property
     def state(self) -> dict[str, Array]:
         """Learned arrays; raises NotFitted without any."""
-        self._check_fitted()
+        self.check_fitted()
         return {name: getattr(self, name) for name in ("mean", "scale", *self.learned)}
 
     def restore(self, state: dict[str, Array]) -> Self:
@@ -209,7 +209,8 @@ class OODDetector(ABC):
             digest.update(np.ascontiguousarray(value).data)
         return digest.hexdigest()
 
-    def _check_fitted(self) -> None:
+    def check_fitted(self) -> None:
+        """Raise NotFitted before a fit has succeeded."""
         if not self.fitted:
             raise NotFitted(f"{type(self).__name__}: expected a fitted detector; call fit first.")
 
@@ -237,13 +238,11 @@ class Mahalanobis(OODDetector):
 
     def residual_frames(self, frames: Array) -> Array:
         # `dot` takes half the time of `@`, for one frame.
-        white: Array = self.standardise(frames).dot(self.whitening)
-        return white
+        return self.standardise(frames).dot(self.whitening)
 
     def score_frames(self, frames: Array) -> Array:
         white = self.residual_frames(frames)
-        distance: Array = np.sqrt(np.vecdot(white, white))
-        return distance
+        return np.sqrt(np.vecdot(white, white))
 
 
 class RelativeMahalanobis(OODDetector):
@@ -288,8 +287,7 @@ class RelativeMahalanobis(OODDetector):
         standard = self.standardise(frames)
         white = standard @ self.whitening
         offsets = (standard @ self.within)[:, None] - self.centres
-        score: Array = np.vecdot(offsets, offsets).min(1) - np.vecdot(white, white)
-        return score
+        return np.vecdot(offsets, offsets).min(1) - np.vecdot(white, white)
 
 
 class SklearnDetector(OODDetector):
@@ -334,8 +332,7 @@ class SklearnDetector(OODDetector):
         self.probe_scores = self.score_frames(frames[:_PROBES])
 
     def score_frames(self, frames: Array) -> Array:
-        score: Array = -getattr(self.fitted_estimator, self.method)(self.standardise(frames))
-        return score
+        return -getattr(self.fitted_estimator, self.method)(self.standardise(frames))
 
 
 class Epistemic(OODDetector):
@@ -459,8 +456,7 @@ class Joint(OODDetector):
 
     def score_frames(self, frames: Array) -> Array:
         scores = self._scores(frames)
-        joined: Array = scores.max(0) if self.combine == "max" else scores.mean(0)
-        return joined
+        return scores.max(0) if self.combine == "max" else scores.mean(0)
 
     def explain_frames(self, frames: Array) -> Array:
         """Explanation of the detector with the highest score, frame by frame."""
@@ -475,8 +471,7 @@ class Joint(OODDetector):
     def _scores(self, frames: Array) -> Array:
         """Standardised scores `(D, B)` of each detector."""
         scores = [d.evaluate(self._select(frames, i)) for i, d in enumerate(self.detectors)]
-        standard: Array = (np.stack(scores) - self.usual) / self.spread
-        return standard
+        return (np.stack(scores) - self.usual) / self.spread
 
     def _select(self, frames: Array, i: int) -> Array:
         """Features that detector i sees."""
@@ -492,8 +487,7 @@ def as_array(value: Tensor | Array) -> Array:
 def whitening(centred: Array) -> Array:
     """Return `(F, F)`, which turns the covariance of `centred` `(B, F)` into the identity."""
     values, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
-    whitening: Array = vectors / np.sqrt(np.maximum(values, 0) + _RIDGE)
-    return whitening
+    return vectors / np.sqrt(np.maximum(values, 0) + _RIDGE)
 
 
 def require(name: str, valid: bool, expected: str, got: object) -> None:

@@ -138,14 +138,12 @@ class DynamicsEnsemble(OODDetector):
     def _score_chunk(self, frames: Array) -> Array:
         errors, std = self._predict(frames)
         if self.score_by == "error":
-            smallest: Array = np.abs(errors).mean(2).min(0)
-            return smallest
+            return np.abs(errors).mean(2).min(0)
         white = errors / std
         log_p = np.vecdot(white, white) / -2 - np.log(std).sum(2)  # (K, B)
         most = log_p.max(0)
         mixture = np.log(np.exp(log_p - most).sum(0) / self.members) + most
-        score: Array = math.log(2 * math.pi) / 2 - mixture / self.observation_size
-        return score
+        return math.log(2 * math.pi) / 2 - mixture / self.observation_size
 
     def explain_frames(self, frames: Array) -> Array:
         """Error of each number of the observation after, in predicted standard deviations."""
@@ -302,8 +300,7 @@ class RandomNetworkDistillation(OODDetector):
             for name in ("target", "copy")
         )
         error = target - copy
-        score: Array = np.vecdot(error, error) / self.outputs
-        return score
+        return np.vecdot(error, error) / self.outputs
 
 
 class _Members(nn.Module):

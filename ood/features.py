@@ -86,8 +86,7 @@ def hidden_layer(model: RewardModel) -> Features:
         actions = torch.as_tensor(action, device=snapshot.device)
         actions = actions.float() if actions.is_floating_point() else actions
         inputs = snapshot.inputs(observations, actions)
-        found: Array = snapshot.network.features(inputs).cpu().numpy()  # type: ignore[operator, union-attr]
-        return found
+        return snapshot.network.features(inputs).cpu().numpy()  # type: ignore[operator, union-attr]
 
     return features
 

@@ -165,15 +165,13 @@ class Monitor:
             NotFitted: The detector isn't fitted, or there is no threshold.
             StaleThreshold: The threshold belongs to another state of the detector.
         """
-        name = type(self.detector).__name__
-        if not self.detector.fitted:
-            raise NotFitted(f"{name}: expected a fitted detector; call fit first.")
+        self.detector.check_fitted()
         if self.threshold is None:
             raise NotFitted("threshold: expected a calibrated one, got none; call calibrate first.")
         wanted = self.threshold.fingerprint
         if wanted and wanted != self.fingerprint:
             raise StaleThreshold(
-                f"threshold: expected one calibrated for this {name} and "
+                f"threshold: expected one calibrated for this {type(self.detector).__name__} and "
                 f"{type(self.statistic).__name__}, got one for others, such as those before a "
                 "refit; call calibrate again, with episodes held out from that fit."
             )
@@ -438,8 +436,6 @@ def _rebuild(about: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> OO
         settings["detectors"] = [
             _rebuild(inner, f"{prefix}{i}.", arrays) for i, inner in enumerate(about["detectors"])
         ]
-        columns = settings["columns"]
-        settings["columns"] = [None if pair is None else tuple(pair) for pair in columns]
     detector = DETECTORS[about["class"]](**settings)
     own = {
         name.removeprefix(prefix): value

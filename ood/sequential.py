@@ -263,8 +263,7 @@ class ConformalMartingale(Statistic):
         most = self._log_wealth.max(1, keepdims=True)
         shares = np.exp(self._log_wealth - np.where(np.isfinite(most), most, 0.0))
         # Past the range of a number the wealth stands still, far above any threshold.
-        wealth: Array = np.exp(np.minimum(most[:, 0], 700.0)) * shares.mean(1)
-        return wealth
+        return np.exp(np.minimum(most[:, 0], 700.0)) * shares.mean(1)
 
     def reset(self, mask: NDArray[np.bool_]) -> None:
         """Leave out the unfinished block where `mask` `(n,)` is True; the wealth stays."""
@@ -316,8 +315,7 @@ class ShiryaevRoberts(ConformalMartingale):
     _initial_log_wealth = -math.inf
 
     def _bet(self, log_wealth: Array, log_bets: Array) -> Array:
-        grown: Array = np.logaddexp(log_wealth, 0.0) + log_bets
-        return grown
+        return np.logaddexp(log_wealth, 0.0) + log_bets
 
 
 def root_mean_square(values: Array) -> Array:

@@ -258,8 +258,7 @@ class _NumpyFunction:
         self._function = scope["compiled"]
 
     def __call__(self, inputs: Array) -> tuple[Array, ...]:
-        outputs: tuple[Array, ...] = self._function(inputs)
-        return outputs
+        return self._function(inputs)
 
     def __reduce__(self) -> Any:
         return _NumpyFunction, self._parts
