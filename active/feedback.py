@@ -334,10 +334,9 @@ class FeedbackStore:
 
     def shown(self, query_id: int) -> tuple[int, int]:
         """Return the ids of the first and second clip of a query; Missing if there is none."""
-        for first, second in self._file.rows(
-            "SELECT first, second FROM queries WHERE id = ?", (query_id,)
-        ):
-            return int(first), int(second)
+        sql = "SELECT first, second FROM queries WHERE id = ?"
+        if found := self._file.rows(sql, (query_id,)):
+            return int(found[0][0]), int(found[0][1])
         raise Missing(f"query_id: expected a query in {self.path}, got {query_id}, which isn't.")
 
     def clips(self, ids: Sequence[int]) -> Clips:
@@ -664,7 +663,7 @@ def import_feedback(folder: Path, store: Path) -> None:
         store: File of the new store.
 
     Raises:
-        InvalidInput: A store that exists already, or a folder that isn't an export.
+        InvalidInput: A store that exists already, a folder that isn't an export, or no pyarrow.
         UnreadableFile: A damaged export; no store is made.
     """
     require("store", not store.exists(), "a new file", f"{store}, which exists")
