@@ -240,26 +240,21 @@ def check_difference_matches_covariance(make_model: MakeModel) -> None:
     """
     posterior = _fitted(make_model).posterior(_clips(12, seed=13))
     pairs = torch.combinations(torch.arange(12))
-    first, second = pairs.T
-    difference = posterior.difference(pairs)
+    mean, variance = posterior.difference(pairs)
+    contrast = torch.eye(12, dtype=torch.double)[pairs].diff(dim=1).squeeze(1)  # (Q, 12)
+    expected = contrast @ _double(posterior.mean)
+    covariance = contrast @ _double(posterior.covariance) @ contrast.T
+    draws = _double(_samples(posterior)) @ contrast.T
     cause = (
         "marginal variances added up, where what both clips share should cancel; or the first "
         "minus the second"
     )
-    mean, covariance = _double(posterior.mean), _double(posterior.covariance)
-    variance = covariance.diagonal()[first] + covariance.diagonal()[second]
-    variance = variance - 2 * covariance[first, second]
-    _expect_same(
-        "mean of a difference and of the means", difference.mean, mean[second] - mean[first], cause
-    )
-    _expect_same(
-        "variance of a difference and by the covariance", difference.variance, variance, cause
-    )
-    draws = _double(_samples(posterior))
-    draws = draws[:, second] - draws[:, first]
-    _expect_mean("mean of a difference and of draws", draws, difference.mean, cause)
-    squares = (draws - _double(difference.mean)).square()
-    _expect_mean("variance of a difference and of draws", squares, difference.variance, cause)
+    _expect_same("mean of a difference and of the means", mean, expected, cause)
+    what = "variance of a difference and by the covariance"
+    _expect_same(what, variance, covariance.diagonal(), cause)
+    _expect_mean("mean of a difference and of draws", draws, mean, cause)
+    squares = (draws - _double(mean)).square()
+    _expect_mean("variance of a difference and of draws", squares, variance, cause)
 
 
 def check_preference_averages_over_posterior(make_model: MakeModel) -> None:
