@@ -198,11 +198,33 @@ class DynamicsEnsemble(OODDetector):
         return row[:, -size:] - outputs[..., :size], std
 
     def _fold(self) -> _Folded:
-        """Matrices that a frame passes through, computed once per fit."""
+        """Matrices that a frame passes through, computed once per fit.
+
+        Those that follow each other are merged: each ufunc takes a microsecond of a guarded step.
+        """
         revision, folded = self._folded
-        if folded is None or revision != self.revision:
-            folded = _folded(self)
-            self._folded = self.revision, folded
+        if folded is not None and revision == self.revision:
+            return folded
+        size, members = self.observation_size, self.members
+        layers = _halved_layers(self, "member", len(self.hidden) + 1)
+        # `_bounded` is a tanh of half the outputs for standard deviations.
+        weight, bias = (array.copy() for array in layers[-1])
+        weight[..., size:] /= 2
+        bias[..., size:] /= 2
+        bias[..., size:] -= _LOG_STD[1] / 2
+        scale = np.append(self.scale[:-size], self.change_scale)
+        change = np.eye(len(scale))
+        change[:size, -size:] = -np.eye(size)
+        mean, std = self.size.tolist()
+        folded = _Folded(
+            change / scale,
+            np.append(self.mean[:-size], self.change_mean) / scale,
+            [*layers[:-1], (weight, bias)],
+            np.full(members, 1 / members),
+            np.full(size, 1 / (size * std)),
+            mean / std,
+        )
+        self._folded = self.revision, folded
         return folded
 
 
@@ -213,29 +235,6 @@ class _Folded(NamedTuple):
     shares: Array  # (K,), of each member
     size_weights: Array  # (O,), of the logarithm of each squared residual
     size_mean: float
-
-
-def _folded(detector: DynamicsEnsemble) -> _Folded:
-    """Merge what follows each other, since each ufunc takes a microsecond of a guarded step."""
-    size, members = detector.observation_size, detector.members
-    layers = _halved_layers(detector, "member", len(detector.hidden) + 1)
-    # `_bounded` is a tanh of half the outputs for standard deviations.
-    weight, bias = (array.copy() for array in layers[-1])
-    weight[..., size:] /= 2
-    bias[..., size:] /= 2
-    bias[..., size:] -= _LOG_STD[1] / 2
-    scale = np.append(detector.scale[:-size], detector.change_scale)
-    change = np.eye(len(scale))
-    change[:size, -size:] = -np.eye(size)
-    mean, std = detector.size.tolist()
-    return _Folded(
-        change / scale,
-        np.append(detector.mean[:-size], detector.change_mean) / scale,
-        [*layers[:-1], (weight, bias)],
-        np.full(members, 1 / members),
-        np.full(size, 1 / (size * std)),
-        mean / std,
-    )
 
 
 def _bounded(raw: Tensor) -> Tensor:
