@@ -2,9 +2,7 @@
 
 import itertools
 import math
-import resource
 import statistics
-import sys
 from functools import partial
 
 import numpy as np
@@ -93,71 +91,12 @@ def test_expected_best_is_the_better_return_of_each_sample_above_its_worst():
         assert value == pytest.approx(statistics.fmean(max(r[a], r[b]) - min(r) for r in rows))
 
 
-def gaussian(mean, covariance, samples=400_000):
-    """Draw samples with exactly these first two moments."""
-    noise = torch.randn(samples, len(mean), generator=torch.Generator().manual_seed(3)).double()
-    noise = noise - noise.mean(0)
-    noise = noise @ torch.linalg.inv(torch.linalg.cholesky(noise.T @ noise / samples)).T
-    root = torch.linalg.cholesky(torch.tensor(covariance, dtype=torch.float64))
-    return torch.tensor(mean, dtype=torch.float64) + noise @ root.T
-
-
-@pytest.mark.parametrize("correlation", [-0.7, 0.0, 0.9])
-def test_expected_best_of_two_normals_is_clarks_formula(correlation):
-    (m1, m2), (s1, s2) = (0.3, 1.0), (2.0, 0.7)
-    shared = correlation * s1 * s2
-    returns = gaussian([m1, m2], [[s1**2, shared], [shared, s2**2]])
-    # A third clip is the worst in every sample: scores are relative to it.
-    returns = torch.cat([returns, torch.full((len(returns), 1), -100.0)], 1)
-    spread = math.sqrt(s1**2 + s2**2 - 2 * shared)
-    alpha = (m1 - m2) / spread
-    normal = scipy.stats.norm
-    # Clark 1961, "The greatest of a finite set of random variables", eq. 2.
-    clark = m1 * normal.cdf(alpha) + m2 * normal.cdf(-alpha) + spread * normal.pdf(alpha)
-    score = expected_best(returns, torch.tensor([[0, 1]])).item() - 100
-    assert score == pytest.approx(clark, abs=5e-3)
-
-
-def test_closed_forms_of_gaussian_posteriors():
-    returns = gaussian([0.0, 0.5], [[1.5, 0.4], [0.4, 0.8]])
-    one = torch.tensor([[0, 1]])
-    mean, variance = 0.5, 1.5 + 0.8 - 2 * 0.4
-    assert difference_variance(returns, one).item() == pytest.approx(variance)
-    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
-    p = scipy.special.expit(mean + math.sqrt(variance) * nodes) @ weights / weights.sum()
-    assert predictive_entropy(returns, one).item() == pytest.approx(
-        scipy.stats.entropy([p, 1 - p]), abs=1e-3
-    )
-    assert d_optimal(returns, one).item() == pytest.approx(p * (1 - p) * variance, rel=2e-3)
-
-
-def test_one_plus_d_optimal_is_the_increase_of_the_determinant():
-    returns, pair = draw(7, 4), torch.tensor([[1, 3]])
-    centred = (returns - returns.mean(0)) / math.sqrt(7)
-    contrast = torch.tensor([0.0, -1.0, 0.0, 1.0]).double()
-    p = float((returns[:, 3] - returns[:, 1]).sigmoid().mean())
-    feature = centred @ contrast
-    information = torch.eye(7).double() + p * (1 - p) * torch.outer(feature, feature)
-    rise = float(torch.linalg.det(information)) - 1
-    assert d_optimal(returns, pair).item() == pytest.approx(rise, rel=1e-9)
-
-
 def test_a_clip_against_its_copy_has_entropy_but_no_information():
     returns = draw(7, 4)
     copied, pair = torch.cat([returns, returns], 1), torch.tensor([[2, 6]])
     for score in (preference_variance, difference_variance, mutual_information, d_optimal):
         assert score(copied, pair).item() == pytest.approx(0, abs=1e-15)
     assert predictive_entropy(copied, pair).item() == pytest.approx(math.log(2))
-
-
-def test_information_is_at_most_the_entropy():
-    returns, pairs = draw(7, 20), all_pairs(20)
-    entropy, information = predictive_entropy(returns, pairs), mutual_information(returns, pairs)
-    assert bool((information < entropy).all())
-    # With a single sample there is nothing to learn, and all entropy is aleatoric.
-    one = returns[:1]
-    torch.testing.assert_close(mutual_information(one, pairs), torch.zeros(190).double())
-    assert float(predictive_entropy(one, pairs).max()) > 0.1
 
 
 def test_closed_forms_at_the_extremes():
@@ -248,13 +187,3 @@ def test_unknown_names_and_bad_rates_are_refused():
         acquisition_named("mutual_informations")
     with pytest.raises(InvalidInput, match="random_answer_rate"):
         mutual_information(torch.zeros(1, 2), torch.tensor([[0, 1]]), random_answer_rate=1.0)
-
-
-@pytest.mark.parametrize("score", SCORES)
-def test_half_a_million_pairs_take_little_memory(score):
-    returns, pairs = draw(7, 1000).float(), all_pairs(1000)
-    score(returns, pairs[:10])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    score(returns, pairs)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    assert grown < (2**30 if sys.platform == "darwin" else 2**20)  # 1 GiB, in bytes or KiB

@@ -1,9 +1,6 @@
 """Batch rules against closed-form frequencies, determinants, exhaustive search, and twins."""
 
 import itertools
-import math
-import resource
-import sys
 from collections import Counter
 
 import pytest
@@ -103,17 +100,6 @@ def test_greedy_log_det_is_the_naive_greedy_choice(seed):
     assert GreedyLogDet().choose(candidates, 10, seeded()).tolist() == list(chosen)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_greedy_log_det_is_near_the_best_batch(seed):
-    candidates = pool(6, seed=seed)
-    batches = itertools.combinations(range(len(candidates.pairs)), 4)
-    best = max(information(candidates, batch) for batch in batches)
-    greedy = information(candidates, tuple(GreedyLogDet().choose(candidates, 4).tolist()))
-    assert (1 - 1 / math.e) * best <= greedy <= best + 1e-9
-    top = information(candidates, tuple(TopK().choose(candidates, 4).tolist()))
-    assert top < greedy
-
-
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_greedy_log_det_is_a_determinantal_process_for_any_score(scale):
     candidates = pool(7, score=lambda r, p: scale * mutual_information(r, p))
@@ -149,32 +135,10 @@ def test_farthest_first_is_the_farthest_for_either_order_of_clips(seed):
             centres.append(points[pick])
 
 
-def test_farthest_first_covers_within_twice_the_best_radius():
-    candidates = pool(6, score=lambda r, p: r.new_ones(len(p)))
-    points = [*differences(candidates), torch.zeros(6).double()]  # nothing is covered for free
-    apart = [[distance(x, y) for y in points] for x in points]
-
-    def radius(chosen: tuple[int, ...]) -> float:
-        return max(min(row[c] for c in (*chosen, len(points) - 1)) for row in apart)
-
-    best = min(radius(batch) for batch in itertools.combinations(range(15), 3))
-    assert radius(tuple(FarthestFirst().choose(candidates, 3).tolist())) <= 2 * best
-
-
 @pytest.mark.parametrize("seed", range(3))
-def test_each_clip_once_is_a_matching_half_as_good_as_the_best(seed):
+def test_each_clip_once_takes_the_highest_score_of_the_clips_used_least(seed):
     candidates = pool(8, seed=seed)
-    chosen = EachClipOnce().choose(candidates, 4)
-    assert sorted(candidates.pairs[chosen].flatten().tolist()) == list(range(8))
-    rows = candidates.pairs.tolist()
-    total = max(
-        sum(float(candidates.scores[i]) for i in batch)
-        for batch in itertools.combinations(range(28), 4)
-        if len({clip for i in batch for clip in rows[i]}) == 8
-    )
-    assert float(candidates.scores[chosen].sum()) >= total / 2
-    # After that: of the clips that have been used least, the pair with the highest score.
-    used, expected = [0] * 8, []
+    rows, used, expected = candidates.pairs.tolist(), [0] * 8, []
     for _ in range(8):
         rest = [i for i in range(28) if i not in expected]
         expected.append(
@@ -182,6 +146,7 @@ def test_each_clip_once_is_a_matching_half_as_good_as_the_best(seed):
         )
         for clip in rows[expected[-1]]:
             used[clip] += 1
+    assert sorted(clip for i in expected[:4] for clip in rows[i]) == list(range(8))
     assert EachClipOnce().choose(candidates, 8).tolist() == expected
 
 
@@ -268,13 +233,3 @@ def test_equal_scores_are_chosen_at_random(rule):
     assert rule.choose(certain, 0).shape == (0,)
     none = Candidates(torch.zeros(0), torch.zeros(0, 2).long(), torch.zeros(3, 6))
     assert rule.choose(none, 0).shape == (0,)
-
-
-@pytest.mark.parametrize("rule", RULES, ids=named)
-def test_half_a_million_pairs_take_little_memory(rule):
-    returns, pairs = torch.randn(16, 1000, generator=seeded()), all_pairs(1000)
-    candidates = Candidates(torch.ones(len(pairs)), pairs, returns)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert len(set(rule.choose(candidates, 5, seeded()).tolist())) == 5
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    assert grown < (2**30 if sys.platform == "darwin" else 2**20)  # 1 GiB, in bytes or KiB

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import resource
+import sys
 
 import pytest
 import scipy.stats
@@ -282,3 +284,18 @@ def test_bad_settings_are_refused_by_name():
     for power in (-1.0, math.nan, math.inf):
         with pytest.raises(InvalidInput, match="power: "):
             BALD(power=power)
+
+
+LARGE = [
+    *(ScoredStrategy(name, TopK()) for name in ACQUISITIONS),
+    *(ScoredStrategy("d_optimal", rule()) for rule in BATCH_RULES.values()),
+]
+
+
+@pytest.mark.parametrize("strategy", LARGE, ids=named)
+def test_half_a_million_pairs_take_little_memory(strategy):
+    posterior, pairs = SampledPosterior(torch.randn(7, 1000, generator=seeded())), all_pairs(1000)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(set(strategy.select(posterior, pairs, 5, generator=seeded()).tolist())) == 5
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < (2**30 if sys.platform == "darwin" else 2**20)  # 1 GiB, in bytes or KiB

@@ -99,19 +99,6 @@ def test_a_flip_rate_is_half_the_random_answer_rate_of_the_likelihood():
     assert_binomial(frequency(teacher, clips_of([0.0], [0.8])), float(p))
 
 
-@pytest.mark.parametrize("threshold", [-2.5, 0.0, 2.0])
-def test_skips_when_neither_clip_reaches_the_threshold(threshold):
-    returns = [-4.0, -3.0, -2.5, -1.0, 0.0, 1.0, 2.0, 3.0]
-    clips = clips_of(*[[0.25 * r, 0.75 * r] for r in returns])
-    pairs = [(a, b) for a in range(8) for b in range(8) if a != b]
-    answers = ask(SyntheticTeacher(skip_threshold=threshold), clips, *pairs)
-    for answer, (a, b) in zip(answers, pairs, strict=True):
-        if max(returns[a], returns[b]) < threshold:
-            assert math.isnan(answer)
-        else:
-            assert answer == (returns[b] > returns[a])
-
-
 def test_close_returns_are_the_same_and_never_flipped():
     returns = [-3.0, -2.5, -1.0, 0.0, 0.25, 5.0]
     clips = clips_of(*[[r] for r in returns])

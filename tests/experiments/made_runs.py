@@ -1,9 +1,10 @@
-"""Run directories as `learn` writes them, made in no time."""
+"""Run directories as `learn` writes them, made in no time, and a parser of report pages."""
 
 from __future__ import annotations
 
 import csv
 import json
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +83,34 @@ def column(run: Path, name: str) -> list[float]:
     """A column as the csv module alone reads it, empty cells left out."""
     with (run / "metrics.csv").open(newline="") as file:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+class Page(HTMLParser):
+    """A page's tags with their attributes, its text, and its tables by the heading above."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.text = self.heading = ""
+        self.feed(path.read_text("utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "h2":
+            self.heading = ""
+        elif tag == "tr":
+            self.tables.setdefault(self.heading, []).append([])
+        elif tag in ("th", "td"):
+            self.tables[self.heading][-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        tag = self.tags[-1][0] if self.tags else ""
+        if tag == "h2" and not self.heading:
+            self.heading = data
+        elif tag in ("th", "td") and data.strip():
+            self.tables[self.heading][-1][-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,14 +183,10 @@ def test_two_at_once_share_the_cells_and_compute_none_twice(cells, log, out):
     assert sorted(computed(log)) == list(range(12))
 
 
-def test_the_bar_counts_only_what_is_computed_now(cells, log, out, capfd):
-    run(cells.slow, grid(log, *range(40), seconds=0.0), out)
+def test_progress_goes_to_stderr_and_counts_all_cells(cells, log, out, capfd):
+    run(cells.square, grid(log, 0, 1), out)
     capfd.readouterr()
-    more = grid(log, 0, 1, 2, seconds=0.25)
-    run_cells(cells.slow, [*grid(log, *range(40), seconds=0.0), *more], Run(out))
+    run_cells(cells.square, grid(log, 0, 1, 2), Run(out))
     printed, bar = capfd.readouterr()
     assert printed == ""
-    last = bar.split("\r")[-1]
-    assert "43/43" in last
-    # 3 cells of 0.25 s are 4 a second; with the 40 that were there it would be 57.
-    assert 1 < float(re.search(r"([\d.]+)it/s", last)[1]) < 4.1
+    assert "3/3" in bar.split("\r")[-1]

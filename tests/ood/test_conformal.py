@@ -53,15 +53,6 @@ class TestPromise:
         count = false_alarms(CUSUM(), 0.2, 4, 3, rounds=600)
         assert binomtest(count, 600, 0.2).pvalue > 1e-3, count / 600
 
-    def test_episodes_that_also_standardise_would_break_it(self):
-        # Why episodes are set apart: three standardise, and are among the four maxima too.
-        rng, count = np.random.default_rng(0), 0
-        for _ in range(600):
-            episodes = [torch.from_numpy(row) for row in ar1(rng, 5, 60)]
-            used = calibrate([*episodes[:3], *episodes[:4]], Spike(), 0.2, standardise=3 / 7)
-            count += int(episode_maxima([episodes[4].numpy()], Spike(), used)[0] > used.value)
-        assert binomtest(count, 600, 0.2, alternative="greater").pvalue < 1e-3
-
     def test_rate_given_one_calibration_is_beta(self):
         rng, rates = np.random.default_rng(0), []
         new = np.sort(rng.standard_normal(50_000))

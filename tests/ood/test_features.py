@@ -10,11 +10,7 @@ BEFORE, ACTION, AFTER = np.full((2, 3), 1.0), np.full((2, 2), 2.0), np.full((2, 
 
 
 def test_rows_and_names():
-    expected = {
-        "observation": "aaa",
-        "observation_action": "aaaxx",
-        "transition": "bbbxxaaa",
-    }
+    expected = {"observation": "aaa", "observation_action": "aaaxx", "transition": "bbbxxaaa"}
     value = {"a": 3.0, "x": 2.0, "b": 1.0}
     prefix = {"a": "observation[", "x": "action[", "b": "observation before["}
     for name, kinds in expected.items():

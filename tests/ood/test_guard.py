@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -311,6 +312,15 @@ def test_refuses_settings_that_cannot_work():
         Guard(odd, make_monitor())
 
 
+def monitor_of(frames):
+    return Monitor(Mahalanobis().fit(frames), threshold=Threshold(9.0))
+
+
+def breaking(monitor):
+    monitor.detector.score_frames = lambda frames: 1 / 0
+    return monitor
+
+
 class TestFailsSafe:
     def check(self, guard, reason, step=0):
         infos = run(guard)
@@ -326,11 +336,26 @@ class TestFailsSafe:
         monitor.calibrate(held_out, alpha, **settings)
         return monitor
 
-    def test_unfitted_detector(self):
-        self.check(guarded(monitor=Monitor(Mahalanobis())), "fit")
-
-    def test_uncalibrated_threshold(self):
-        self.check(guarded(monitor=Monitor(make_monitor().detector)), "threshold")
+    @pytest.mark.parametrize(
+        ("made", "reason", "step"),
+        [
+            (lambda: guarded(monitor=Monitor(Mahalanobis())), "fit", 0),
+            (lambda: guarded(monitor=Monitor(make_monitor().detector)), "threshold", 0),
+            (lambda: guarded(monitor=monitor_of(torch.randn(50, 4))), "(B, 4)", 1),
+            (lambda: guarded(monitor=breaking(make_monitor())), "ZeroDivisionError", 1),
+            (lambda: Guard(Drift(), make_monitor(), lambda *_: None), "the monitor failed", 1),
+            (
+                lambda: guarded({4: 99.0}, on_alarm="ask", ask=lambda clip: 1 / 0),
+                "asking failed: ZeroDivisionError", 4,
+            ),
+            (
+                lambda: guarded({4: 99.0}, log=EventLog(Path(__file__) / "log"), on_alarm=print),
+                "can't be logged", 4,
+            ),
+        ],
+    )  # fmt: skip
+    def test_what_is_missing_or_breaks(self, made, reason, step):
+        self.check(made(), reason, step)
 
     def test_threshold_of_another_detector_or_statistic(self):
         monitor = self.calibrated()
@@ -357,19 +382,6 @@ class TestFailsSafe:
         assert (info["acting"], info["alarm"]) == ("halted", True)
         assert "calibrate" in info["reason"]
 
-    def test_features_of_another_width(self):
-        monitor = Monitor(Mahalanobis().fit(torch.randn(50, 4)), threshold=Threshold(9.0))
-        self.check(guarded(monitor=monitor), "(B, 4)", 1)
-
-    def test_detector_that_raises(self):
-        monitor = make_monitor()
-        monitor.detector.score_frames = lambda frames: 1 / 0
-        self.check(guarded(monitor=monitor), "ZeroDivisionError", 1)
-
-    def test_features_that_raise(self):
-        guard = Guard(Drift(), make_monitor(), lambda before, action, after: None)
-        self.check(guard, "the monitor failed", 1)
-
     @pytest.mark.parametrize("result", ["raise", "go away", 3])
     def test_function_that_fails(self, result):
         def on_alarm(event):
@@ -391,16 +403,6 @@ class TestFailsSafe:
         assert acting(infos)[4:] == ["fallback"] + ["halted"] * 8
         assert "the fallback policy failed" in infos[-1]["reason"]
         assert (np.stack(guard.env.taken)[4:] == 0).all()
-
-    def test_asking_that_fails(self):
-        guard = guarded({4: 99.0}, on_alarm="ask", ask=lambda clip: 1 / 0)
-        self.check(guard, "asking failed: ZeroDivisionError", 4)
-
-    def test_log_that_cannot_be_written(self, tmp_path):
-        log = EventLog(tmp_path / "file" / "log.jsonl")
-        (tmp_path / "file").write_text("")
-        guard = guarded({4: 99.0}, log=log, on_alarm=lambda event: None)
-        self.check(guard, "can't be logged", 4)
 
 
 class TestVector:

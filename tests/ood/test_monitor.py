@@ -120,9 +120,7 @@ def edited(path, change):
 
 
 @pytest.mark.parametrize(
-    "statistic",
-    [EWMA(0.3), MEWMA(0.2, 2.5), None],
-    ids=["scores", "residuals", "stream"],
+    "statistic", [EWMA(0.3), MEWMA(0.2, 2.5), None], ids=["scores", "residuals", "stream"]
 )
 @pytest.mark.parametrize(
     "make",

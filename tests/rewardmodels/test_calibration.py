@@ -132,19 +132,6 @@ def test_equal_probabilities_share_a_bin():
     assert adaptive_calibration_error(p, said) == pytest.approx(0, abs=1e-7)
 
 
-def test_calibrated_comparisons_have_a_small_error_and_overconfident_ones_a_larger():
-    draw = np.random.default_rng(5)
-    logit = torch.from_numpy(draw.normal(0, 2, 20000))
-    said = torch.from_numpy((draw.random(20000) < torch.sigmoid(logit).numpy()).astype(float))
-    for error in (expected_calibration_error, adaptive_calibration_error):
-        assert error(torch.sigmoid(logit), said) < 0.01
-        # The integral of |sigmoid(3x) - sigmoid(x)| for x normal with deviation 2.
-        x = np.linspace(-12, 12, 4001)
-        gap = np.abs(1 / (1 + np.exp(-3 * x)) - 1 / (1 + np.exp(-x)))
-        exact = np.trapezoid(gap * scipy.stats.norm.pdf(x, 0, 2), x)
-        assert error(torch.sigmoid(3 * logit), said, bins=50) == pytest.approx(exact, abs=0.01)
-
-
 @pytest.mark.parametrize("mistakes", [0.0, 0.1])
 @pytest.mark.parametrize("group_size", [1, 3, 7, 50])
 def test_joint_log_loss_is_a_loop(group_size, mistakes):

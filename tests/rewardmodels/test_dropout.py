@@ -44,27 +44,6 @@ def test_a_sample_is_one_mask_for_every_clip_and_frame(model):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-class AnewPerFrame(MCDropout):
-    """The mistake: nn.Dropout left on, which draws for each frame."""
-
-    def rewards(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self._masked(self._per_frame(len(inputs)), inputs) for _ in range(200)])
-
-    def _per_frame(self, n: int) -> list[torch.Tensor]:
-        return [mask.squeeze(1) for mask in self._draw(n)]
-
-
-def test_a_mask_per_frame_would_make_a_clip_differ_from_itself():
-    copies = CLIPS[[0, 0]]
-    itself = torch.tensor([[0, 1]])
-    right = fit(MCDropout(samples=200, rate=0.3), COMPARISONS, epochs=3).posterior(copies)
-    wrong = fit(AnewPerFrame(rate=0.3), COMPARISONS, epochs=3).posterior(copies)
-    assert float(right.variance.min()) > 0
-    assert float(right.difference(itself).variance) < 1e-10
-    # Independent copies: the variance of the difference is the sum of the variances.
-    assert float(wrong.difference(itself).variance) > float(wrong.variance.min())
-
-
 def test_masks_keep_a_share_and_the_mean():
     model = MCDropout(samples=500, hidden=(40, 30), rate=0.3)
     model.initialise(CLIPS)

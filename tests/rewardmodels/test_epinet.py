@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from rewardmodels import Clips, Epinet, PairBatch, fit
+from rewardmodels import Epinet, PairBatch, fit
 
 from .data import CLIPS, COMPARISONS
 
@@ -92,15 +92,6 @@ def test_the_epinets_gradient_stops_at_the_features(model):
     model.zero_grad()
 
 
-def test_the_prior_is_not_trained_and_the_rest_is():
-    model = fit(Epinet(hidden=(8,)), COMPARISONS, epochs=1)
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    fit(model, COMPARISONS, epochs=3)
-    for name, value in model.named_parameters():
-        if name != "network.last.bias":  # cancels in every comparison: it only decays
-            assert torch.equal(value, before[name]) is name.startswith("prior.")
-
-
 def test_indices_are_standard_normal_and_stay():
     model = Epinet(hidden=(4,), samples=2000)
     model.initialise(CLIPS)
@@ -121,15 +112,3 @@ def test_frames_pass_the_base_network_once(model, monkeypatch):
     )
     model.posterior(CLIPS)
     assert sum(passed) == 80
-
-
-def test_a_larger_prior_is_less_certain_far_out():
-    far = Clips(CLIPS.observations * 30, CLIPS.actions)
-    spread = [
-        float(
-            fit(Epinet(prior_scale=scale), COMPARISONS, epochs=5)
-            .posterior(far).difference(COMPARISONS.pairs).variance.median()
-        )
-        for scale in (0.0, 0.3, 3.0)
-    ]  # fmt: skip
-    assert spread[0] < spread[1] < spread[2]

@@ -33,8 +33,10 @@ def test_a_constant_input_stays_small():
     assert abs(float(norm(torch.tensor([[7.5]])))) <= 500.01
 
 
+@pytest.mark.parametrize("together", [1, 10**6])  # one after the other, or all at once
 @pytest.mark.parametrize("hidden", [(), (8,), (6, 4)])
-def test_members_are_separate_networks(hidden):
+def test_members_are_separate_networks(hidden, together, monkeypatch):
+    monkeypatch.setattr(networks_module, "_TOGETHER", together)
     network, frames = MemberMLP(3, 5, hidden), torch.randn(11, 5)
     for bias in network.biases:
         torch.nn.init.normal_(bias)
@@ -50,7 +52,9 @@ def test_members_are_separate_networks(hidden):
         torch.testing.assert_close(found[member], one)
 
 
-def test_a_member_learns_from_its_own_loss_alone():
+@pytest.mark.parametrize("together", [1, 10**6])
+def test_a_member_learns_from_its_own_loss_alone(together, monkeypatch):
+    monkeypatch.setattr(networks_module, "_TOGETHER", together)
     network = MemberMLP(3, 4, (6,))
     network(torch.randn(7, 4))[1].sum().backward()
     for parameter in network.parameters():
@@ -58,7 +62,9 @@ def test_a_member_learns_from_its_own_loss_alone():
         assert parameter.grad[1].abs().sum() > 0
 
 
-def test_gradient_is_right_in_spite_of_working_in_place():
+@pytest.mark.parametrize("together", [1, 10**6])
+def test_gradient_is_right_in_spite_of_working_in_place(together, monkeypatch):
+    monkeypatch.setattr(networks_module, "_TOGETHER", together)
     network = MemberMLP(2, 3, (4, 4)).double()
     frames = torch.randn(5, 3, dtype=torch.double, requires_grad=True)
     names = [name for name, _ in network.named_parameters()]
@@ -84,21 +90,6 @@ def test_members_start_apart_and_as_linear_layers_do():
 def test_untrained_priors_are_of_about_one(inputs, hidden):
     outputs = MemberMLP(50, inputs, hidden, PRIOR_GAIN)(torch.randn(500, inputs)).detach()
     assert 0.5 < float(outputs.std(1).mean()) < 2
-
-
-@pytest.mark.parametrize("hidden", [(), (8,), (6, 4)])
-def test_members_together_are_members_alone(hidden, monkeypatch):
-    network, frames = MemberMLP(3, 5, hidden), torch.randn(11, 5)
-    for bias in network.biases:
-        torch.nn.init.normal_(bias)
-    together, gradients = network(frames), []
-    for at_most in (10**6, 1):
-        monkeypatch.setattr(networks_module, "_TOGETHER", at_most)
-        network.zero_grad()
-        torch.testing.assert_close(network(frames), together)
-        network(frames).square().sum().backward()
-        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
-    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("image", [(1, 3, 3), (3, 64, 64), (4, 84, 84), (2, 5, 200)])

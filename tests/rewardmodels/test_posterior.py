@@ -63,29 +63,6 @@ def test_sampled_draws_rows_evenly():
     assert (which[:7].sum(0) == 1).all()
 
 
-def test_gaussian_moments_are_those_of_its_draws():
-    belief, n = gaussian(), 200_000
-    draws = belief.rsample(n, torch.Generator().manual_seed(1)).numpy()
-    covariance = belief.covariance.numpy()
-    sd = np.sqrt(np.diag(covariance))
-    assert (np.abs(draws.mean(0) - belief.mean.numpy()) < 5 * sd / math.sqrt(n)).all()
-    # Isserlis: the variance of a sample covariance is (c_ii c_jj + c_ij^2) / n.
-    error = np.sqrt((np.outer(sd**2, sd**2) + covariance**2) / n)
-    assert (np.abs(np.cov(draws.T) - covariance) < 5 * error).all()
-    torch.testing.assert_close(belief.variance, belief.covariance.diag())
-
-
-def test_a_difference_is_c_times_the_joint_belief(belief):
-    contrast = torch.zeros(len(PAIRS), 5, dtype=torch.double)
-    for q, (first, second) in enumerate(PAIRS.tolist()):
-        contrast[q, first] -= 1
-        contrast[q, second] += 1
-    found = belief.difference(PAIRS)
-    torch.testing.assert_close(found.mean, contrast @ belief.mean)
-    expected = (contrast @ belief.covariance @ contrast.T).diag()
-    torch.testing.assert_close(found.variance, expected)
-
-
 @pytest.mark.parametrize("mistakes", [0.0, 0.1])
 @pytest.mark.parametrize("sd", [0.0, 0.5, 5.0, 60.0, 1000.0])
 @pytest.mark.parametrize("mean", [0.0, -1.5, 20.0])

@@ -114,6 +114,31 @@ def test_equal_preferences_leave_a_finite_posterior(make, preference):
         assert float((posterior.preference(some.pairs) - 0.5).abs().mean()) < 0.25
 
 
+WITH_PRIORS = [("DeepEnsemble", "network.biases.2"), ("Epinet", "network.last.bias")]
+
+
+@pytest.mark.parametrize(("name", "cancels"), WITH_PRIORS)
+def test_priors_are_not_trained_and_the_rest_is(name, cancels):
+    some = linear_comparisons(10)
+    model = fit(PREDICTORS[name](prior_scale=2.0), some, epochs=1)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    fit(model, some, epochs=3)
+    for parameter, value in model.named_parameters():
+        if parameter != cancels:  # in every comparison: it only decays
+            assert torch.equal(value, before[parameter]) is parameter.startswith("prior.")
+
+
+@pytest.mark.parametrize("name", dict(WITH_PRIORS))
+def test_larger_priors_are_less_certain_where_nothing_was_answered(name):
+    known = linear_comparisons(40)
+    far = Clips(known.clips.observations * 20, known.clips.actions * 20)
+    spread = []
+    for scale in (0.0, 1.0, 10.0):
+        model = fit(PREDICTORS[name](learning_rate=3e-3, prior_scale=scale), known, epochs=20)
+        spread.append(float(model.posterior(far).difference(known.pairs).variance.median()))
+    assert spread[0] < spread[1] < spread[2]
+
+
 @pytest.mark.parametrize("name", PREDICTORS)
 def test_the_command_line_makes_it(name):
     parser = ArgumentParser()

@@ -1,7 +1,6 @@
 """Report pages: whole without anything else, escaped, and the same as Markdown."""
 
 import json
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -12,20 +11,9 @@ from experiments.analysis.page import Origin, Report, Section, markdown, publish
 from experiments.analysis.stats import Interval
 from rewardmodels import InvalidInput
 
+from ..made_runs import Page
+
 ORIGIN = Origin("rewardmodels study x --seeds 3", {"seeds": 3, "data": None}, {"torch": "2"}, 90.0)
-
-
-class Page(HTMLParser):
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def figure():
@@ -46,8 +34,8 @@ def sections():
 
 
 def test_the_page_needs_nothing_else_and_escapes_text(tmp_path):
-    text = write_page(tmp_path, Report("A study", sections()), ORIGIN).read_text()
-    page = Page(text)
+    path = write_page(tmp_path, Report("A study", sections()), ORIGIN)
+    page, text = Page(path), path.read_text("utf-8")
     assert not {"script", "link", "img", "iframe"} & {name for name, _ in page.tags}
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))

@@ -147,10 +147,7 @@ def test_recording_does_not_change_training(made, tmp_path):
         (there,) = (made.steps == step).nonzero().tolist()[0]
         rows, others = fewer.skill == skill, made.skill == there
         torch.testing.assert_close(
-            fewer.trajectories[rows].actions,
-            made.trajectories[others].actions,
-            rtol=0,
-            atol=0,
+            fewer.trajectories[rows].actions, made.trajectories[others].actions, rtol=0, atol=0
         )
 
 

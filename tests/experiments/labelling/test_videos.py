@@ -17,13 +17,7 @@ from active import FeedbackStore
 from experiments.envs.rendering import Renderer, RenderingUnavailable, render_states
 from experiments.envs.tasks import TASKS, find_task, make_env
 from experiments.labelling import videos as module
-from experiments.labelling.videos import (
-    SIZE_PX,
-    ClipRenderer,
-    Videos,
-    VideoUnavailable,
-    best_clip,
-)
+from experiments.labelling.videos import SIZE_PX, ClipRenderer, Videos, VideoUnavailable, best_clip
 from rewardmodels import Clips, InvalidInput, SampledPosterior
 
 

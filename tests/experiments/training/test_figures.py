@@ -90,4 +90,7 @@ def test_spread_keeps_order_and_distance() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 11])
 def test_frames_may_be_few_or_all_alike(n: int) -> None:
-    figures.predicted_vs_true({name: np.ones(n) for name in ("predicted", "std", "true")})
+    frames = {name: np.ones(n) for name in ("predicted", "std", "true")}
+    axes = figures.predicted_vs_true(frames).axes[0]
+    assert np.sum(np.asarray(axes.collections[0].get_array())) == n
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), 1)

@@ -18,7 +18,6 @@ from active import (
     export_feedback,
     teachers,
 )
-from experiments.cli import main
 from experiments.training import learn as loop
 from experiments.training.config import LearnConfig
 from experiments.training.learn import learn
@@ -272,23 +271,3 @@ def test_a_recording_of_another_task_is_refused_before_anything_is_made(recorded
 def test_patience_is_a_share(patience):
     with pytest.raises(InvalidInput, match="patience"):
         HumanTeacher(patience)
-
-
-def test_the_command_takes_short_names(recorded, tmp_path, capsys):
-    for words, shown in (
-        (["--teacher", "human"], "HumanTeacher"),
-        (["--teacher=human", "--teacher.patience=0.5"], "patience: 0.5"),
-        (["--teacher", "replay", "--teacher.file", str(recorded)], f"file: {recorded}"),
-        (["--teacher=SyntheticTeacher"], "SyntheticTeacher"),
-    ):
-        with pytest.raises(SystemExit):
-            main(["learn", *words, "--print_config"])
-        assert shown in capsys.readouterr().out
-    flags = [
-        "--task=Pendulum",
-        f"--out={tmp_path / 'run'}",
-        "--teacher=replay",
-        "--teacher.file=/nowhere",
-    ]
-    assert main(["learn", *flags]) == 2
-    assert "exist" in capsys.readouterr().err

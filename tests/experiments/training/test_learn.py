@@ -23,14 +23,7 @@ from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner, learn, score_reward
 from experiments.training.rewards import relabel
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import (
-    Clips,
-    DeepEnsemble,
-    InvalidInput,
-    SampledPosterior,
-    UnknownName,
-    load,
-)
+from rewardmodels import Clips, DeepEnsemble, InvalidInput, SampledPosterior, UnknownName, load
 
 ROUNDS, COMPARISONS, STEPS = 3, 20, 9000
 TINY = {
