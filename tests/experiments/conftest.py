@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.training import learn as learning
 from experiments.training.report import write_report
 
 from .made_runs import make_run
@@ -26,6 +27,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         runs["learned"] / "report.html"
     )
     return runs
+
+
+@pytest.fixture
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No report at the end of a run: its figures take longer than the shortest of runs."""
+    monkeypatch.setattr(learning, "write_report", lambda out: None)
 
 
 # Other processes import it by this name; what a cell does is written to a log.

@@ -1,4 +1,4 @@
-"""Studies of the cells of `conftest.py`, what they computed, and small data for real studies."""
+"""Studies of the cells of `conftest.py`, small data for real studies, and the shortest of runs."""
 
 import numpy as np
 import torch
@@ -6,7 +6,26 @@ import torch
 from experiments.datasets.people import HumanData
 from experiments.datasets.pools import Pool
 from experiments.grid import Run, read_cell, run_cells
-from rewardmodels import Clips, Comparisons
+from experiments.training.config import LearnConfig
+from rewardmodels import Clips, Comparisons, DeepEnsemble
+
+TINY = {
+    "task": "Pendulum",
+    "steps": 9000,
+    "rounds": 3,
+    "comparisons": 20,
+    "clip_length": 40,
+    "candidates": 30,
+    "epochs": 3,
+    "evaluate": 2,
+    "video": False,
+}
+
+
+def tiny(out, **settings) -> LearnConfig:
+    """Settings of a run of seconds."""
+    model = DeepEnsemble(members=2, hidden=(8,))
+    return LearnConfig(**{**TINY, "model": model, **settings}, out=out)
 
 
 def grid(log, *n, **more):

@@ -1,11 +1,14 @@
 """The demonstration ends in a report, goes on where it stopped, and is shown again at no cost."""
 
 import json
+from functools import partial
 
 import pytest
 
+from experiments import demo
 from experiments.cli import main
 from experiments.training import learn as learning
+from experiments.training.config import LearnConfig
 from experiments.training.run_directory import RunDirectory
 
 WORDS = ["demo", "--task=Pendulum", "--steps=8192", "--comparisons=12"]
@@ -13,6 +16,9 @@ WORDS = ["demo", "--task=Pendulum", "--steps=8192", "--comparisons=12"]
 
 def test_it_goes_on_where_it_stopped_and_is_shown_again(tmp_path, capsys, monkeypatch):
     words = [*WORDS, f"--out={tmp_path / 'demo'}"]
+    monkeypatch.setattr(
+        demo, "LearnConfig", partial(LearnConfig, epochs=2, evaluate=2, video=False)
+    )
     keep, kept = learning.Learner.save_round, []
 
     def keep_then_stop(learner, round, *rest):

@@ -10,10 +10,11 @@ from stable_baselines3.common.vec_env import VecNormalize
 from experiments.deploy import GuardConfig, guard_run
 from experiments.envs.tasks import find_task
 from experiments.envs.vector import make_vec_env
-from experiments.training.config import LearnConfig
 from experiments.training.learn import learn
 from ood import StaleThreshold, load_monitor
-from rewardmodels import DeepEnsemble, InvalidInput, UnknownName, UnreadableFile
+from rewardmodels import InvalidInput, UnknownName, UnreadableFile
+
+from .studying import tiny
 
 QUICK = {
     "detector": "Mahalanobis",
@@ -32,14 +33,7 @@ def guard(run, **settings):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("deploy") / "run"
-    model = DeepEnsemble(members=2, hidden=(8,))
-    learn(
-        LearnConfig(
-            task="Reacher", steps=2048, rounds=1, comparisons=8, epochs=2, evaluate=2,
-            video=False, model=model, out=out,
-        ),
-        progress=False,
-    )  # fmt: skip
+    learn(tiny(out, task="Reacher", steps=2048, rounds=1, comparisons=8), progress=False)
     guard(out)
     return out
 

@@ -33,7 +33,7 @@ def deadly(killers, together):
 
             def submit(call, function, cell):
                 def work():
-                    time.sleep(0.005)
+                    time.sleep(0.002)
                     if cell["n"] in killers:
                         killers[cell["n"]] -= 1
                         if not killers[cell["n"]]:
@@ -41,7 +41,7 @@ def deadly(killers, together):
                         for broken in beside.values():
                             broken.set()
                         raise RuntimeError("killed")
-                    time.sleep(0.02)
+                    time.sleep(0.008)
                     if beside[cell["n"]].is_set():
                         raise RuntimeError("killed by another")
                     return call(function, cell)

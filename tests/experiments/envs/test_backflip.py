@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from experiments.envs.backflip import _MASS, backflips, clearances, progress
-from experiments.envs.tasks import find_task, make_env
+from experiments.envs.tasks import TASKS, find_task, make_env
 from experiments.envs.vector import make_vec_env
-from experiments.training.config import LearnConfig
 from experiments.training.learn import learn
-from rewardmodels import DeepEnsemble
+
+from ..studying import tiny
 
 TASK = find_task("backflip")
 STANDING = [1.2, 0.0, 0.0, 0.0, 0.0]
@@ -198,21 +198,11 @@ def test_observations_are_in_the_environments_space():
 def test_a_run_counts_backflips(tmp_path, monkeypatch):
     counts = iter([3, 1, 5])
     monkeypatch.setitem(TASK.counts, "backflips", lambda episode: next(counts))
-    config = LearnConfig(
-        task="backflip",
-        steps=64,
-        rounds=1,
-        comparisons=8,
-        epochs=1,
-        candidates=10,
-        evaluate=3,
-        video=False,
-        model=DeepEnsemble(members=2, hidden=(8,)),
-        out=tmp_path / "run",
-    )
+    monkeypatch.setitem(TASKS, "backflip", replace(TASK, horizon=100))
+    config = tiny(tmp_path / "run", task="backflip", steps=64, rounds=1, comparisons=8, evaluate=3)
     result = learn(config, progress=False)
     assert result == json.loads((config.out / "result.json").read_text())
     assert result["backflips"] == [3, 1, 5]
-    assert result["backflips_per_1000_steps"] == 3
+    assert result["backflips_per_1000_steps"] == 30
     page = (config.out / "report.html").read_text()
     assert "1 to 5" in page

@@ -8,7 +8,6 @@ import torch
 from experiments import studies
 from experiments.studies import drift as study
 from ood import Mahalanobis, Monitor, Threshold
-from rewardmodels import InvalidInput, UnknownName
 
 
 def rows_of(arm, seed, true, final, alarms=(), **more):
@@ -169,20 +168,3 @@ def test_a_small_study_leaves_a_page_and_resumes(agents, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "_Training", None)
     again = studies.run_study(study, small, run, report_only=True)
     assert str(again.figures) == str(found.figures)
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"seeds": 0}, InvalidInput),
-        ({"steps": 0}, InvalidInput),
-        ({"batch": 9, "more": 8}, InvalidInput),
-        ({"kappa": -1}, InvalidInput),
-        ({"arms": ["thawed"]}, UnknownName),
-        ({"predictor": "Oracle"}, UnknownName),
-        ({"task": "Croquet"}, UnknownName),
-    ],
-)
-def test_bad_settings_are_refused(change, error):
-    with pytest.raises(error):
-        study.Settings(**change)

@@ -6,7 +6,6 @@ import pytest
 
 from experiments import studies
 from experiments.studies import feedback as study
-from rewardmodels import InvalidInput, UnknownName
 
 
 def results(slope: float, unsure_share: float, seeds: int = 6) -> pd.DataFrame:
@@ -121,25 +120,3 @@ def test_teachers_are_compared_on_a_pool(tmp_path, monkeypatch):
     [line] = report.sections[1].table.to_dict("records")
     assert line["difference"].value == pytest.approx(-0.1)
     assert line["verdict"] == "worse"
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "argument"),
-    [
-        ({"tasks": []}, InvalidInput, "tasks"),
-        ({"budgets": [4]}, InvalidInput, "budgets"),
-        ({"steps": 0}, InvalidInput, "steps"),
-        ({"tasks": ["Hoper"]}, UnknownName, "task"),
-        ({"schedules": ["Constnt"]}, UnknownName, "schedule"),
-        ({"schedules": ["WhenUnsure(lvel=0.2)"]}, InvalidInput, "schedule"),
-        ({"schedules": ["WhenUnsure(0.2)"]}, InvalidInput, "schedule"),
-        ({"schedules": ["WhenUnsure(level=open('x'))"]}, InvalidInput, "schedule"),
-        ({"schedules": ["WhenUnsure(level=9)"]}, InvalidInput, "level"),
-        ({"teachers": ["orcle"]}, UnknownName, "teacher"),
-        ({"strategy": "Unifrm"}, UnknownName, "strategy"),
-        ({"predictor": "Laplce"}, UnknownName, "model"),
-    ],
-)
-def test_bad_settings_are_refused(change, error, argument):
-    with pytest.raises(error, match=argument):
-        study.Settings(**change)

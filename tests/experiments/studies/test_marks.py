@@ -96,23 +96,6 @@ def test_a_cell_fits_marks_beside_the_same_comparisons(small, monkeypatch):
         assert first_frame == int(windows[clip].argmax() if good else windows[clip].argmin())
 
 
-@pytest.mark.parametrize(
-    ("settings", "argument"),
-    [
-        ({"counts": (20, 10)}, "counts"),
-        ({"counts": ()}, "counts"),
-        ({"stretch": 25}, "stretch"),
-        ({"marked": (3,)}, "marked"),
-        ({"flip_rate": 2.0}, "_rate"),
-        ({"seeds": 0}, "seeds"),
-        ({"length": 2000}, "length"),
-    ],
-)
-def test_bad_settings_are_refused(settings, argument):
-    with pytest.raises(InvalidInput, match=argument):
-        study.Settings(**settings)
-
-
 def test_a_small_study_leaves_a_page_and_resumes(small, tmp_path, monkeypatch, capsys):
     run = studies.Run(tmp_path / "study")
     with pytest.raises(InvalidInput, match="out"):

@@ -19,7 +19,6 @@ from rewardmodels import (
     DeepEnsemble,
     InvalidInput,
     SampledPosterior,
-    UnknownName,
 )
 from rewardmodels import calibration as score
 
@@ -198,24 +197,6 @@ def test_a_small_study_of_tasks_people_and_speed_leaves_a_page(fitted, tmp_path,
     monkeypatch.setattr(study, "fit", None)
     again = studies.run_study(study, small, run, report_only=True)
     assert str(again.figures) == str(found.figures)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "argument"),
-    [
-        ({"comparisons": 3}, InvalidInput, "comparisons"),
-        ({"tests": 100}, InvalidInput, "tests"),
-        ({"predictors": ["Laplace"]}, UnknownName, "LaplaceHead"),
-        ({"predictors": ["torch.nn.Linear"]}, InvalidInput, "RewardModel"),
-        ({"predictors": []}, InvalidInput, "predictors"),
-        ({"tasks": []}, InvalidInput, "tasks"),
-        ({"tasks": ["Hopper", "Pendulum"], "length": 201}, InvalidInput, "length"),
-        ({"tasks": ["Hoper"]}, UnknownName, "Hopper"),
-    ],
-)
-def test_bad_settings_are_refused(change, error, argument):
-    with pytest.raises(error, match=argument):
-        study.Settings(**change)
 
 
 def test_a_folder_without_peoples_comparisons_is_refused_before_any_work(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from active import GreedyInformation
 from experiments import studies
 from experiments.cli import main
 from experiments.studies import strategies as study
-from rewardmodels import InvalidInput, UnknownName
+from rewardmodels import InvalidInput
 
 from ..studying import small_people, small_pool
 
@@ -107,25 +107,6 @@ def test_a_pool_without_true_rewards_is_refused(small, monkeypatch):
     monkeypatch.setattr(studies, "find_pool", lambda *_, **__: small_pool((0.0, 0.0)))
     with pytest.raises(InvalidInput, match="pools"):
         study.prepare(small)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "argument"),
-    [
-        ({"batch": 1}, InvalidInput, "batch"),
-        ({"budget": 30}, InvalidInput, "budget"),
-        ({"clips": 5}, InvalidInput, "clips"),
-        ({"tasks": []}, InvalidInput, "tasks"),
-        ({"length": 5000}, InvalidInput, "length"),
-        ({"tasks": ["Hoper"]}, UnknownName, "task"),
-        ({"strategies": ["Entrpy"]}, UnknownName, "strategy"),
-        ({"predictor": "Laplace"}, UnknownName, "model"),
-        ({"predictor": f"{__name__}.Own"}, InvalidInput, "model"),
-    ],
-)
-def test_bad_settings_are_refused(change, error, argument):
-    with pytest.raises(error, match=argument):
-        study.Settings(**change)
 
 
 @pytest.mark.slow

@@ -19,37 +19,22 @@ from active import (
     teachers,
 )
 from experiments.training import learn as loop
-from experiments.training.config import LearnConfig
 from experiments.training.learn import learn
-from rewardmodels import Clips, DeepEnsemble, InvalidInput
+from rewardmodels import Clips, InvalidInput
 
-COMPARISONS, ROUNDS, FIRST = 20, 3, 10
+from .. import studying
+
+COMPARISONS, ROUNDS, FIRST = studying.TINY["comparisons"], studying.TINY["rounds"], 10
 
 
 @pytest.fixture(autouse=True)
-def _look_often(monkeypatch):
+def _look_often(monkeypatch, _no_report):
     monkeypatch.setattr(teachers, "_POLL_SECONDS", 0.02)
 
 
 def tiny(out, teacher, **settings):
-    return LearnConfig(
-        **{
-            "task": "Pendulum",
-            "steps": 3 * 2048,
-            "rounds": ROUNDS,
-            "comparisons": COMPARISONS,
-            "schedule": Constant(initial=FIRST / COMPARISONS),
-            "clip_length": 40,
-            "candidates": 30,
-            "epochs": 1,
-            "evaluate": 2,
-            "video": False,
-            "model": DeepEnsemble(members=2, hidden=(8,)),
-        }
-        | settings,
-        teacher=teacher,
-        out=out,
-    )
+    first = Constant(initial=FIRST / COMPARISONS)
+    return studying.tiny(out, teacher=teacher, steps=3 * 2048, epochs=1, schedule=first, **settings)
 
 
 def answer(store, most=10**9, skip=lambda query: False):

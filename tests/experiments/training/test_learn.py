@@ -23,28 +23,11 @@ from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner, learn, score_reward
 from experiments.training.rewards import relabel
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import Clips, DeepEnsemble, InvalidInput, SampledPosterior, UnknownName, load
+from rewardmodels import Clips, InvalidInput, SampledPosterior, UnknownName, load
 
-ROUNDS, COMPARISONS, STEPS = 3, 20, 9000
-TINY = {
-    "task": "Pendulum",
-    "steps": STEPS,
-    "rounds": ROUNDS,
-    "comparisons": COMPARISONS,
-    "clip_length": 40,
-    "candidates": 30,
-    "epochs": 3,
-    "evaluate": 2,
-    "video": False,
-}
+from ..studying import TINY, tiny
 
-
-def tiny(out, **settings):
-    return LearnConfig(
-        **{**TINY, "model": DeepEnsemble(members=2, hidden=(8,))} | settings, out=out
-    )
-
-
+ROUNDS, COMPARISONS, STEPS = TINY["rounds"], TINY["comparisons"], TINY["steps"]
 FLAGS = [
     *(
         f"--{name}={str(value).lower() if name == 'video' else value}"
@@ -138,6 +121,7 @@ def test_the_result_agrees_with_the_files(finished):
     assert (finished / "report.html").stat().st_size > 1000
 
 
+@pytest.mark.usefixtures("_no_report")
 @pytest.mark.parametrize("arm", ["zero", "task"])
 def test_baselines_get_zero_or_the_tasks_reward(arm, tmp_path):
     out = tmp_path / "run"
@@ -227,7 +211,8 @@ def test_a_killed_command_resumes_without_loss(finished, tmp_path):
     check_kills(finished, out, start, kills=8, last=whole + 0.8 * seconds, seed=0)
 
 
-def test_a_round_killed_between_query_and_comparison_is_completed(finished, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("_no_report")
+def test_a_round_killed_between_query_and_comparison_is_completed(tmp_path, monkeypatch):
     out = tmp_path / "run"
 
     def die(*_):
@@ -235,13 +220,15 @@ def test_a_round_killed_between_query_and_comparison_is_completed(finished, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(FeedbackStore, "answer", die)
-        assert main(["learn", *FLAGS, "--out", str(out)]) == 130
+        words = ["learn", *FLAGS, "--rounds=1", "--steps=2048", "--out", str(out)]
+        assert main(words) == 130
     with FeedbackStore(out / "answers.sqlite") as answers:
         assert answers.counts() == (due(0), 0, 0)
     assert main(["learn", "--resume", "--out", str(out)]) == 0
-    assert metrics(out, "queries") == [[due(round) for round in range(ROUNDS)]]
+    assert metrics(out, "queries", "comparisons") == [[due(0)], [due(0)]]
 
 
+@pytest.mark.usefixtures("_no_report")
 def test_seconds_add_up_across_interruptions(tmp_path, monkeypatch):
     out, keep = tmp_path / "run", Learner.save_round
 
@@ -309,6 +296,7 @@ def test_an_off_policy_algorithm_learns_resumes_and_relabels(tmp_path):
         assert buffer.rewards[row, 0] == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.usefixtures("_no_report")
 def test_warm_up_splits_the_initial_comparisons(tmp_path):
     settings = {"warm_up": 3, "rounds": 2, "steps": 6000, "comparisons": 24}
     out = tmp_path / "run"
@@ -371,10 +359,11 @@ def test_defaults_differ_between_tasks():
     assert (walker.comparisons, walker.steps, walker.rounds) == (400, 300_000, 10)
 
 
+@pytest.mark.usefixtures("_no_report")
 @pytest.mark.parametrize("algorithm", ["PPO", "DQN"])
 def test_discrete_actions_stay_discrete(algorithm, tmp_path):
-    steps = {"PPO": STEPS, "DQN": 600}[algorithm]
-    config = tiny(tmp_path, task="MountainCar-v0", algorithm=algorithm, steps=steps)
+    steps = {"PPO": 2048, "DQN": 300}[algorithm]
+    config = tiny(tmp_path, task="MountainCar-v0", algorithm=algorithm, steps=steps, rounds=1)
     learn(config, progress=False)
     model = load(tmp_path / "model.safetensors")
     assert model.spec.discrete_actions == 3
