@@ -91,14 +91,6 @@ def test_expected_best_is_the_better_return_of_each_sample_above_its_worst():
         assert value == pytest.approx(statistics.fmean(max(r[a], r[b]) - min(r) for r in rows))
 
 
-def test_a_clip_against_its_copy_has_entropy_but_no_information():
-    returns = draw(7, 4)
-    copied, pair = torch.cat([returns, returns], 1), torch.tensor([[2, 6]])
-    for score in (preference_variance, difference_variance, mutual_information, d_optimal):
-        assert score(copied, pair).item() == pytest.approx(0, abs=1e-15)
-    assert predictive_entropy(copied, pair).item() == pytest.approx(math.log(2))
-
-
 def test_closed_forms_at_the_extremes():
     # Two samples, certain of opposite preferences: a comparison identifies the sample, one bit.
     split = torch.tensor([[0.0, 1e3], [0.0, -1e3]])

@@ -124,12 +124,7 @@ def test_a_named_setting_is_its_rule_on_its_score_times_the_weights_of_both_clip
         assert chosen.tolist() == best
 
 
-@pytest.mark.parametrize(
-    # Many distances tie for KCenter.
-    "strategy",
-    [*(make(kind) for kind in STARTS_FROM if kind is not KCenter), Thompson(), BestVsWorst()],
-    ids=named,
-)
+@pytest.mark.parametrize("strategy", [Thompson(), BestVsWorst()], ids=named)
 def test_permuting_clips_permutes_the_selection(strategy):
     posterior, pairs = posterior_of(), all_pairs(12)
     order = torch.randperm(12, generator=seeded(3))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from experiments.training import agents
 from experiments.training import learn as learning
 from experiments.training.report import write_report
 
@@ -33,6 +35,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """No report at the end of a run: its figures take longer than the shortest of runs."""
     monkeypatch.setattr(learning, "write_report", lambda out: None)
+
+
+@pytest.fixture(scope="module")
+def _short_updates() -> Iterator[None]:
+    """PPO passes once over each rollout: most of a short run's time is its ten passes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(agents._PPO, "n_epochs", 1)
+        yield
 
 
 # Other processes import it by this name; what a cell does is written to a log.

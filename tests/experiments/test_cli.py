@@ -12,6 +12,8 @@ from experiments.registry import describe_settings
 from experiments.training import learn as learning
 from rewardmodels.errors import InvalidInput
 
+pytestmark = pytest.mark.usefixtures("_short_updates")
+
 TINY = [
     *("--task=Pendulum", "--steps=2048", "--rounds=2", "--comparisons=8", "--epochs=2"),
     *("--evaluate=2", "--video=false", "--model.hidden=[8]", "--model.members=2"),

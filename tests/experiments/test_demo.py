@@ -11,6 +11,8 @@ from experiments.training import learn as learning
 from experiments.training.config import LearnConfig
 from experiments.training.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("_short_updates")
+
 WORDS = ["demo", "--task=Pendulum", "--steps=8192", "--comparisons=12"]
 
 

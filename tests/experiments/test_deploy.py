@@ -16,6 +16,8 @@ from rewardmodels import InvalidInput, UnknownName, UnreadableFile
 
 from .studying import tiny
 
+pytestmark = pytest.mark.usefixtures("_short_updates")
+
 QUICK = {
     "detector": "Mahalanobis",
     "statistic": "EWMA",

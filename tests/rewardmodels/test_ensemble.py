@@ -27,40 +27,6 @@ def test_the_report_says_how_well(model):
     assert 0 < report.train_log_loss < math.log(2)
 
 
-def test_a_constant_per_member_changes_no_answer(model):
-    clips = linear_clips(n=120, seed=5)
-    before = model.posterior(clips).samples
-    constants = torch.tensor([3.0, -50.0, 7.0, 0.5])
-    with torch.no_grad():
-        model.network.biases[-1] += constants.view(4, 1, 1)
-    try:
-        shifted = model.posterior(clips)
-        pairs = torch.arange(120).view(60, 2)
-        # Equal lengths: the constant cancels in every difference, even before it is centred.
-        apart = (shifted.samples - before).T
-        np.testing.assert_allclose(apart, (constants * clips.length).expand(120, 4), atol=1e-3)
-        torch.testing.assert_close(
-            shifted.samples[:, pairs[:, 1]] - shifted.samples[:, pairs[:, 0]],
-            before[:, pairs[:, 1]] - before[:, pairs[:, 0]],
-            atol=1e-3, rtol=0,
-        )  # fmt: skip
-        model.after_epoch()
-        torch.testing.assert_close(model.posterior(clips).samples, before, atol=1e-3, rtol=0)
-    finally:
-        with torch.no_grad():
-            model.network.biases[-1] -= constants.view(4, 1, 1)
-        model.after_epoch()
-
-
-def test_lengths_that_differ_keep_the_constant(model):
-    clips = linear_clips(n=2)
-    mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
-    short = Clips(clips.observations[[0, 0]], clips.actions[[0, 0]], mask)
-    frames = model.frame_posterior(clips.observations[0], clips.actions[0]).mean
-    found = model.posterior(short).difference(torch.tensor([[1, 0]])).mean
-    assert float(found) == pytest.approx(float(frames[2:].sum()), abs=1e-4)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_refuses_frames_that_are_not_numbers(model, bad):
     observations, actions = torch.zeros(4, 3), torch.zeros(4, 2)

@@ -21,15 +21,6 @@ def test_interquartile_mean_drops_a_quarter_from_each_end(n):
     assert interquartile_mean(values) == pytest.approx(stats.trim_mean(values, 0.25, axis=0))
 
 
-def test_coverage_of_the_interval():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(200):
-        _, low, high = bootstrap(np.mean, rng.normal(size=40), resamples=300)
-        hits += low <= 0 <= high
-    assert 0.87 <= hits / 200 <= 0.99  # percentile intervals of 40 values cover a little less
-
-
 def test_samples_are_resampled_apart():
     def ratio(one, other, axis=-1):
         return np.mean(one, axis) / np.mean(other, axis)

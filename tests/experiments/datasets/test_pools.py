@@ -13,6 +13,8 @@ from experiments.envs.rollout import play_agent
 from experiments.envs.tasks import find_task, make_env
 from rewardmodels import Clips, InvalidInput, RewardModelsError, UnreadableFile
 
+pytestmark = pytest.mark.usefixtures("_short_updates")
+
 TINY = {"steps": 4096, "levels": 3, "episodes": 2, "progress": False}
 
 

@@ -9,6 +9,8 @@ from experiments import studies
 from experiments.studies import drift as study
 from ood import Mahalanobis, Monitor, Threshold
 
+pytestmark = pytest.mark.usefixtures("_short_updates")
+
 
 def rows_of(arm, seed, true, final, alarms=(), **more):
     return [

@@ -24,6 +24,8 @@ from rewardmodels import Clips, InvalidInput
 
 from .. import studying
 
+pytestmark = pytest.mark.usefixtures("_short_updates")
+
 COMPARISONS, ROUNDS, FIRST = studying.TINY["comparisons"], studying.TINY["rounds"], 10
 
 

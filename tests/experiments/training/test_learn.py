@@ -27,6 +27,8 @@ from rewardmodels import Clips, InvalidInput, SampledPosterior, UnknownName, loa
 
 from ..studying import TINY, tiny
 
+pytestmark = pytest.mark.usefixtures("_short_updates")
+
 ROUNDS, COMPARISONS, STEPS = TINY["rounds"], TINY["comparisons"], TINY["steps"]
 FLAGS = [
     *(
