@@ -5,31 +5,13 @@ import pytest
 import torch
 
 from experiments.cli import main
-from experiments.datasets import minari as minari_pools
 from experiments.datasets.minari import export_pool, pool_from_minari, write_minari
 from experiments.datasets.pools import Pool, make_pool
 from experiments.envs.tasks import find_task, make_env
 from rewardmodels import Clips, InvalidInput, UnreadableFile
 
-
-def test_without_minari_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(minari_pools, "find_spec", lambda _: None)
-    for call in (
-        lambda: export_pool("Pendulum", out=tmp_path / "out"),
-        lambda: pool_from_minari("anything"),
-    ):
-        with pytest.raises(InvalidInput, match=r"pip install 'rewardmodels\[minari\]'"):
-            call()
-    assert not list(tmp_path.iterdir())
-
-
-try:
-    import minari
-    from minari.data_collector import EpisodeBuffer
-except ImportError:
-    minari = None
-
-needs_minari = pytest.mark.skipif(minari is None, reason="needs the extra rewardmodels[minari]")
+minari = pytest.importorskip("minari")
+EpisodeBuffer = pytest.importorskip("minari.data_collector").EpisodeBuffer
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +54,6 @@ def buffer(rewards, observations=None, **more):
     )
 
 
-@needs_minari
 def test_a_pool_is_read_again_but_for_each_episodes_first_frame(pool, tmp_path):
     write_minari(pool, tmp_path / "set", name="Pendulum")
     again = pool_from_minari(tmp_path / "set")
@@ -85,7 +66,6 @@ def test_a_pool_is_read_again_but_for_each_episodes_first_frame(pool, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"set"}
 
 
-@needs_minari
 def test_minari_reads_the_set_and_its_environment_repeats_the_episodes(pool, tmp_path):
     write_minari(pool, tmp_path / "set", name="Pendulum")
     data = minari.MinariDataset(tmp_path / "set" / "data")
@@ -110,7 +90,6 @@ def test_minari_reads_the_set_and_its_environment_repeats_the_episodes(pool, tmp
             assert episode.rewards[frame] == pytest.approx(reward, rel=1e-3, abs=1e-3)
 
 
-@needs_minari
 def test_a_half_written_set_is_never_left_and_none_is_overwritten(pool, tmp_path, monkeypatch):
     from minari.dataset.minari_storage import MinariStorage
 
@@ -131,7 +110,6 @@ def test_a_half_written_set_is_never_left_and_none_is_overwritten(pool, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-@needs_minari
 def test_discrete_actions_without_states_are_kept(tmp_path):
     with make_env(find_task("CartPole-v1")) as env:
         env.reset(seed=0)
@@ -146,7 +124,6 @@ def test_discrete_actions_without_states_are_kept(tmp_path):
     assert again.seed == 3
 
 
-@needs_minari
 def test_episodes_without_a_skill_are_ranked_by_return(foreign):
     # Of 12 episodes, whose returns are 11, 0, 10, 1, ..., and lengths 3, 4, 3, 4, ...
     returns = [11 - i // 2 if i % 2 == 0 else i // 2 for i in range(12)]
@@ -169,7 +146,6 @@ def test_episodes_without_a_skill_are_ranked_by_return(foreign):
     assert float(drawn.returns.min()) >= 9.5
 
 
-@needs_minari
 def test_dictionaries_of_observations_are_concatenated(foreign):
     from gymnasium.spaces import Box, Dict
 
@@ -180,7 +156,6 @@ def test_dictionaries_of_observations_are_concatenated(foreign):
     assert seen.tolist() == [[7, 2, 3], [7, 4, 5], [7, 6, 7]]
 
 
-@needs_minari
 def test_sets_without_rewards_are_refused(foreign, tmp_path):
     for i, rewards in enumerate(([0.0, 0.0], [1.0, np.nan])):
         name = foreign(f"mine/bare{i}-v0", [buffer(rewards)])
@@ -195,7 +170,6 @@ def test_sets_without_rewards_are_refused(foreign, tmp_path):
         pool_from_minari(tmp_path / "empty")
 
 
-@needs_minari
 def test_damaged_sets_are_refused_by_name(pool, tmp_path):
     write_minari(pool, tmp_path / "set", name="Pendulum")
     file = tmp_path / "set" / "data" / "main_data.hdf5"
@@ -206,7 +180,6 @@ def test_damaged_sets_are_refused_by_name(pool, tmp_path):
             pool_from_minari(tmp_path / "set")
 
 
-@needs_minari
 def test_the_command_makes_one_that_minari_finds_by_name(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
@@ -221,7 +194,6 @@ def test_the_command_makes_one_that_minari_finds_by_name(tmp_path, monkeypatch, 
     assert "out: " in capfd.readouterr().err
 
 
-@needs_minari
 def test_a_study_takes_a_data_set_for_a_pool(pool, tmp_path, capsys):
     write_minari(pool, tmp_path / "data", name="tiny")
     words = f"""study strategies --tasks [minari:{tmp_path / "data"}] --strategies [BALD] --seeds 1
@@ -230,7 +202,6 @@ def test_a_study_takes_a_data_set_for_a_pool(pool, tmp_path, capsys):
     assert "| BALD |" in capsys.readouterr().out
 
 
-@needs_minari
 def test_a_data_set_that_is_not_there_is_refused_before_any_work(tmp_path, capsys):
     words = f"study strategies --tasks [minari:{tmp_path / 'none'}] --out {tmp_path / 'out'}"
     assert main(words.split()) == 2

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from experiments.datasets import minari as minari_pools
 from experiments.datasets import pools
+from experiments.datasets.minari import export_pool, pool_from_minari
 from experiments.datasets.pools import Pool, make_pool
 from experiments.envs.rollout import play_agent
 from experiments.envs.tasks import find_task, make_env
@@ -345,3 +347,14 @@ def test_pools_whose_parts_dont_fit_are_refused(by_hand):
     ):
         with pytest.raises(InvalidInput, match=argument):
             Pool("Hopper", 0, *parts)
+
+
+def test_without_minari_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(minari_pools, "find_spec", lambda _: None)
+    for call in (
+        lambda: export_pool("Pendulum", out=tmp_path / "out"),
+        lambda: pool_from_minari("anything"),
+    ):
+        with pytest.raises(InvalidInput, match=r"pip install 'rewardmodels\[minari\]'"):
+            call()
+    assert not list(tmp_path.iterdir())
