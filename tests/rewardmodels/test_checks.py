@@ -12,11 +12,24 @@ from rewardmodels.checks import CHECKS, CheckFailed, check_reward_model
 BUGS: list[tuple[type[DeepEnsemble], str]] = []
 
 
+def with_posterior(posterior: type[SampledPosterior]) -> type[DeepEnsemble]:
+    class Broken(DeepEnsemble):
+        def __init__(self):
+            super().__init__(members=4, hidden=(32,), learning_rate=3e-3)
+
+        def compute_posterior(self, clips):
+            return posterior(super().compute_posterior(clips).samples)
+
+    Broken.__name__ = posterior.__name__
+    return Broken
+
+
 def fails(check: str):
-    """Register a model that has to fail this check."""
+    """Register a model, or an ensemble with this posterior, that has to fail this check."""
 
     def register(cls):
-        BUGS.append((cls, f"check_{check}"))
+        model = with_posterior(cls) if issubclass(cls, SampledPosterior) else cls
+        BUGS.append((model, f"check_{check}"))
         return cls
 
     return register
@@ -25,95 +38,73 @@ def fails(check: str):
 # Bugs in the posterior.
 
 
-class BrokenPosterior(DeepEnsemble):
-    """An ensemble whose posterior is of the nested class."""
-
-    Posterior: type[SampledPosterior]
-
-    def __init__(self):
-        super().__init__(members=4, hidden=(32,), learning_rate=3e-3)
-
-    def compute_posterior(self, clips):
-        return self.Posterior(super().compute_posterior(clips).samples)
+@fails("covariance_is_positive_semidefinite")
+class NegativeEigenvalue(SampledPosterior):
+    @property
+    def covariance(self):
+        covariance = super().covariance
+        # Correlations of -1 between all: the diagonal stays right.
+        scale = covariance.diagonal().sqrt()
+        return torch.where(torch.eye(len(scale)) > 0, covariance, -torch.outer(scale, scale))
 
 
 @fails("covariance_is_positive_semidefinite")
-class NegativeEigenvalue(BrokenPosterior):
-    class Posterior(SampledPosterior):
-        @property
-        def covariance(self):
-            covariance = super().covariance
-            # Correlations of -1 between all: the diagonal stays right.
-            scale = covariance.diagonal().sqrt()
-            return torch.where(torch.eye(len(scale)) > 0, covariance, -torch.outer(scale, scale))
-
-
-@fails("covariance_is_positive_semidefinite")
-class VarianceIsADeviation(BrokenPosterior):
-    class Posterior(SampledPosterior):
-        @property
-        def variance(self):
-            return super().variance.sqrt()
+class VarianceIsADeviation(SampledPosterior):
+    @property
+    def variance(self):
+        return super().variance.sqrt()
 
 
 @fails("samples_match_moments")
-class MarginalDraws(BrokenPosterior):
-    class Posterior(SampledPosterior):
-        def rsample(self, n, generator=None):
-            draws = super().rsample(n, generator)
-            rows = torch.rand(draws.shape, generator=generator).argsort(0)
-            return draws.gather(0, rows)
+class MarginalDraws(SampledPosterior):
+    def rsample(self, n, generator=None):
+        draws = super().rsample(n, generator)
+        rows = torch.rand(draws.shape, generator=generator).argsort(0)
+        return draws.gather(0, rows)
 
 
 @fails("samples_match_moments")
-class ScaledDraws(BrokenPosterior):
-    class Posterior(SampledPosterior):
-        def rsample(self, n, generator=None):
-            return self.mean + 1.2 * (super().rsample(n, generator) - self.mean)
+class ScaledDraws(SampledPosterior):
+    def rsample(self, n, generator=None):
+        return self.mean + 1.2 * (super().rsample(n, generator) - self.mean)
 
 
 @fails("samples_match_moments")
-class IgnoresTheGenerator(BrokenPosterior):
-    class Posterior(SampledPosterior):
-        def rsample(self, n, generator=None):
-            return super().rsample(n)
+class IgnoresTheGenerator(SampledPosterior):
+    def rsample(self, n, generator=None):
+        return super().rsample(n)
 
 
 @fails("difference_matches_covariance")
-class AddsMarginalVariances(BrokenPosterior):
-    class Posterior(SampledPosterior):
-        def difference(self, pairs):
-            return super().difference(pairs)._replace(variance=self.variance[pairs].sum(1))
+class AddsMarginalVariances(SampledPosterior):
+    def difference(self, pairs):
+        return super().difference(pairs)._replace(variance=self.variance[pairs].sum(1))
 
 
 @fails("difference_matches_covariance")
-class FirstMinusSecond(BrokenPosterior):
-    class Posterior(SampledPosterior):
-        def difference(self, pairs):
-            return super().difference(pairs.flip(1))
+class FirstMinusSecond(SampledPosterior):
+    def difference(self, pairs):
+        return super().difference(pairs.flip(1))
 
 
 @fails("preference_averages_over_posterior")
-class PreferenceAtTheMean(BrokenPosterior):
-    class Posterior(SampledPosterior):
-        def preference(self, pairs, *, random_answer_rate=0.0):
-            p = torch.sigmoid(self.difference(pairs).mean)
-            return (1 - random_answer_rate) * p + random_answer_rate / 2
+class PreferenceAtTheMean(SampledPosterior):
+    def preference(self, pairs, *, random_answer_rate=0.0):
+        p = torch.sigmoid(self.difference(pairs).mean)
+        return (1 - random_answer_rate) * p + random_answer_rate / 2
 
 
 @fails("preference_averages_over_posterior")
-class IgnoresRandomAnswers(BrokenPosterior):
-    class Posterior(SampledPosterior):
-        def preference(self, pairs, *, random_answer_rate=0.0):
-            return super().preference(pairs)
+class IgnoresRandomAnswers(SampledPosterior):
+    def preference(self, pairs, *, random_answer_rate=0.0):
+        return super().preference(pairs)
 
 
 @fails("swapping_a_pair_flips_its_preference")
-class PrefersTheSecond(BrokenPosterior):
-    class Posterior(SampledPosterior):
-        def preference(self, pairs, *, random_answer_rate=0.0):
-            p = super().preference(pairs, random_answer_rate=random_answer_rate)
-            return 0.95 * p + 0.05
+class PrefersTheSecond(SampledPosterior):
+    def preference(self, pairs, *, random_answer_rate=0.0):
+        p = super().preference(pairs, random_answer_rate=random_answer_rate)
+        return 0.95 * p + 0.05
 
 
 @fails("permuting_clips_permutes_posterior")
