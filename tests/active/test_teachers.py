@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 import torch
 
-from active import SyntheticMarker, SyntheticTeacher
+from active import HumanTeacher, SyntheticMarker, SyntheticTeacher
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import preference_probability
@@ -206,6 +206,7 @@ def test_a_comparison_depends_on_its_clips_and_its_place_alone():
                 "skip_threshold": (math.inf, math.nan),
                 "same_threshold": (-0.1, math.inf, math.nan),
             },
+            HumanTeacher: {"patience": (-0.1, 1.1, math.nan)},
             SyntheticMarker: {"length": (0,), "threshold": (-1.0, math.inf), "flip_rate": (2,)},
         }.items()
         for name, values in settings.items()

@@ -87,15 +87,28 @@ UNUSABLE = {
     "arguments": ["learn positional"],
     "--sed": ["learn --sed 3"],
     "--seed": ["learn --seed"],
-    "seed": ["learn --seed 99999999999"],
+    "seed": ["learn --seed 2147483648", "learn --seed -1"],
     "task": ["learn --task Hoper", "learn --task CarRacing", "demo --task Hoper"],
     "steps": [
-        *("learn --steps many", "learn --steps 1.5", "learn --steps -5", "demo --steps x"),
+        *("learn --steps many", "learn --steps 1.5", "learn --steps 0", "demo --steps x"),
         "learn --config text.yaml",
     ],
-    "comparisons": ["learn --comparisons -5"],
-    "clip_length": ["learn --clip_length 0"],
-    "pessimism": ["learn --pessimism x", "learn --pessimism .nan"],
+    "comparisons": ["learn --comparisons -5", "learn --comparisons 7"],
+    **{
+        name: [f"learn --{name} 0"]
+        for name in (
+            "rounds",
+            "clip_length",
+            "evaluate",
+            "threads",
+            "epochs",
+            "warm_up",
+            "start_over",
+        )
+    },
+    "candidates": ["learn --candidates 10 --comparisons 46"],
+    "pessimism": [f"learn --pessimism {value}" for value in ("x", ".nan", ".inf", "-0.1")],
+    "focus": ["learn --focus .inf"],
     "video": ["learn --video maybe"],
     "reward": ["learn --reward lerned"],
     "algorithm": ["learn --algorithm PPOO", "learn --algorithm DQN --task Pendulum"],
@@ -109,7 +122,9 @@ UNUSABLE = {
     "strategy.rule": ["learn --strategy ScoredStrategy --strategy.rule Tpk"],
     "schedule": [
         *("learn --schedule Constnt", "learn --schedule WhenUnsure(levl=1)"),
-        "learn --schedule WhenUnsure(level=lots)",
+        *("learn --schedule WhenUnsure(level=lots)", "learn --schedule Constant(initial="),
+        *("learn --schedule active.BALD", "learn --schedule no_module.Schedule"),
+        *("learn --schedule Constant(half_life=3)", "learn --schedule Constant(0.5)"),
     ],
     "teacher": ["learn --teacher SyntheticTeecher"],
     "teacher.file": ["learn --teacher replay"],
@@ -127,7 +142,10 @@ UNUSABLE = {
     "resume": ["learn --resume --out none"],
     "out": ["learn --out list.yaml/run"],
     "jobs": ["study marks --jobs 0"],
-    "json": ["study marks --quick --json none/a.json"],
+    "json": [
+        *("study marks --quick --json none/a.json", "benchmark page --json none/a.json"),
+        "benchmark speed --json none/a.json",
+    ],
 }
 
 

@@ -38,8 +38,3 @@ def test_the_quick_benchmark_has_every_key(tmp_path):
     assert all(figures[key] > 0 for key in keys)
     # The growth of the process's peak: none where an earlier test needed as much.
     assert figures["pairs_peak_mib"] >= 0
-
-
-def test_a_file_in_no_directory_is_refused_first(tmp_path, capsys):
-    assert main(["benchmark", "speed", "--json", str(tmp_path / "none" / "f.json")]) == 2
-    assert "json" in capsys.readouterr().err

@@ -252,9 +252,3 @@ def test_a_recording_of_another_task_is_refused_before_anything_is_made(recorded
     with pytest.raises(InvalidInput, match="without any"):
         learn(tiny(out, ReplayTeacher(tmp_path / "empty.sqlite")), progress=False)
     assert not out.exists()
-
-
-@pytest.mark.parametrize("patience", [-0.1, 1.1, float("nan")])
-def test_patience_is_a_share(patience):
-    with pytest.raises(InvalidInput, match="patience"):
-        HumanTeacher(patience)
