@@ -162,32 +162,6 @@ class TestHalt:
         constant = lambda before, action, after: np.zeros((1, 3))  # noqa: E731
         assert acting(run(Guard(Drift({step: value}), monitor, constant)))[step] == "halted"
 
-    def test_a_heavier_cheetah_is_halted_and_an_unchanged_one_seldom(self):
-        rng = np.random.default_rng(0)
-
-        def swing(observation):
-            return np.clip(rng.normal(0, 0.5, 6), -1, 1).astype(np.float32)
-
-        env = gym.make("HalfCheetah-v5", max_episode_steps=80)
-        episodes = record_episodes(env, swing, 45, "transition", seed=0)
-        monitor = Monitor(Mahalanobis().fit(torch.cat(episodes[:20])), CUSUM())
-        monitor.calibrate(episodes[20:], alpha=0.1)
-        guard = Guard(env, monitor, "transition")
-
-        def alarms(n):
-            count = 0
-            for seed in range(n):
-                guard.reset(seed=100 + seed)
-                ended = False
-                while not ended:
-                    *_, ended, info = guard.step(swing(None))
-                count += info["guard"]["acting"] == "halted"
-            return count
-
-        assert alarms(8) <= 3  # of 8 at 0.1: more than 3 once in 200 times
-        env.unwrapped.model.body_mass[:] *= 2
-        assert alarms(8) >= 7
-
 
 class TestAsk:
     def test_gives_the_clip_that_led_to_the_alarm(self):

@@ -69,12 +69,13 @@ def decode(path):
     return (255 * np.stack([r, g, b], axis=-1)).round(), float(rate)
 
 
-def test_decodes_to_the_same_frames(tmp_path):
+@pytest.mark.parametrize("fps", [20, 1 / 0.008])  # Hopper's time step
+def test_decodes_to_the_same_frames(tmp_path, fps):
     frames = plain(23, 48, 64)
-    write_video(frames, tmp_path / "a.mp4", fps=20)
+    write_video(frames, tmp_path / "a.mp4", fps)
     decoded, rate = decode(tmp_path / "a.mp4")
     assert decoded.shape == frames.shape
-    assert rate == 20
+    assert rate == pytest.approx(fps)
     # Limited-range 4:2:0 rounds by a level or two; a wrong matrix moves green by more than 15.
     assert np.abs(decoded - frames).max() <= 6
 
@@ -96,11 +97,6 @@ def test_odd_sides_gain_a_row_or_column(tmp_path, height, width):
     decoded, _ = decode(tmp_path / "a.mp4")
     assert decoded.shape == (2, height + height % 2, width + width % 2, 3)
     assert np.abs(decoded[:, :height, :width] - frames).max() <= 6
-
-
-def test_fractional_rate(tmp_path):
-    write_video(plain(5, 16, 16), tmp_path / "a.mp4", fps=1 / 0.008)  # Hopper's time step
-    assert decode(tmp_path / "a.mp4")[1] == pytest.approx(125)
 
 
 @pytest.mark.parametrize(

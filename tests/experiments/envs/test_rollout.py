@@ -102,11 +102,6 @@ def test_an_episode_is_that_of_one_environment_step_by_step():
         assert paid == reward
 
 
-def test_no_episodes_are_refused():
-    with pytest.raises(InvalidInput, match="episodes"):
-        play(lambda: make_env(SHORT), act, 0, seed=0)
-
-
 def test_an_episode_is_halted_from_its_own_step_on():
     actions = play(lambda: make_env(SHORT), act, 3, seed=3, halts=[np.inf, 5, 0]).actions
     assert (actions[0] != 0).all()
@@ -115,6 +110,8 @@ def test_an_episode_is_halted_from_its_own_step_on():
     assert not actions[2].any()
     with pytest.raises(InvalidInput, match="halts"):
         play(lambda: make_env(SHORT), act, 3, seed=3, halts=[0])
+    with pytest.raises(InvalidInput, match="episodes"):
+        play(lambda: make_env(SHORT), act, 0, seed=0)
 
 
 def test_batched_episodes_are_whole_and_differ():
