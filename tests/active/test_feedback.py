@@ -166,6 +166,7 @@ NARROW = Clips(torch.zeros(2, 6, 2), torch.zeros(2, 6, 2))
 @pytest.mark.parametrize(
     ("argument", "refused"),
     [
+        ("path", lambda s: FeedbackStore(s.path.parent / "nowhere" / "x.sqlite")),
         ("pairs", lambda s: s.add_queries(some_clips(), torch.tensor([[0, 5]]), round=0)),
         ("pairs", lambda s: s.add_queries(some_clips(), torch.tensor([[0, 1], [2, 2]]), round=0)),
         ("round", lambda s: s.add_queries(some_clips(), all_pairs(2), round=-1)),
@@ -200,11 +201,6 @@ def test_bad_input_is_refused_by_name_and_changes_nothing(store, argument, refus
     with pytest.raises((InvalidInput, UnknownName), match=rf"{argument}\b"):
         refused(store)
     assert "\n".join(store._db.iterdump()) == before
-
-
-def test_a_store_needs_an_existing_folder(path):
-    with pytest.raises(InvalidInput, match="path"):
-        FeedbackStore(path.parent / "nowhere" / "x.sqlite")
 
 
 def test_two_connections_share_their_comparisons(path, store):

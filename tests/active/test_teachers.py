@@ -99,17 +99,6 @@ def test_a_flip_rate_is_half_the_random_answer_rate_of_the_likelihood():
     assert_binomial(frequency(teacher, clips_of([0.0], [0.8])), float(p))
 
 
-def test_close_returns_are_the_same_and_never_flipped():
-    returns = [-3.0, -2.5, -1.0, 0.0, 0.25, 5.0]
-    clips = clips_of(*[[r] for r in returns])
-    pairs = [(a, b) for a in range(6) for b in range(6) if a != b]
-    for rate in (0.0, 1.0):
-        teacher = SyntheticTeacher(same_threshold=0.5, flip_rate=rate)
-        for answer, (a, b) in zip(ask(teacher, clips, *pairs), pairs, strict=True):
-            close = abs(returns[a] - returns[b]) < 0.5
-            assert answer == (0.5 if close else abs(rate - (returns[b] > returns[a])))
-
-
 def test_thresholds_apply_to_the_plain_return_and_skipping_is_first():
     clips = clips_of([9.0, 0.0], [8.0, 1.0])
     # Discounted returns are 0 and 1; plain ones 9 and 9.

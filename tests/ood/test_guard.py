@@ -280,10 +280,12 @@ def test_refuses_settings_that_cannot_work():
             guarded(**settings)
     with pytest.raises(InvalidInput, match="safe_action"):
         Guard(gym.make("CartPole-v1"), make_monitor())
-    odd = Drift()
-    odd.observation_space = spaces.Dict({})
+    odd, envs = Drift(), SyncVectorEnv([Drift])
+    odd.observation_space, envs.metadata = spaces.Dict({}), {}
     with pytest.raises(InvalidInput, match="observations"):
         Guard(odd, make_monitor())
+    with pytest.raises(InvalidInput, match="autoreset_mode"):
+        VectorGuard(envs, make_monitor())
 
 
 def monitor_of(frames):
@@ -466,9 +468,3 @@ class TestVector:
         # Three steps, one that resets, and two of the next episode; five, and one that resets.
         assert first == ("agent", "halted", "halted", "agent", "agent", "halted")
         assert second == ("agent", "halted", "halted", "halted", "halted", "agent")
-
-    def test_refuses_environments_without_an_autoreset_mode(self):
-        envs = SyncVectorEnv([Drift])
-        envs.metadata = {}
-        with pytest.raises(InvalidInput, match="autoreset_mode"):
-            VectorGuard(envs, make_monitor())
