@@ -27,6 +27,15 @@ def test_the_report_says_how_well(model):
     assert 0 < report.train_log_loss < math.log(2)
 
 
+def test_lengths_that_differ_keep_the_constant(model):
+    clips = linear_clips(n=2)
+    mask = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    short = Clips(clips.observations[[0, 0]], clips.actions[[0, 0]], mask)
+    frames = model.frame_posterior(clips.observations[0], clips.actions[0]).mean
+    found = model.posterior(short).difference(torch.tensor([[1, 0]])).mean
+    assert float(found) == pytest.approx(float(frames[2:].sum()), abs=1e-4)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_refuses_frames_that_are_not_numbers(model, bad):
     observations, actions = torch.zeros(4, 3), torch.zeros(4, 2)
