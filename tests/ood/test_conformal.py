@@ -128,11 +128,9 @@ class TestStandardising:
             for value in (found[step], one[0]):
                 np.testing.assert_allclose(value, (scores[step] - mean[at]) / scale[at])
 
-    def test_scores_as_they_are(self):
-        threshold = calibrate(list(torch.full((9, 4), 7.0)), Spike(), 0.1, standardise=0)
-        assert threshold.value == 7.0
-
-    def test_constant_scores_divide_by_no_zero(self):
+    def test_constant_scores_divide_by_no_zero_or_stay_as_they_are(self):
+        as_they_are = calibrate(list(torch.full((9, 4), 7.0)), Spike(), 0.1, standardise=0)
+        assert as_they_are.value == 7.0
         threshold = calibrate(list(torch.full((20, 4), 7.0)), Spike(), 0.1)
         assert threshold.value == 0.0
         assert np.isfinite(threshold.scale).all()

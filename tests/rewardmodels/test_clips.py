@@ -94,13 +94,15 @@ def test_any_index_keeps_the_first_axis(index, expected):
     assert some.lengths.tolist() == [[2, 5, 1, 3][i] for i in expected]
 
 
-def test_cat_pads_to_the_longest():
+def test_cat_pads_to_the_longest_and_needs_rewards_of_all():
     joined = Clips.cat([ragged(2, 1), ragged(4)])
     assert joined.lengths.tolist() == [2, 1, 4]
     assert joined.observations[:, 0, 0].tolist() == [0, 100, 0]
     assert joined.returns.tolist() == [2, 1, 4]
     plain = Clips(torch.zeros(1, 3, 1), torch.zeros(1, 3, 1))
     assert Clips.cat([joined, plain]).rewards is None
+    with pytest.raises(InvalidInput, match="task's own reward, got None"):
+        _ = plain.returns
     with pytest.raises(InvalidInput, match=r"observations of one shape per frame.*\(1, 3, 2\)"):
         Clips.cat([plain, Clips(torch.zeros(1, 3, 2), torch.zeros(1, 3, 1))])
     with pytest.raises(InvalidInput, match="at least one"):
@@ -143,11 +145,6 @@ def with_nan(clip: int, frame: int, *shape: int) -> torch.Tensor:
 def test_refuses_what_cannot_be_clips(changed, message):
     with pytest.raises(InvalidInput, match=message):
         bad(**changed)
-
-
-def test_returns_need_rewards():
-    with pytest.raises(InvalidInput, match="task's own reward, got None"):
-        _ = Clips(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)).returns
 
 
 # Comparisons.

@@ -101,11 +101,7 @@ def test_what_is_held_out_stays_so_when_comparisons_are_added():
     assert 5 <= len(early) < len(late) < 40
     assert early == {row for row in late if row < 50}
     assert held_out_rows(50, seed=1) != early
-
-
-def test_few_comparisons_are_all_learned_from():
-    assert held_out_rows(15) == set()
-    assert held_out_rows(60, held_out=0.0) == set()
+    assert held_out_rows(15) == held_out_rows(60, held_out=0.0) == set()  # few are all learned from
 
 
 def test_minibatches_hold_every_row_once_an_epoch():

@@ -50,7 +50,9 @@ def file(model: DeepEnsemble, tmp_path: Path) -> Path:
 
 
 def test_round_trip_is_equal_to_the_last_bit(model, file):
+    before = torch.get_rng_state()
     again = load(file)
+    assert torch.equal(torch.get_rng_state(), before)
     assert type(again) is DeepEnsemble
     assert dict(again.hparams) == dict(model.hparams)
     assert again.spec == model.spec
@@ -72,22 +74,13 @@ def test_a_loaded_model_goes_on_learning_as_the_saved_one_would(file, tmp_path):
         assert torch.equal(each.posterior(CLIPS).samples, one.posterior(CLIPS).samples)
 
 
-def test_loading_leaves_the_global_generator_alone(file):
-    before = torch.get_rng_state()
-    load(file)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_class_of_someone_elses(tmp_path):
+def test_a_class_of_someone_elses(file, tmp_path):
     mine = fit(Mine(members=2), ANSWERS, epochs=2)
     save(mine, tmp_path / "mine")
     again = load(tmp_path / "mine", Mine)
     assert torch.equal(again.posterior(CLIPS).samples, mine.posterior(CLIPS).samples)
     with pytest.raises(UnreadableFile, match=r"expected one of .*, got a Mine; pass its"):
         load(tmp_path / "mine")
-
-
-def test_another_class_is_refused(file):
     with pytest.raises(UnreadableFile, match="expected Mine, got a DeepEnsemble"):
         load(file, Mine)
 
@@ -255,6 +248,17 @@ def test_what_fails_leaves_the_old_file_and_no_other(tmp_path, error, stood):
     assert [file.read_text() for file in tmp_path.iterdir()] == stood * ["old"]
 
 
+def test_an_existing_file_stays_where_it_may_not_be_overwritten_or_nothing_is_written(tmp_path):
+    path = tmp_path / "notes"
+    with atomic_path(path, overwrite=False) as temporary:
+        temporary.write_text("first")
+    with pytest.raises(FileExistsError), atomic_path(path, overwrite=False) as temporary:
+        temporary.write_text("second")
+    with pytest.raises(FileNotFoundError), atomic_path(path):
+        pass
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["first"]
+
+
 def test_writers_at_once_do_not_share_a_file(tmp_path):
     path = tmp_path / "notes"
     with atomic_path(path) as one, atomic_path(path) as other:
@@ -262,15 +266,6 @@ def test_writers_at_once_do_not_share_a_file(tmp_path):
         other.write_text("second, and longer")
     assert path.read_text() == "first"  # the outer one ends last
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_without_overwriting_a_file_that_exists_is_an_error(tmp_path):
-    path = tmp_path / "notes"
-    with atomic_path(path, overwrite=False) as temporary:
-        temporary.write_text("first")
-    with pytest.raises(FileExistsError), atomic_path(path, overwrite=False) as temporary:
-        temporary.write_text("second")
-    assert [file.read_text() for file in tmp_path.iterdir()] == ["first"]
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
@@ -293,11 +288,3 @@ def test_a_model_of_the_first_format_is_read(model, file):
     again = load(file)
     assert again.random_answer_rate == model.random_answer_rate
     assert torch.equal(again.posterior(CLIPS).samples, model.posterior(CLIPS).samples)
-
-
-def test_nothing_written_is_an_error_and_keeps_the_old_file(tmp_path):
-    path = tmp_path / "notes"
-    path.write_text("old")
-    with pytest.raises(FileNotFoundError), atomic_path(path):
-        pass
-    assert path.read_text() == "old"
