@@ -20,6 +20,7 @@ from rewardmodels import (
 )
 from rewardmodels.frames import FrameInputs, FrameSpec
 
+from .data import linear_clips as vectors
 from .data import of_neighbours as taught
 
 
@@ -47,13 +48,6 @@ def choices(n: int, seed: int = 0) -> Clips:
     action = torch.randint(5, (n, 4), generator=draw)
     rewards = torch.tensor([0.0, 3.1, -1.03, 1.07, -2.01])[action]
     return Clips(torch.randn(n, 4, 2, generator=draw), action, rewards=rewards)
-
-
-def vectors(n: int, seed: int = 0) -> Clips:
-    draw = torch.Generator().manual_seed(seed)
-    observations = torch.randn(n, 4, 3, generator=draw)
-    actions = torch.randn(n, 4, 2, generator=draw)
-    return Clips(observations, actions, rewards=observations[..., 0] - actions[..., 1])
 
 
 @pytest.mark.parametrize("cls", PREDICTORS.values(), ids=PREDICTORS)

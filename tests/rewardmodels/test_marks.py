@@ -18,6 +18,8 @@ from rewardmodels import (
 )
 from rewardmodels.fitting import TrainingSet
 
+from .data import of_neighbours
+
 WORTH = torch.tensor([1.0, -2.0])  # of a frame's inputs
 
 
@@ -160,10 +162,7 @@ def test_a_reward_is_learned_from_marks_alone(cls):
 
 
 def some(n: int = 60) -> Comparisons:
-    clips = drawn(2 * n, seed=3)
-    pairs = torch.arange(2 * n).view(n, 2)
-    first, second = clips.returns[pairs].T
-    return Comparisons(clips, pairs, (second > first).float())
+    return of_neighbours(drawn(2 * n, seed=3))
 
 
 def gathered(comparisons: Comparisons | None, marks: Marks, ratings: Ratings) -> TrainingSet:
