@@ -133,8 +133,8 @@ def test_an_unfinished_run_shows_what_there_is(tmp_path: Path, rounds: int, figu
 
 
 def test_runs_of_one_arm_are_told_apart(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / f"s{s}", seed=s, video=False) for s in (3, 4)]
-    again = make_run(tmp_path / "again", seed=3, video=False)
+    runs = [make_run(tmp_path / f"s{s}", seed=s, frames=False, video=False) for s in (3, 4)]
+    again = make_run(tmp_path / "again", seed=3, frames=False, video=False)
     for references, names in (
         (runs[1:], ["learned reward, seed 3", "learned reward, seed 4"]),
         ([again], ["learned reward, s3", "learned reward, again"]),
