@@ -16,12 +16,7 @@ from torch import Tensor
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, NotFitted
-from rewardmodels.posterior import (
-    Difference,
-    GaussianPosterior,
-    ReturnPosterior,
-    SampledPosterior,
-)
+from rewardmodels.posterior import Difference, ReturnPosterior
 
 _LOWEST, _HIGHEST = 1e-2, 1e2  # temperatures
 # Of log T about 0: a factor of e. Of 60 held-out comparisons only a few are predicted wrongly, and
@@ -266,14 +261,13 @@ def _both_ways(posterior: ReturnPosterior, pairs: Tensor) -> Tensor:
 
 
 def _scaled(posterior: ReturnPosterior, temperature: float) -> ReturnPosterior:
-    if isinstance(posterior, SampledPosterior):
-        return SampledPosterior(posterior.samples / temperature)
-    if isinstance(posterior, GaussianPosterior):
-        return GaussianPosterior(posterior.mean / temperature, posterior.root / temperature)
-    raise InvalidInput(
-        "model: expected one whose posterior is a SampledPosterior or a GaussianPosterior, got "
-        f"{type(posterior).__name__}."
-    )
+    try:
+        return posterior.scaled(1 / temperature)
+    except NotImplementedError as error:
+        raise InvalidInput(
+            "model: expected one whose posterior can be scaled, such as a SampledPosterior or a "
+            f"GaussianPosterior, got {type(posterior).__name__}."
+        ) from error
 
 
 def _best_temperature(posterior: ReturnPosterior, pairs: Tensor, mu: Tensor) -> float:

@@ -19,6 +19,7 @@ from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons, Marks, Ratings
 from rewardmodels.errors import FitDiverged, InvalidInput
 from rewardmodels.model import FitReport, PairBatch, RewardModel
+from rewardmodels.novelty import NoveltySetting, check_novelty
 
 AnyModel = TypeVar("AnyModel", bound=RewardModel)
 
@@ -36,6 +37,10 @@ class FitOptions:
         held_out: Share of the feedback held out, from 0 (none: all epochs are run) to below 1.
         groups: A number for each comparison. Those of one number are held out together, such as
             all comparisons of one person: else held-out ones are no guide to new people.
+        trainer: A Lightning Trainer, for other devices, loggers or callbacks, which find the
+            numbers of `FitReport` under their names at the end of each epoch. Its own
+            `max_epochs` then replaces `epochs` of `fit`. It counts the epochs of earlier fits too,
+            so give each fit a new one.
 
     Raises:
         InvalidInput: A number out of range.
@@ -45,6 +50,7 @@ class FitOptions:
     patience: int = 20
     held_out: float = 0.15
     groups: Sequence[int] | Tensor | None = None
+    trainer: L.Trainer | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "patience"):
@@ -64,8 +70,8 @@ def fit(
     ratings: Ratings | None = None,
     epochs: int = 200,
     seed: int = 0,
+    novelty: NoveltySetting = "learned",
     options: FitOptions | None = None,
-    trainer: L.Trainer | None = None,
 ) -> AnyModel:
     """Fit a model to feedback, from its current weights if it was fitted before.
 
@@ -87,11 +93,11 @@ def fit(
         epochs: Maximum number of passes over the feedback.
         seed: Of initial weights, the order of minibatches and what is held out. The global random
             state is left as it was.
-        options: Minibatches and early stopping; None for `FitOptions()`.
-        trainer: A Lightning Trainer, for other devices, loggers or callbacks, which find the
-            numbers of `FitReport` under their names at the end of each epoch. Its own
-            `max_epochs` then replaces `epochs`. It counts the epochs of earlier fits too, so give
-            each fit a new one.
+        novelty: Uncertainty outside the range of the compared frames (see `Novelty`): "learned" by
+            pseudo-shifts, again once there are half as many comparisons again; "off"; or an
+            amplitude for all inputs, where at 1 an input that is two standard deviations (of a
+            constant input, two units) out of its range matters as much as all that was learned.
+        options: Minibatches, early stopping and the Trainer; None for `FitOptions()`.
 
     Returns:
         The same model.
@@ -115,6 +121,7 @@ def fit(
     """
     if epochs < 1:
         raise InvalidInput(f"epochs: expected at least 1, got {epochs}.")
+    check_novelty(novelty)
     options = options or FitOptions()
     data = TrainingSet.gather(comparisons, marks, ratings, options, seed)
     used, held_out = data.comparisons, data.held_out
@@ -136,10 +143,10 @@ def fit(
         stopping = _EarlyStopping(
             model, used[~held_out].compact(), used[held_out].compact(), options.patience
         )
-        stopping.logs = trainer is not None  # our own trainer has no logger
+        stopping.logs = options.trainer is not None  # our own trainer has no logger
         model.before_fit(used.compact().clips)
         model.train()
-        trainer = trainer or L.Trainer(max_epochs=epochs, **_PLAIN)
+        trainer = options.trainer or L.Trainer(max_epochs=epochs, **_PLAIN)
         # First, so that the caller's callbacks find what it logs.
         trainer.callbacks.insert(0, stopping)  # type: ignore[attr-defined]
         batches = _Batches(data, (~held_out).nonzero().squeeze(1))
@@ -163,6 +170,8 @@ def fit(
             "trainer: expected one that runs at least one epoch, got one that ran none (epoch "
             f"{trainer.current_epoch}, max_epochs {trainer.max_epochs}); give each fit a new one."
         )
+    with isolated_randomness(seed):
+        model.update_novelty(used, novelty)
     return model
 
 

@@ -19,6 +19,7 @@ from rewardmodels.errors import InvalidInput, NotFitted
 from rewardmodels.frames import FrameInputs, FrameSpec
 from rewardmodels.likelihood import check_random_answer_rate
 from rewardmodels.networks import CNN, MLP, Activation, FrameNetwork, MakeNetwork, network_maker
+from rewardmodels.novelty import Novelty, NoveltySetting, learned_amplitudes
 from rewardmodels.posterior import ReturnPosterior, SampledPosterior
 from rewardmodels.scoring import FrameScorer, to_numpy
 
@@ -28,6 +29,7 @@ _FRAMES_AT_ONCE = 1 << 13
 _NUMBERS_AT_ONCE = 1 << 23  # observations that are images are seen fewer at a time
 _FUNCTIONS_AT_ONCE = 8  # with that many frames; more functions see fewer frames at a time
 _REFERENCE_FRAMES = 1024
+_LEARNED_AGAIN = 1.5  # times the comparisons that novelty was last learned from
 
 RewardOf = Literal["observation_action", "observation"]
 
@@ -200,6 +202,7 @@ class RewardModel(L.LightningModule, ABC):
         self.random_answer_rate = random_answer_rate
         self.spec: FrameSpec | None = None
         self.frame_inputs: FrameInputs | None = None
+        self.novelty: Novelty | None = None
         self.fitted = False
         self.fit_report: FitReport | None = None
         self.register_buffer("reference_observations", None)
@@ -307,8 +310,15 @@ class RewardModel(L.LightningModule, ABC):
         """
         self.check_fitted()
         self.check(clips)
+        assert self.novelty is not None
+        clips = clips.to(self.device)
         with self._evaluating():
-            return self.compute_posterior(clips.to(self.device))
+            posterior = self.compute_posterior(clips)
+            if not self.novelty.active:
+                return posterior
+            parts = [self.novelty.root(self.clip_inputs(x), x.mask) for x in clip_chunks(clips)]
+        root = torch.cat(parts)
+        return posterior.plus(root) if root.any() else posterior
 
     def frame_posterior(self, observations: Tensor, actions: Tensor) -> ReturnPosterior:
         """Joint posterior over the rewards of B single frames, each a clip of length one.
@@ -348,13 +358,59 @@ class RewardModel(L.LightningModule, ABC):
         assert self.frame_inputs is not None
         try:
             with self._evaluating():
-                moments = to_numpy(self.frame_moments, self.frame_inputs.size, self.device)
+                moments = to_numpy(self._novel_moments, self.frame_inputs.size, self.device)
         except NotImplementedError:
             moments = None
         if moments is not None:
             return FrameScorer(self.spec, self.frame_inputs, moments)
         snapshot = copy.deepcopy(self).eval()
         return FrameScorer(self.spec, self.frame_inputs, posterior=snapshot.frame_posterior)
+
+    def _novel_moments(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.novelty is not None
+        mean, std = self.frame_moments(inputs)
+        if not self.novelty.active:
+            return mean, std
+        return mean, (std.square() + self.novelty.variance(inputs)).sqrt()
+
+    @torch.no_grad()
+    def update_novelty(self, comparisons: Comparisons, setting: NoveltySetting) -> None:
+        """Extend the range of compared frames, and choose how much novelty adds outside it.
+
+        Learned amplitudes are learned anew once there are half as many comparisons again as at the
+        last time, so that refits with a few more cost nothing; their unit, the returns' scale,
+        follows each fit. Called by `fit`, with all comparisons, those held out included.
+
+        Args:
+            comparisons: Q comparisons.
+            setting: As for `fit`.
+        """
+        assert self.novelty is not None
+        assert self.frame_inputs is not None
+        novelty, norm, comparisons = self.novelty, self.frame_inputs.norm, comparisons.compact()
+        choices = norm.mean.new_zeros(self.frame_inputs.choices)  # one-hot, not normalised
+        mean = novelty.pool(torch.cat([norm.mean, choices])[None])[0]
+        scale = novelty.pool(torch.cat([norm.scale, choices + 1])[None])[0]
+        clips = comparisons.clips.to(self.device)
+        inputs = torch.cat([novelty.pool(self.clip_inputs(part)) for part in clip_chunks(clips)])
+        novelty.extend(inputs[clips.mask.flatten()], mean, scale)
+        if setting == "off":
+            novelty.amplitude = torch.zeros_like(mean)
+            return
+        if setting != "learned":
+            relative = torch.full_like(mean, float(setting))
+        elif len(comparisons) >= _LEARNED_AGAIN * int(novelty.learned_from):
+            relative = learned_amplitudes(
+                inputs.unflatten(0, clips.mask.shape).cpu(),
+                comparisons,
+                scale.cpu(),
+                random_answer_rate=self.random_answer_rate,
+            ).to(mean)
+            novelty.learned, novelty.learned_from = relative, torch.tensor(len(comparisons))
+        else:
+            relative = novelty.learned
+        difference = self.compute_posterior(clips).difference(comparisons.pairs.to(self.device))
+        novelty.amplitude = relative * difference.mean.square().mean()
 
     def check(self, clips: Clips) -> None:
         """Raise InvalidInput unless the clips' frames have the training data's shapes."""
@@ -386,6 +442,7 @@ class RewardModel(L.LightningModule, ABC):
             frame_inputs = FrameInputs(self.spec, actions=self.reward_of == "observation_action")
             self.build(frame_inputs.size)
             self.frame_inputs = frame_inputs
+            self.novelty = Novelty(frame_inputs.size, self.spec.image)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what `build` made."""

@@ -82,15 +82,58 @@ class ReturnPosterior(ABC):
             random_answer_rate: Probability that the teacher answers at random.
         """
 
+    def plus(self, root: Tensor) -> ReturnPosterior:
+        """Posterior with independent Gaussian noise added, of covariance root times its transpose.
+
+        Args:
+            root: `(N, R)`, reward units.
+
+        Raises:
+            NotImplementedError: A kind of posterior that has no such method of its own.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected a posterior with `plus`.")
+
+    def scaled(self, factor: float) -> ReturnPosterior:
+        """Posterior of the same returns in other units: all are multiplied by the factor."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a posterior with `scaled`.")
+
+    def select(self, clips: Tensor) -> ReturnPosterior:
+        """Posterior of some of the clips, by their indices."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a posterior with `select`.")
+
+
+def expected_preference(mean: Tensor, variance: Tensor) -> Tensor:
+    r"""Mean of $\sigma(x)$ over $x \sim N(m, v)$, elementwise.
+
+    $\sigma(x) = \sum_i p_i \Phi(s_i x)$ turns the integral of the logistic against a normal into
+    $\sum_i p_i \Phi(m / \sqrt{s_i^{-2} + v})$ (Monahan & Stefanski 1989), within 1e-8 for every
+    mean and variance, where quadrature fails for large variances.
+
+    Args:
+        mean: Reward units; any shape.
+        variance: Reward units², of a shape that broadcasts against `mean`.
+
+    Example:
+        >>> expected_preference(torch.tensor([2.0, 2.0]), torch.tensor([0.0, 100.0]))
+        tensor([0.8808, 0.5780])
+    """
+    p = torch.zeros(())
+    for weight, scale in zip(_LOGISTIC_WEIGHTS, _LOGISTIC_SCALES, strict=True):
+        # erfc, since ndtr rounds small probabilities to nothing.
+        p = p + weight / 2 * torch.erfc(-mean / (2 * (scale**-2 + variance)).sqrt())
+    return p
+
 
 class SampledPosterior(ReturnPosterior):
-    """Posterior of S equally likely reward functions.
+    """Posterior of S equally likely reward functions, and Gaussian noise added to each.
 
     Moments are those of the S rows themselves (population, not the unbiased estimate), so
     that samples, variances and preferences belong to one distribution.
 
     Args:
         samples: `(S, N)`, reward units.
+        root: `(N, R)`, reward units: root of the covariance of the noise, which is independent of
+            the row; None for none.
 
     Example:
         >>> posterior = SampledPosterior(torch.tensor([[0.0, 1.0], [0.0, 3.0]]))
@@ -98,12 +141,13 @@ class SampledPosterior(ReturnPosterior):
         Difference(mean=tensor([2.]), variance=tensor([1.]))
     """
 
-    def __init__(self, samples: Tensor) -> None:
+    def __init__(self, samples: Tensor, root: Tensor | None = None) -> None:
         if samples.ndim != 2 or len(samples) == 0:
             raise InvalidInput(
                 f"samples: expected shape (S, N) with S >= 1, got {tuple(samples.shape)}."
             )
         self.samples = samples
+        self.root = samples.new_zeros(samples.shape[1], 0) if root is None else root
 
     @property
     def mean(self) -> Tensor:
@@ -111,34 +155,54 @@ class SampledPosterior(ReturnPosterior):
 
     @property
     def variance(self) -> Tensor:
-        return _moments(self.samples).variance
+        return _moments(self.samples).variance + self.root.square().sum(1)
 
     @property
     def covariance(self) -> Tensor:
         centred = self.samples - self.samples.mean(0)
-        return centred.T @ centred / len(centred)
+        return centred.T @ centred / len(centred) + self.root @ self.root.T
 
     def rsample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw n rows without replacement, over again once each has been drawn."""
+        """Draw n rows without replacement, over again once each has been drawn; add noise."""
         _check_draws(n)
         size = len(self.samples)
         draws = [torch.randperm(size, generator=generator) for _ in range(-(-n // size))]
-        return self.samples[torch.cat(draws)[:n].to(self.samples.device)]
+        rows = self.samples[torch.cat(draws)[:n].to(self.samples.device)]
+        return rows + _noise(n, self.root, generator) if self.root.shape[1] else rows
 
     def difference(self, pairs: Tensor) -> Difference:
-        return _join([_moments(differences) for differences in self._differences(pairs)])
+        parts = []
+        for differences, noise_var in self._differences(pairs):
+            mean, variance = _moments(differences)
+            parts.append(Difference(mean, variance + noise_var))
+        return _join(parts)
 
     def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
-        return torch.cat(
-            [
-                preference_probability(differences, random_answer_rate=random_answer_rate).mean(0)
-                for differences in self._differences(pairs)
-            ]
-        )
+        parts = []
+        for differences, noise_var in self._differences(pairs):
+            p = preference_probability(differences, random_answer_rate=random_answer_rate).mean(0)
+            noisy = noise_var > 0
+            if noisy.any():
+                of_noisy = expected_preference(differences[:, noisy], noise_var[noisy]).mean(0)
+                p[noisy] = (1 - random_answer_rate) * of_noisy + random_answer_rate / 2
+            parts.append(p)
+        return torch.cat(parts)
 
-    def _differences(self, pairs: Tensor) -> Iterator[Tensor]:
-        for some in _chunks(pairs, len(self.samples)):
-            yield self.samples[:, some[:, 1]] - self.samples[:, some[:, 0]]
+    def plus(self, root: Tensor) -> SampledPosterior:
+        return SampledPosterior(self.samples, torch.cat([self.root, root], 1))
+
+    def scaled(self, factor: float) -> SampledPosterior:
+        return SampledPosterior(factor * self.samples, factor * self.root)
+
+    def select(self, clips: Tensor) -> SampledPosterior:
+        return SampledPosterior(self.samples[:, clips], self.root[clips])
+
+    def _differences(self, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Differences `(S, Q)` and the variance `(Q,)` of their noise, some pairs at a time."""
+        for some in _chunks(pairs, len(self.samples) + self.root.shape[1]):
+            first, second = some.T
+            noise = self.root[second] - self.root[first]
+            yield self.samples[:, second] - self.samples[:, first], noise.square().sum(1)
 
 
 class GaussianPosterior(ReturnPosterior):
@@ -176,8 +240,7 @@ class GaussianPosterior(ReturnPosterior):
 
     def rsample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         _check_draws(n)
-        noise = torch.randn(n, self.root.shape[1], generator=generator, dtype=self.root.dtype)
-        return self._mean + noise.to(self.root.device) @ self.root.T
+        return self._mean + _noise(n, self.root, generator)
 
     def difference(self, pairs: Tensor) -> Difference:
         parts = []
@@ -188,25 +251,30 @@ class GaussianPosterior(ReturnPosterior):
         return _join(parts)
 
     def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
-        r"""Posterior mean probability `(Q,)` that the second clip is preferred.
-
-        $\sigma(x) = \sum_i p_i \Phi(s_i x)$ turns the integral of the logistic against a normal
-        into $\sum_i p_i \Phi(m / \sqrt{s_i^{-2} + v})$ (Monahan & Stefanski 1989), within
-        1e-8 for every mean and variance, where quadrature fails for large variances.
-        """
         check_random_answer_rate(random_answer_rate)
-        mean, variance = self.difference(pairs)
-        p = torch.zeros_like(mean)
-        for weight, scale in zip(_LOGISTIC_WEIGHTS, _LOGISTIC_SCALES, strict=True):
-            # erfc, since ndtr rounds small probabilities to nothing.
-            p = p + weight / 2 * torch.erfc(-mean / (2 * (scale**-2 + variance)).sqrt())
+        p = expected_preference(*self.difference(pairs))
         return (1 - random_answer_rate) * p + random_answer_rate / 2
+
+    def plus(self, root: Tensor) -> GaussianPosterior:
+        return GaussianPosterior(self._mean, torch.cat([self.root, root], 1))
+
+    def scaled(self, factor: float) -> GaussianPosterior:
+        return GaussianPosterior(factor * self._mean, factor * self.root)
+
+    def select(self, clips: Tensor) -> GaussianPosterior:
+        return GaussianPosterior(self._mean[clips], self.root[clips])
 
 
 def _moments(samples: Tensor) -> Difference:
     # Tensor.var warns where there is nothing to take the variance of.
     mean = samples.mean(0)
     return Difference(mean, (samples - mean).square().mean(0))
+
+
+def _noise(n: int, root: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw `(n, N)` from a Gaussian with mean zero and this root of its covariance."""
+    noise = torch.randn(n, root.shape[1], generator=generator, dtype=root.dtype)
+    return noise.to(root.device) @ root.T
 
 
 def _check_draws(n: int) -> None:

@@ -28,9 +28,9 @@ from rewardmodels.laplace import LaplaceHead
 from rewardmodels.model import RewardModel
 from rewardmodels.networks import MakeNetwork
 
-FORMAT = 2
+FORMAT = 3
 _RENAMED = {"mistake_rate": "random_answer_rate", "answers": "comparison_count"}  # since format 1
-_CALIBRATION = "calibration."
+_CALIBRATION, _NOVELTY = "calibration.", "novelty."
 PREDICTORS: dict[str, type[RewardModel]] = {
     cls.__name__: cls for cls in (DeepEnsemble, Epinet, GPHead, LaplaceHead, MCDropout)
 }
@@ -247,6 +247,9 @@ def _rebuilt(
     for name in set(tensors) & {name for name, value in model._buffers.items() if value is None}:
         setattr(model, name, tensors[name])
     model.configure_model()
+    if not any(name.startswith(_NOVELTY) for name in tensors):  # before format 3
+        own = model.state_dict().items()
+        tensors |= {name: value for name, value in own if name.startswith(_NOVELTY)}
     model.load_state_dict(tensors)
     model.fitted = True
     model.eval()

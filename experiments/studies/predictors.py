@@ -46,11 +46,9 @@ from rewardmodels import (
     Comparisons,
     DeepEnsemble,
     FitOptions,
-    GaussianPosterior,
     InvalidInput,
     ReturnPosterior,
     RewardModel,
-    SampledPosterior,
     fit,
 )
 from rewardmodels import calibration as score
@@ -345,11 +343,7 @@ def coverage(model: Any, comparisons: Comparisons) -> float:
     whole = model.posterior(comparisons.clips)
 
     def of_numbers(clips: Clips) -> ReturnPosterior:
-        rows = clips.observations[:, 0, 0].long()
-        if isinstance(whole, SampledPosterior):
-            return SampledPosterior(whole.samples[:, rows])
-        assert isinstance(whole, GaussianPosterior)
-        return GaussianPosterior(whole.mean[rows], whole.root[rows])
+        return whole.select(clips.observations[:, 0, 0].long())
 
     # The posterior is computed once: each clip is replaced by one frame, which holds its number.
     computed: Any = SimpleNamespace(posterior=of_numbers)

@@ -129,9 +129,8 @@ def test_keeps_the_best_epoch_and_stops_when_it_gets_no_better():
     )
     model = small(learning_rate=3e-2)
     rows = sorted(held_out_rows(60, held_out=0.4))
-    options = FitOptions(patience=5, held_out=0.4)
     trainer = plain(max_epochs=100, callbacks=[Scores()])
-    fit(model, noise, options=options, trainer=trainer)
+    fit(model, noise, options=FitOptions(patience=5, held_out=0.4, trainer=trainer))
     report = model.fit_report
     assert report is not None
     assert report.epochs == int(np.argmin(histories)) + 1
@@ -166,7 +165,11 @@ def test_weights_that_break_in_an_epochs_last_step_are_not_kept(held_out):
     model = small()
     trainer = plain(max_epochs=3, callbacks=[Late()])
     with pytest.raises(FitDiverged, match="epoch 3"):
-        fit(model, some(), options=FitOptions(held_out=held_out), trainer=trainer)
+        fit(
+            model,
+            some(),
+            options=FitOptions(held_out=held_out, trainer=trainer),
+        )
     assert model.fitted
     assert model.fit_report is not None
     assert model.fit_report.epochs == 2
@@ -188,7 +191,7 @@ def test_ctrl_c_keeps_the_best_so_far_and_the_next_one_works(epoch):
     before, handler = state(model), signal.getsignal(signal.SIGINT)
     callback = At(epoch, interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fit(model, some(), trainer=plain(max_epochs=9, callbacks=[callback]))
+        fit(model, some(), options=FitOptions(trainer=plain(max_epochs=9, callbacks=[callback])))
     assert callback.begun == epoch + 1
     assert signal.getsignal(signal.SIGINT) is handler
     assert model.fitted
@@ -208,7 +211,11 @@ def test_another_error_comes_through_and_undoes_nothing_good():
     for what, error in ((broken, OSError), (leaves, SystemExit)):
         model = small()
         with pytest.raises(error):
-            fit(model, some(), trainer=plain(max_epochs=9, callbacks=[At(2, what)]))
+            fit(
+                model,
+                some(),
+                options=FitOptions(trainer=plain(max_epochs=9, callbacks=[At(2, what)])),
+            )
         assert model.fitted
         assert np.isfinite(held_out_loss(model, some()))
 
@@ -234,7 +241,7 @@ def test_a_callers_trainer_keeps_its_own_callbacks_epochs_and_logger(tmp_path: P
         callbacks=[counting, stopping, checkpoint],
     )  # fmt: skip
     before = list(trainer.callbacks)
-    model = fit(small(), some(), trainer=trainer, epochs=99)
+    model = fit(small(), some(), epochs=99, options=FitOptions(trainer=trainer))
     assert counting.begun == 4
     assert trainer.callbacks == before
     assert stopping.best_score == pytest.approx(model.fit_report.held_out_log_loss)
@@ -246,11 +253,11 @@ def test_a_callers_trainer_keeps_its_own_callbacks_epochs_and_logger(tmp_path: P
 
 def test_a_trainer_that_runs_nothing_is_refused():
     used = plain(max_epochs=1)
-    model = fit(small(), some(), trainer=used)
+    model = fit(small(), some(), options=FitOptions(trainer=used))
     before = state(model)
     for trainer in (used, plain(max_epochs=0), plain(max_epochs=3, limit_train_batches=0)):
         with pytest.raises(InvalidInput, match="trainer: "):
-            fit(model, some(shift=5.0), trainer=trainer)
+            fit(model, some(shift=5.0), options=FitOptions(trainer=trainer))
         assert same(state(model), before)
 
 
@@ -308,7 +315,11 @@ def test_says_nothing_of_lightnings(capfd, caplog):
 def test_a_gpu_learns_the_same_and_leaves_its_generator():
     torch.cuda.init()
     before = torch.cuda.get_rng_state()
-    model = fit(small(), some(200), trainer=plain(max_epochs=20, accelerator="gpu", devices=1))
+    model = fit(
+        small(),
+        some(200),
+        options=FitOptions(trainer=plain(max_epochs=20, accelerator="gpu", devices=1)),
+    )
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert model.fit_report.held_out_accuracy > 0.8
     clips = some().clips

@@ -149,7 +149,7 @@ def rewritten(file: Path, about: Any = None, **tensors: torch.Tensor | None) -> 
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"format": 3}, "expected format 2 or older, got 3; update rewardmodels"),
+        ({"format": 4}, "expected format 3 or older, got 4; update rewardmodels"),
         ({"format": "new"}, "damaged"),
         ({"format": None}, "damaged"),
         ({"class": "os.system"}, "expected one of DeepEnsemble, .*, got a os.system"),
