@@ -6,6 +6,7 @@ import pickle
 import random
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +21,7 @@ from rewardmodels.errors import InvalidInput, NotFitted, RewardModelsError
 from rewardmodels.fitting import FitOptions, fit, isolated_randomness
 from rewardmodels.likelihood import preference_probability
 from rewardmodels.model import RewardModel
+from rewardmodels.novelty import NoveltySetting
 from rewardmodels.posterior import ReturnPosterior
 from rewardmodels.saving import load, save
 
@@ -31,6 +33,8 @@ _TOLERANCE = 1e-3  # of the values' scale: for sums in another order
 _DRAWS = 8192
 _SIGMAS = 6  # allowed standard errors between a value and the mean of 8192 draws
 _OBSERVATION, _ACTION, _FRAMES = 3, 2, 5
+# Moves of an input: variance of known inputs grows with the least amplitude, so only far out.
+_FAR, _FAR_OF_CONSTANT, _NEAR_ONE_HALF = 1e5, 1e2, 0.05
 EPOCHS = 60
 
 
@@ -178,7 +182,7 @@ def check_posterior_has_no_side_effects(make_model: MakeModel) -> None:
 
 def check_save_and_load(make_model: MakeModel) -> None:
     """`save` and `load` keep all that the posterior depends on."""
-    model, clips = _fitted(make_model), _clips(20, seed=26)
+    model, clips = _fitted(make_model, 1.0), _clips(20, seed=26)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save(model, path)
@@ -329,7 +333,7 @@ def check_padding_is_ignored(make_model: MakeModel) -> None:
 
 def check_frames_sum_to_clip(make_model: MakeModel) -> None:
     """`frame_posterior` and `posterior` agree: rewards of frames sum to a clip's return."""
-    model, clips = _fitted(make_model), _clips(6, seed=21)
+    model, clips = _fitted(make_model, 1.0), _clips(6, seed=21)
     posterior = model.posterior(clips)
     frames = model.frame_posterior(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
     cause = "a mean over frames where a return is a sum, or frames that are each centred anew"
@@ -342,7 +346,7 @@ def check_frames_sum_to_clip(make_model: MakeModel) -> None:
 
 def check_scorer_matches_frame_posterior(make_model: MakeModel) -> None:
     """`frame_scorer` agrees with `frame_posterior`, near the data and far from it."""
-    model = _fitted(make_model)
+    model = _fitted(make_model, 1.0)
     scorer = model.frame_scorer()
     cause = "`frame_moments` inherited by a model that overrides `compute_posterior`, or uncentred"
     for clips in (_clips(4, seed=28), _far_clips(4, seed=29)):
@@ -373,6 +377,61 @@ def check_samples_are_centred(make_model: MakeModel) -> None:
         )
 
 
+def check_unknown_inputs_return_to_one_half(make_model: MakeModel) -> None:
+    """Clips that differ only far outside the compared frames are preferred half of the time.
+
+    In any input, in either direction; one of them was constant in training.
+    """
+    model, clips = _fitted(make_model, "learned"), _without_last(_clips(1, seed=30))
+    cause = "`posterior` or `update_novelty` overridden, so that the posterior lacks its `Novelty`"
+    for j in range(_OBSERVATION + _ACTION):
+        far = _FAR_OF_CONSTANT if j == _OBSERVATION - 1 else _FAR
+        for move in (-far, far):
+            observations, actions = clips.observations.clone(), clips.actions.clone()
+            if j < _OBSERVATION:
+                observations[..., j] += move
+            else:
+                actions[..., j - _OBSERVATION] += move
+            both = Clips.cat([clips, Clips(observations, actions)])
+            p = float(model.posterior(both).preference(torch.tensor([[0, 1]])))
+            if not abs(p - 0.5) <= _NEAR_ONE_HALF:
+                raise _failure(
+                    "a preference far outside the compared frames is one half",
+                    f"{p:.3f} with input {j} moved by {move:g}",
+                    cause,
+                )
+
+
+def check_shared_novelty_cancels(make_model: MakeModel) -> None:
+    """A novel frame that two clips share makes neither of them less certain against the other."""
+    model, clips = _fitted(make_model, 1.0), _without_last(_clips(20, seed=31, scale=0.1))
+    pairs = torch.arange(20).view(10, 2)
+    expected = model.posterior(Clips(clips.observations[:, 1:], clips.actions[:, 1:]))
+    observations, actions = clips.observations.clone(), clips.actions.clone()
+    observations[:, 0], actions[:, 0] = 3.0, 3.0
+    found = model.posterior(Clips(observations, actions)).difference(pairs)
+    mean, variance = expected.difference(pairs)
+    cause = "novelty drawn anew for each frame or clip, in place of one function of the frame"
+    _expect_same("difference of clips that share a novel frame", found.mean, mean, cause)
+    _expect_same("variance of such a difference", found.variance, variance, cause)
+
+
+def check_nothing_is_novel_where_compared(make_model: MakeModel) -> None:
+    """Novelty leaves the posterior of the compared clips as it is."""
+    clips = _without_last(_comparisons().clips)
+    model = _fitted(make_model, 1.0)
+    cause = "a variance added everywhere, or a range that leaves out some of the compared frames"
+    found = model.posterior(clips)
+    assert model.novelty is not None
+    amplitude = model.novelty.amplitude
+    try:
+        model.novelty.amplitude = torch.zeros_like(amplitude)
+        expected = model.posterior(clips)
+    finally:
+        model.novelty.amplitude = amplitude
+    _expect_same_moments("of compared clips, with novelty and without", found, expected, cause)
+
+
 CHECKS: list[Check] = [
     check_invalid_calls_raise,
     check_learns_an_easy_reward,
@@ -388,6 +447,9 @@ CHECKS: list[Check] = [
     check_scorer_matches_frame_posterior,
     check_samples_are_centred,
     check_variance_grows_away_from_data,
+    check_unknown_inputs_return_to_one_half,
+    check_shared_novelty_cancels,
+    check_nothing_is_novel_where_compared,
     check_same_seed_same_fit,
     check_posterior_has_no_side_effects,
     check_save_and_load,
@@ -418,9 +480,20 @@ def _comparisons() -> Comparisons:
     return Comparisons(clips, torch.stack([first, second], 1), torch.bernoulli(p, generator=draw))
 
 
-@lru_cache(maxsize=4)
-def _fitted(make_model: MakeModel) -> RewardModel:
-    return fit(make_model(), _comparisons(), epochs=EPOCHS, options=FitOptions(batch_size=16))
+def _without_last(clips: Clips) -> Clips:
+    """The same clips with the last number of the observation, which no reward needs, at zero."""
+    observations = clips.observations.clone()
+    observations[..., -1] = 0
+    return Clips(observations, clips.actions)
+
+
+@lru_cache(maxsize=8)
+def _fitted(make_model: MakeModel, novelty: NoveltySetting = "off") -> RewardModel:
+    comparisons = _comparisons()
+    if novelty != "off":
+        comparisons = replace(comparisons, clips=_without_last(comparisons.clips))
+    options = FitOptions(batch_size=16)
+    return fit(make_model(), comparisons, epochs=EPOCHS, options=options, novelty=novelty)
 
 
 def _samples(posterior: ReturnPosterior) -> Tensor:
