@@ -15,6 +15,7 @@ from rewardmodels.errors import InvalidInput
 # training would else be multiplied by a thousand.
 _SMALLEST_SCALE = 1e-3
 _CONSTANT = 1e-6  # of its size
+_LARGEST = 1e18  # larger ones have a variance that overflows, and the input would be ignored
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,18 @@ class FrameInputs(nn.Module):
         self.size = len(numbers) + self.choices
 
     def update(self, observations: Tensor, actions: Tensor) -> None:
-        """Add B frames to the normalisation's statistics."""
-        self.norm.update(self._numbers(observations, actions))
+        """Add B frames to the normalisation's statistics.
+
+        Raises:
+            InvalidInput: A number whose square is more than single precision holds.
+        """
+        numbers = self._numbers(observations, actions)
+        if len(numbers) and not (largest := float(numbers.abs().max())) <= _LARGEST:
+            raise InvalidInput(
+                f"clips: expected numbers of at most {_LARGEST:g} in size, got {largest:g}; "
+                "rescale that input, or mend or drop the value if it is a fault."
+            )
+        self.norm.update(numbers)
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """Return inputs `(B, D)` of B frames."""

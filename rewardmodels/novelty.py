@@ -31,10 +31,10 @@ CONSTANT_AMPLITUDE = 2.0
 """Least amplitude of inputs that were constant: one unit of them matters as much as all else."""
 _LEAST_AMPLITUDE = 1e-4  # of the others, so that the posterior returns to the prior at last
 _GROWTH = 4.0  # squared excess from which variance grows faster than the square of a linear reward
-_FURTHEST = 1e6  # excess beyond which nothing changes; its fourth power is within single precision
+_FURTHEST = 1e8  # excess beyond which variance stays: its fourth power is within single precision
 _FREQUENCIES = 32
 _CONSTANT = 1e-6  # of its size, as in the normalisation
-_ROUNDING = 1e-5
+_ROUNDING = 1e-6  # of the numbers that are subtracted
 _POOLED = 8  # pixels, on a side, that an image is averaged to
 
 # Pseudo-shifts.
@@ -129,7 +129,8 @@ class Novelty(nn.Module):
         self.highest = torch.maximum(self.highest, inputs.amax(0) * scale + mean)
         low, high = ((bound - mean) / scale for bound in (self.lowest, self.highest))
         # Rounding mustn't take a compared frame out of the range.
-        self.low, self.high = low - _ROUNDING * (1 + low.abs()), high + _ROUNDING * (1 + high.abs())
+        error = _ROUNDING * (1 + low.abs().maximum(high.abs()) + mean.abs() / scale)
+        self.low, self.high = low - error, high + error
 
     def variance(self, inputs: Tensor) -> Tensor:
         """Variance `(B,)` of the novel part of frames' rewards, in reward units²."""
@@ -186,8 +187,8 @@ def pseudo_shifts(
     """Choose up to eight inputs, and hold out the comparisons beyond their usual values.
 
     Inputs are those that go most with the preference. Of an input that is mostly one value, held
-    out are the comparisons with any other; else those with a clip among the 15% that, by this
-    input, would be preferred most: where a policy goes.
+    out are the comparisons with any other; else those with a clip among the 15% whose highest value
+    (lowest, if less is preferred) goes furthest: where a policy goes.
 
     Args:
         inputs: `(N, T, D)`.
@@ -210,7 +211,7 @@ def pseudo_shifts(
         if sparse[j]:
             held_out = other[..., j].any(1)[pairs].any(1)
         else:
-            merit = means[:, j] * association[j].sign()
+            merit = (inputs[..., j] * association[j].sign()).masked_fill(~mask, -math.inf).amax(1)
             usual = merit[pairs.unique()].quantile(1 - _SHARE_BEYOND)
             held_out = (merit[pairs] > usual).any(1)
         if _LEAST_HELD_OUT <= int(held_out.sum()) <= _MOST_HELD_OUT * len(pairs):
@@ -230,9 +231,9 @@ def learned_amplitudes(
     A small network for each pseudo-shift, all trained together, learns from what is not held out,
     and one more leaves out an ordinary quarter, by which the temperature of all is chosen: only
     what a shift adds to their errors counts. Each input's amplitude is the least within one
-    standard error of the one with the best log loss on its shift. Inputs without a shift take the
-    median, those that were constant at least `CONSTANT_AMPLITUDE`, since no comparison can speak
-    for them.
+    standard error of the one with the best log loss on its shift and that quarter. Inputs without
+    a shift take the median, those that were constant at least `CONSTANT_AMPLITUDE`, since no
+    comparison can speak for them.
 
     Args:
         inputs: `(N, T, D)` of the comparisons' clips, normalised and pooled.
@@ -283,18 +284,22 @@ def learned_amplitudes(
     power = difference[-1].square().mean()
 
     frequencies = torch.randn(size, _FREQUENCIES) / math.sqrt(size)
-    found: dict[bool, list[float]] = {False: [], True: []}
-    for k, (j, sparse, rows) in enumerate(shifts):
+
+    def tried(k: int, j: int) -> Tensor:
+        """Losses `(A, Q')` of what network k hasn't seen, by the amplitude of input j."""
+        rows, unit = held_out[k], units[k, j]
         clips, places = pairs[rows].unique(return_inverse=True)
         flat = inputs[clips].flatten(0, 1)
-        excess = _excess(
-            flat[:, j] * units[k, j], lows[k, j] * units[k, j], highs[k, j] * units[k, j]
-        )
+        excess = _excess(*(unit * x for x in (flat[:, j], lows[k, j], highs[k, j])))
         root = excess.sqrt()[:, None] * _process(flat, frequencies)
         root = (root.unflatten(0, (len(clips), -1)) * mask[clips][..., None]).sum(1)
         variance = (root[places[:, 1]] - root[places[:, 0]]).square().sum(1)
-        tried = losses(difference[k, rows], power * _AMPLITUDES[:, None] * variance, rows)
-        amplitude = float(_AMPLITUDES[_least_of_the_best(tried)])
+        return losses(difference[k, rows], power * _AMPLITUDES[:, None] * variance, rows)
+
+    found: dict[bool, list[float]] = {False: [], True: []}
+    for k, (j, sparse, _) in enumerate(shifts):
+        each = tried(k, j) if sparse else torch.cat([tried(k, j), tried(-1, j)], 1)
+        amplitude = float(_AMPLITUDES[_least_of_the_best(each)])
         amplitudes[j] = max(amplitude, _LEAST_AMPLITUDE)
         found[sparse].append(amplitude)
     others = torch.ones(size, dtype=torch.bool)

@@ -170,6 +170,26 @@ class SaturatesFarAway(DeepEnsemble):
         return frames * torch.exp(-frames.square().sum(1, keepdim=True) / 50)
 
 
+@fails("unknown_inputs_return_to_one_half")
+class IsNeverNovel(DeepEnsemble):
+    def update_novelty(self, comparisons, setting):
+        pass
+
+
+@fails("shared_novelty_cancels")
+class NoveltyOfEachClip(DeepEnsemble):
+    def posterior(self, clips):
+        posterior = super().posterior(clips)
+        return posterior.plus(posterior.root.square().sum(1).sqrt().diag())
+
+
+@fails("nothing_is_novel_where_compared")
+class ComparedFramesAreNovel(DeepEnsemble):
+    def update_novelty(self, comparisons, setting):
+        super().update_novelty(comparisons, setting)
+        self.novelty.high -= 1
+
+
 @fails("learns_an_easy_reward")
 class LearnsTheOpposite(DeepEnsemble):
     def loss(self, batch):
