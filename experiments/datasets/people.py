@@ -92,8 +92,8 @@ def load_delivery(folder: Path) -> HumanData:
     A clip is three steps. An observation holds six features of the step's cell, the change in
     Manhattan distance to the nearest goal, and the position before the step (x, y), since people
     judge how far there is still to go. Groups are pairs of walks in either order. The baseline's
-    features are the summed features and changes, and the distance at the start. Held out is "mud":
-    either walk met mud.
+    features are the summed features and changes, and the distance at the start. Held out is each
+    feature, such as "mud": either walk met it.
     """
     names = ("positions", "actions", "features", "feature_names", "preference", "board")
     positions, actions, met, labels, preference, board = _read(folder, "delivery.npz", names)
@@ -107,10 +107,12 @@ def load_delivery(folder: Path) -> HumanData:
     nearer = np.diff(distance)[..., None]
     observations = np.concatenate([met, nearer, positions[:, :, :-1]], -1)
     whole = np.concatenate([met.sum(2), nearer.sum(2), distance[..., :1]], -1)
-    mud: Mask = np.logical_or.reduce(met[..., list(labels).index("mud")] > 0, axis=(1, 2))
+    # One that everybody meets can't be left out.
+    either = {str(name): np.asarray((met[..., j] > 0).any((1, 2))) for j, name in enumerate(labels)}
+    held_out = {name: rows for name, rows in either.items() if 0 < rows.mean() < 0.9}
     comparisons = _comparisons(observations, actions, preference)
     groups = _numbered(np.sort(comparisons.pairs.numpy(), 1))
-    return HumanData("delivery", comparisons, groups, whole[:, 1] - whole[:, 0], {"mud": mud})
+    return HumanData("delivery", comparisons, groups, whole[:, 1] - whole[:, 0], held_out)
 
 
 def load_pandalm(folder: Path) -> HumanData:
@@ -119,7 +121,8 @@ def load_pandalm(folder: Path) -> HumanData:
     A clip is one frame without an action: the response's sentence embedding, its product with the
     instruction's (whose sum is their cosine), and the logarithm of one more than its number of
     words. The instruction itself is the same for both, and left out. Groups are instructions. The
-    baseline's features are the same numbers.
+    baseline's features are the same numbers. Held out is "long": either response is among the
+    longest third.
     """
     names = ("instruction", "first", "second", "first_words", "second_words", "preference")
     asked, first, second, *words, preference = _read(folder, "pandalm.npz", names)
@@ -127,7 +130,9 @@ def load_pandalm(folder: Path) -> HumanData:
     products = answers * asked[:, None].astype(float)
     length = np.log1p(np.stack(words, 1).astype(float))[..., None]
     items = np.concatenate([answers, products, length], -1)
-    return _single_frames("pandalm", items, preference, _numbered(asked))
+    return _single_frames(
+        "pandalm", items, preference, _numbered(asked), {"long": _upper(length[..., 0], 2 / 3)}
+    )
 
 
 def load_tickets(folder: Path) -> HumanData:
@@ -135,11 +140,13 @@ def load_tickets(folder: Path) -> HumanData:
 
     A clip is one frame without an action: price (1/100 guilder), time (minutes), changes, and
     comfort (0 the best class, 2 the worst). Groups are people. The baseline's features are the
-    same numbers.
+    same numbers. Held out is "dear": either price is in the highest quarter.
     """
     names = ("first", "second", "preference", "person")
     first, second, preference, person = _read(folder, "train_tickets.npz", names)
-    return _single_frames("tickets", np.stack([first, second], 1), preference, _numbered(person))
+    tickets = np.stack([first, second], 1)
+    dear = {"dear": _upper(tickets[..., 0], 0.75)}
+    return _single_frames("tickets", tickets, preference, _numbered(person), dear)
 
 
 HUMAN_DATA: dict[str, Callable[[Path], HumanData]] = {
@@ -218,11 +225,18 @@ def baseline(data: HumanData, train: Integers, test: Integers) -> Floats:
     return probability
 
 
-def _single_frames(name: str, items: Floats, preference: Array, groups: Integers) -> HumanData:
+def _upper(values: Floats, share: float) -> Mask:
+    """Rows `(Q,)` of `(Q, 2)` with a value above the quantile of this share of all."""
+    return np.asarray((values > np.quantile(values, share)).any(1))
+
+
+def _single_frames(
+    name: str, items: Floats, preference: Array, groups: Integers, held_out: dict[str, Mask]
+) -> HumanData:
     """Make clips of one frame without action from items `(Q, 2, F)`."""
     observations = items[:, :, None]
     comparisons = _comparisons(observations, np.zeros((*observations.shape[:3], 0)), preference)
-    return HumanData(name, comparisons, groups, items[:, 1] - items[:, 0], {})
+    return HumanData(name, comparisons, groups, items[:, 1] - items[:, 0], held_out)
 
 
 def _comparisons(observations: Floats, actions: Floats, preference: Array) -> Comparisons:

@@ -6,8 +6,13 @@ calibrated on the rest, and tested on clips of the same stages from other episod
 distribution"), and of the three best stages ("shifted"): far better behaviour than any compared.
 
 **People.** Three published sets of comparisons (`datasets.people`), in folds that keep together
-what belongs together; and deliveries through mud by predictors fitted without any. The weight decay
-is chosen inside each training fold, as is the penalty of the regression to compare with.
+what belongs together. The weight decay is chosen inside each training fold, as is the penalty of
+the regression to compare with.
+
+**Never taught.** People's comparisons that hold something new, by predictors fitted to those
+without it: deliveries through mud, long texts, dear tickets. And an agent whose task is a target
+speed, which the best stages exceed: there a reward learned from slow clips extrapolates wrongly.
+"Without novelty" is the same model without its part for what was never compared.
 
 **Speed.** Seconds for single frames, clips and samples, on one thread.
 """
@@ -38,6 +43,7 @@ from experiments.analysis import plots
 from experiments.analysis.page import Report, Section
 from experiments.analysis.stats import Interval, Values, interquartile_mean, over_tasks, paired
 from experiments.datasets.people import HUMAN_DATA, baseline, splits
+from experiments.datasets.pools import Pool
 from experiments.registry import find_class
 from experiments.studies import PoolSettings, check_least, check_tasks, make_pools, seed_range
 from rewardmodels import (
@@ -63,6 +69,9 @@ STUDIED: dict[str, Callable[..., RewardModel]] = {
     "RandomisedPriors": partial(DeepEnsemble, members=10, prior_scale=0.3),
 }
 """Registered predictors and variants, by their name in the tables; others have import paths."""
+
+TARGET_SPEEDS = {"HalfCheetah": (8, 1.0)}
+"""Place of the speed in an observation, and a target in m/s that later stages exceed, by task."""
 
 COMPARED, SHIFTED = slice(0, 4), slice(-3, None)  # stages of training
 CALIBRATION_SHARE = 0.3
@@ -142,6 +151,7 @@ def cells(settings: Settings) -> list[dict[str, Any]]:
         for task in settings.tasks
         for predictor in predictors
     ]
+    grid += [{**each, "kind": "peaked"} for each in grid if each["task"] in TARGET_SPEEDS]
     if settings.data is not None:
         for load in HUMAN_DATA.values():
             data, people = load(settings.data), {"kind": "people", "folder": str(settings.data)}
@@ -164,13 +174,19 @@ def cell(
         with threadpool_limits(1):  # NumPy's
             return [_speed(predictor)]
     if kind == "people":
-        return [_on_people(task, Path(str(folder)), predictor, fold=seed)]
-    return _on_task(settings, task, predictor, seed)
+        return _on_people(task, Path(str(folder)), predictor, fold=seed)
+    pool = settings.pool(task)
+    if kind == "peaked":
+        place, target = TARGET_SPEEDS[task]
+        clips = pool.trajectories
+        rewards = -(clips.observations[..., place] - target).abs()
+        pool = replace(pool, trajectories=replace(clips, rewards=rewards))
+    return _on_pool(settings, pool, predictor, seed)
 
 
-def _on_task(settings: Settings, task: str, predictor: str, seed: int) -> list[dict[str, Any]]:
-    """Rows of each test, by the posterior as fitted and by the calibrated one."""
-    pool, draw = settings.pool(task), torch.Generator().manual_seed(seed)
+def _on_pool(settings: Settings, pool: Pool, predictor: str, seed: int) -> list[dict[str, Any]]:
+    """Rows of each test, by the posterior as fitted, calibrated, and without novelty."""
+    draw = torch.Generator().manual_seed(seed)
 
     def compared(half: int, n: int, stages: slice) -> Comparisons:
         clips = pool.half(half).clips(2 * n, settings.length, draw, skills=stages)
@@ -188,15 +204,25 @@ def _on_task(settings: Settings, task: str, predictor: str, seed: int) -> list[d
         shared: dict[str, Any] = {"test": test, "epic": reward_distance(model, comparisons.clips)}
         if seed == 0 and test == "in distribution":
             shared["coverage"] = coverage(model, comparisons)
-        for version, source in (("calibrated", calibrated), ("as fitted", model)):
-            posterior = source.posterior(comparisons.clips)
+        posteriors = {"calibrated": calibrated.posterior(comparisons.clips)}
+        for version, posterior in (posteriors | _posteriors(model, comparisons.clips)).items():
             found = posterior_scores(posterior, comparisons) | return_scores(posterior, comparisons)
             rows.append({"version": version, **shared, **cost, **found})
     return rows
 
 
-def _on_people(task: str, folder: Path, predictor: str, fold: int) -> dict[str, Any]:
-    """Scores on one fold; the task "delivery/mud" leaves mud out of the training."""
+def _posteriors(model: RewardModel, clips: Clips) -> dict[str, ReturnPosterior]:
+    """The posterior as fitted, and that of the same model without novelty."""
+    fitted, novelty = model.posterior(clips), model.novelty
+    assert novelty is not None
+    amplitude, novelty.amplitude = novelty.amplitude, torch.zeros_like(novelty.amplitude)
+    without = model.posterior(clips)
+    novelty.amplitude = amplitude
+    return {"as fitted": fitted, "without novelty": without}
+
+
+def _on_people(task: str, folder: Path, predictor: str, fold: int) -> list[dict[str, Any]]:
+    """Rows of one fold; the task "delivery/mud" leaves mud out of the training."""
     name, _, held_out = task.partition("/")
     data = HUMAN_DATA[name](folder)
     train, test = list(splits(data, FOLDS))[fold]
@@ -213,7 +239,8 @@ def _on_people(task: str, folder: Path, predictor: str, fold: int) -> dict[str, 
         started = timeit.default_timer()
         probability = torch.from_numpy(baseline(data, train, test))
         seconds = timeit.default_timer() - started
-        return {"fit_seconds": seconds, **preference_scores(probability, tests.preference)}
+        found = preference_scores(probability, tests.preference)
+        return [{"version": "as fitted", "fit_seconds": seconds, **found}]
 
     def fitted(rows: np.ndarray, weight_decay: float) -> tuple[RewardModel, dict[str, Any]]:
         model = find_class("model", predictor, STUDIED)(weight_decay=weight_decay)
@@ -229,7 +256,10 @@ def _on_people(task: str, folder: Path, predictor: str, fold: int) -> dict[str, 
         losses.append(score.log_loss(probability, asked.preference))
     best = WEIGHT_DECAYS[int(np.argmin(losses))]
     model, cost = fitted(train, best)
-    return {"weight_decay": best, **cost, **posterior_scores(model.posterior(tests.clips), tests)}
+    return [
+        {"version": version, "weight_decay": best, **cost, **posterior_scores(posterior, tests)}
+        for version, posterior in _posteriors(model, tests.clips).items()
+    ]
 
 
 def _fitted(
@@ -269,14 +299,18 @@ def posterior_scores(posterior: ReturnPosterior, comparisons: Comparisons) -> di
 
     Uncertainty is that of the preference, $\min(p, 1 - p)$, as a detector of wrong predictions. In
     rank correlation with the error $|p - y|$ it is epistemic alone: the spread of $p$ over samples
-    of the posterior (Gleave & Irving 2022, arXiv:2203.07472).
+    of the posterior (Gleave & Irving 2022, arXiv:2203.07472). Sure is above 90%; "caught" is the
+    share of wrong predictions among the least sure fifth; "expected" is what these would be were
+    each prediction wrong with the probability $\min(p, 1 - p)$.
     """
     pairs, preference = comparisons.pairs, comparisons.preference
     p = posterior.preference(pairs).double().cpu()
     samples = posterior.rsample(SAMPLES, torch.Generator().manual_seed(0)).cpu()
     spread = (samples[:, pairs[:, 1]] - samples[:, pairs[:, 0]]).double().sigmoid().std(0)
     uncertainty = torch.minimum(p, 1 - p)
-    wrong = (p > 0.5) != (preference > 0.5)
+    wrong, sure = (p > 0.5) != (preference > 0.5), uncertainty < 0.1
+    least_sure = uncertainty >= uncertainty.quantile(0.8)
+    expected = uncertainty.sum()
     risk = score.risk_coverage(uncertainty, p, preference)
     places = np.ceil(np.linspace(0.05, 1, 20) * len(risk.risk)).astype(int) - 1
     reliability = score.reliability_curve(p, preference)._asdict()
@@ -288,7 +322,11 @@ def posterior_scores(posterior: ReturnPosterior, comparisons: Comparisons) -> di
         "aurc": risk.aurc,
         "augrc": risk.augrc,
         "joint_log_loss": score.joint_log_loss(samples, pairs, preference),
-        "confident_and_wrong": float((wrong & (uncertainty < 0.1)).double().mean()),
+        "sure_and_wrong": float((wrong & sure).double().mean()),
+        "sure_and_wrong_expected": float((uncertainty * sure).mean()),
+        "caught": float((wrong & least_sure).sum() / wrong.sum()) if wrong.any() else float("nan"),
+        "caught_expected": float((uncertainty * least_sure).sum() / expected),
+        "confidence": float((1 - uncertainty).mean()),
         "reliability": {name: values.tolist() for name, values in reliability.items()},
         "risk_by_coverage": risk.risk[places].tolist(),  # at 5%, 10%, …, 100%
     }
@@ -370,7 +408,9 @@ def report(results: pd.DataFrame) -> Report:
         text = (
             "Top: observed against predicted preferences, of the half above 50%. Bottom: wrong "
             "predictions among the most certain. In the table, those among the more certain half, "
-            "and the expected calibration error (ECE) in distribution, less that as fitted."
+            "and the expected calibration error (ECE) in distribution, less that as fitted; and, "
+            "in distribution, predictions above 90% that are wrong, and the share of wrong ones "
+            "among the least sure fifth, each over what perfect calibration would give."
         )
         rows = kinds["simulated"]
         sections.append(Section("Trust", text, _trust_figure(rows, look), _trust(rows)))
@@ -387,8 +427,18 @@ def report(results: pd.DataFrame) -> Report:
             "Means over five folds. These share training data, so intervals are Nadeau & Bengio's "
             f"(2003, section 5). Differences are from the {BASELINE} on the same fold."
         )
-        rows = kinds["people"]
+        rows = kinds["people"][kinds["people"]["version"] == "as fitted"]
         sections.append(Section("People", text, _people_figure(rows, look), _people(rows)))
+    unknown = _never_taught(kinds)
+    if len(unknown):
+        text = (
+            "Comparisons unlike any that predictors were fitted to, with novelty and without. Sure "
+            "and wrong: share of the predictions that are above 90% and wrong. Means over folds, "
+            "or interquartile means over tasks and seeds. In the figure, a predictor that knows "
+            "what it doesn't know is no surer than it is right."
+        )
+        figure = _never_taught_figure(unknown, look)
+        sections.append(Section("Never taught", text, figure, unknown))
     text = (
         "Medians on one thread, of frames and clips of HalfCheetah's shape, clips of 25 frames. "
         "Cells that are computed at the same time (`--jobs`) slow each other down."
@@ -441,9 +491,13 @@ def _trust(rows: pd.DataFrame) -> pd.DataFrame:
     table = []
     for name, of in half.groupby("predictor", sort=False):
         line: dict[str, Any] = {"predictor": name}
+        certain = of[(of["version"] == "calibrated") & (of["test"] == "in distribution")]
+        for column in ("sure_and_wrong", "caught"):
+            ratio = certain[column] / certain[f"{column}_expected"]
+            line[f"{column.replace('_', ' ')} over expected"] = _mean(ratio)
         for test, some in of[of["version"] == "calibrated"].groupby("test", sort=False):
             line[f"wrong, {test}"] = over_tasks(some, "wrong")
-        known = of[of["test"] == "in distribution"]
+        known = of[(of["test"] == "in distribution") & (of["version"] != "without novelty")]
         gaps = paired(known, "ece", by="version", reference="as fitted")
         table.append(line | _compared(gaps, "ECE less as fitted"))
     return pd.DataFrame(table)
@@ -537,6 +591,69 @@ def _people(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+_SHIFT_COLUMNS = {
+    "accuracy": "accuracy",
+    "confidence": "confidence",
+    "log_loss": "log loss",
+    "ece": "ECE",
+    "sure_and_wrong": "sure and wrong",
+    "aurc": "AURC",
+    "augrc": "AUGRC",
+}
+
+
+def _never_taught(kinds: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Scores on each shift by each predictor, with novelty ("as fitted") and without."""
+    parts = []
+    for kind, rows in kinds.items():
+        if kind == "people":
+            shifts = rows[rows["task"].str.contains("/") & (rows["predictor"] != BASELINE)]
+            parts.append(shifts.assign(shift=shifts["task"]))
+        elif kind in ("simulated", "peaked"):
+            shifts = rows[(rows["test"] == "shifted") & (rows["version"] != "calibrated")]
+            name = {"simulated": "better behaviour", "peaked": "beyond a target speed"}[kind]
+            parts.append(shifts.assign(shift=name))
+    if not parts:
+        return pd.DataFrame()
+    rows, table = pd.concat(parts), []
+    for (shift, name), of in rows.groupby(["shift", "predictor"], sort=False):
+        line = {"shift": shift, "predictor": name}
+        for version, some in of.groupby("version", sort=False):
+            suffix = "" if version == "as fitted" else ", without novelty"
+            mean = pd.Series.mean if "/" in str(shift) else _mean
+            line |= {f"{title}{suffix}": mean(some[c]) for c, title in _SHIFT_COLUMNS.items()}
+        table.append(line)
+    unchanged = "accuracy, without novelty"  # novelty adds variance alone
+    return pd.DataFrame(table).drop(columns=unchanged, errors="ignore")
+
+
+def _never_taught_figure(table: pd.DataFrame, look: Mapping[str, plots.Look]) -> Figure:
+    """Mean confidence with novelty and without, and the accuracy, for each shift."""
+    shifts = list(table["shift"].unique())
+    with plots.style():
+        height = 1.4 + 0.6 * len(shifts)
+        figure, (axes,) = plots.panels(1, columns=1, width=7.2, height=height)
+        axes.axvline(0.5, color=plots.GREY, linestyle=":", linewidth=1)
+        for row in table.to_dict("records"):
+            name = row["predictor"]
+            offset = 0.7 * ((list(look).index(name) + 0.5) / len(look) - 0.5)
+            place = shifts.index(row["shift"]) + offset
+            before, after = row["confidence, without novelty"], row["confidence"]
+            color = look[name]["color"]
+            axes.plot([before, after], [place, place], color=color, linewidth=1)
+            axes.plot(before, place, "o", color=color, fillstyle="none")
+            axes.plot(after, place, "o", color=color, label=name)
+            axes.plot(row["accuracy"], place, "|", color="black", markersize=9)
+        axes.set_yticks(range(len(shifts)), shifts)
+        axes.invert_yaxis()
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_xlabel(
+            "mean confidence without novelty (hollow) and with (filled); accuracy (bar)"
+        )
+        plots.legend_below(figure)
+    return figure
+
+
 def _people_figure(rows: pd.DataFrame, look: Mapping[str, plots.Look]) -> Figure:
     """Accuracy and log loss less the regression's; a row for each set of comparisons."""
     tasks = list(rows["task"].unique())
@@ -577,6 +694,14 @@ def _cost(kinds: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def _figures(kinds: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
+    for row in _never_taught(kinds).to_dict("records"):
+        shift = {"better behaviour": "simulated", "beyond a target speed": "peaked"}.get(
+            row["shift"], row["shift"].replace("/", ".")
+        )
+        for name, column in (("shift_nll", "log loss"), ("sure_and_wrong", "sure and wrong")):
+            key = f"{shift}.{_key(row['predictor'])}"
+            figures[f"{name}.{key}"] = row[column]
+            figures[f"{name}_without_novelty.{key}"] = row[f"{column}, without novelty"]
     if "simulated" in kinds:
         for name, of in kinds["simulated"].groupby("predictor", sort=False):
             for figure, (test, version, column) in FIGURES.items():

@@ -54,7 +54,7 @@ def test_scores_follow_their_definitions():
     by_rank = score.rank_correlation(spread, (p - y).abs())
     assert found["rank_correlation"] == pytest.approx(by_rank, abs=1e-3)
     confident = (wrong & ((p - 0.5).abs() > 0.4)).double().mean()
-    assert found["confident_and_wrong"] == pytest.approx(float(confident))
+    assert found["sure_and_wrong"] == pytest.approx(float(confident))
     assert len(found["risk_by_coverage"]) == 20
     assert found["risk_by_coverage"][-1] == pytest.approx(1 - found["accuracy"])
 
@@ -117,13 +117,15 @@ def results(seeds: int = 5) -> pd.DataFrame:
          "coverage": 0.96 if seed == 0 and test == "in distribution" else None}
         for name, better in (("single network", 0.0), ("LaplaceHead", 0.1))
         for task in ("A", "B") for seed in range(seeds)
-        for test in ("in distribution", "shifted") for version in ("calibrated", "as fitted")
+        for test in ("in distribution", "shifted")
+        for version in ("calibrated", "as fitted", "without novelty")
     ]  # fmt: skip
     rows += [
-        {"kind": "people", "task": "trains", "predictor": name, "seed": fold, **scores,
-         "log_loss": 0.5 + worse + 0.01 * fold}
+        {"kind": "people", "task": task, "predictor": name, "seed": fold, **scores,
+         "version": version, "log_loss": 0.5 + worse + 0.01 * fold + (version != "as fitted")}
         for name, worse in ((study.BASELINE, 0.0), ("single network", 0.1), ("LaplaceHead", 0.0))
-        for fold in range(5)
+        for task in ("trains", "trains/odd") for fold in range(5)
+        for version in ("as fitted", "without novelty")
     ]  # fmt: skip
     speed = {"frame_us": 20.0, "batch_frame_us": 1.5, "clips_ms": 70.0, "samples_seconds": 0.5}
     rows += [{"kind": "speed", "predictor": "LaplaceHead", "seed": 0, **speed}]
@@ -140,7 +142,13 @@ def test_differences_and_verdicts_are_of_seeds_and_folds():
     trust = sections["Trust"].table.set_index("predictor")
     assert trust.loc["LaplaceHead", "ECE less as fitted"] == pytest.approx([-0.05] * 3)
     people = sections["People"].table.set_index("predictor")
-    assert list(people["verdict"]) == ["", "worse", "unclear"]
+    assert list(people["verdict"]) == ["", "worse", "unclear"] * 2
+    unknown = sections["Never taught"].table.set_index(["shift", "predictor"])
+    assert set(unknown.index.get_level_values(0)) == {"better behaviour", "trains/odd"}
+    row = unknown.loc[("trains/odd", "LaplaceHead")]
+    assert row["log loss"] == pytest.approx(row["log loss, without novelty"] - 1)
+    figures = getattr(report, "numbers", None) or report.figures
+    assert figures["shift_nll.trains.odd.LaplaceHead"] == pytest.approx(row["log loss"])
     cost = sections["Cost"].table.set_index("predictor")
     assert cost.loc["LaplaceHead", "1,000 clips, ms"] == 70
     assert report.figures["ece.SingleNetwork"] == pytest.approx(0.15)
@@ -170,7 +178,7 @@ def fitted(monkeypatch):
 def test_what_is_held_out_of_peoples_comparisons_is_never_fitted_to(fitted):
     settings = study.Settings()
     for name in (study.BASELINE, "LaplaceHead"):
-        (row,) = study.cell(settings, "people", "trains/odd", "folder", name, seed=0)
+        row, *_ = study.cell(settings, "people", "trains/odd", "folder", name, seed=0)
         assert row["accuracy"] > 0.6
     assert row["weight_decay"] in study.WEIGHT_DECAYS
     even = small_people().comparisons.pairs[::2].tolist()
@@ -187,7 +195,7 @@ def test_a_small_study_of_tasks_people_and_speed_leaves_a_page(fitted, tmp_path,
     run = studies.Run(tmp_path / "study")
     found = studies.run_study(study, small, run, progress=False)
     rows = pd.read_csv(run.out / "results.csv")
-    assert rows.groupby("kind").size().to_dict() == {"people": 12, "simulated": 8, "speed": 2}
+    assert rows.groupby("kind").size().to_dict() == {"people": 20, "simulated": 12, "speed": 2}
     assert set(rows["predictor"]) == {study.BASELINE, "LaplaceHead", own}
     for key in ("epic", "nll_shifted", "coverage_gap", "batch_frame_us"):
         assert np.isfinite(found.figures[f"{key}.LaplaceHead"])
