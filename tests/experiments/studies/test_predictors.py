@@ -142,7 +142,7 @@ def test_differences_and_verdicts_are_of_seeds_and_folds():
     trust = sections["Trust"].table.set_index("predictor")
     assert trust.loc["LaplaceHead", "ECE less as fitted"] == pytest.approx([-0.05] * 3)
     people = sections["People"].table.set_index("predictor")
-    assert list(people["verdict"]) == ["", "worse", "unclear"] * 2
+    assert list(people["verdict"]) == ["", "", "worse", "worse", "unclear", "unclear"]
     unknown = sections["Never taught"].table.set_index(["shift", "predictor"])
     assert set(unknown.index.get_level_values(0)) == {"better behaviour", "trains/odd"}
     row = unknown.loc[("trains/odd", "LaplaceHead")]
