@@ -134,8 +134,7 @@ class Novelty(nn.Module):
 
     def variance(self, inputs: Tensor) -> Tensor:
         """Variance `(B,)` of the novel part of frames' rewards, in reward units²."""
-        pooled = self.pool(inputs)
-        return _excess(pooled, self.low, self.high) @ self.amplitude
+        return _excess(self.pool(inputs), self.low, self.high) @ self.amplitude
 
     def root(self, inputs: Tensor, mask: Tensor) -> Tensor:
         """Root `(N, F)` of the covariance of the novel part of clips' returns.
@@ -147,11 +146,14 @@ class Novelty(nn.Module):
         Returns:
             Reward units; zero for clips without a novel frame.
         """
-        variance = self.variance(inputs).masked_fill(~mask.flatten(), 0)
-        novel = variance.nonzero().squeeze(1)
-        features = _process(self.pool(inputs[novel]), self.frequencies)
+        pooled = self.pool(inputs)
+        outside = (pooled != pooled.clamp(self.low, self.high)).any(1) & mask.flatten()
+        novel = outside.nonzero().squeeze(1)
+        some = pooled[novel]
+        std = (_excess(some, self.low, self.high) @ self.amplitude).sqrt()
+        features = std[:, None] * _process(some, self.frequencies)
         root = inputs.new_zeros(len(mask), features.shape[1])
-        return root.index_add_(0, novel // mask.shape[1], variance[novel, None].sqrt() * features)
+        return root.index_add_(0, novel // mask.shape[1], features)
 
 
 def _excess(inputs: Tensor, low: Tensor, high: Tensor) -> Tensor:
