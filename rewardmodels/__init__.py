@@ -21,6 +21,7 @@ from rewardmodels.gp import GPHead
 from rewardmodels.laplace import LaplaceHead
 from rewardmodels.likelihood import negative_log_likelihood, preference_probability
 from rewardmodels.model import FitReport, PairBatch, RewardModel, SampledRewardModel
+from rewardmodels.novelty import Novelty
 from rewardmodels.posterior import (
     Difference,
     GaussianPosterior,
@@ -51,6 +52,7 @@ __all__ = [
     "MCDropout",
     "Marks",
     "NotFitted",
+    "Novelty",
     "PairBatch",
     "Ratings",
     "ReturnPosterior",
