@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from rewardmodels.errors import InvalidInput, UnknownName
+from rewardmodels.errors import InvalidInput, UnknownName, require
 from rewardmodels.likelihood import check_random_answer_rate, preference_probability
 
 # Differences held at once, which keeps memory flat in Q. A quarter of a megabyte of doubles
@@ -218,12 +218,6 @@ def all_pairs(n: int) -> Tensor:
     """
     require("n", n >= 0, "a number of clips, at least 0", n)
     return torch.triu_indices(n, n, 1).T.contiguous()
-
-
-def require(name: str, valid: bool, expected: str, got: object) -> None:
-    """Raise InvalidInput about an argument unless it is valid."""
-    if not valid:
-        raise InvalidInput(f"{name}: expected {expected}, got {got}.")
 
 
 def check_pairs(pairs: Tensor, n: int) -> None:

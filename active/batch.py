@@ -18,7 +18,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from active.acquisition import require
+from rewardmodels.errors import require
 
 # Two clips are twins if no sample's returns differ by more than this share of the spread of all
 # returns, plus so many roundings of a return (networks sum in varying order).

@@ -24,10 +24,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from active.acquisition import check_pairs, require
+from active.acquisition import check_pairs
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
-from rewardmodels.errors import InvalidInput, UnknownName, UnreadableFile
+from rewardmodels.errors import InvalidInput, UnknownName, UnreadableFile, require
 from rewardmodels.saving import atomic_path
 
 LEASE_SECONDS: Final = 120.0

@@ -14,7 +14,8 @@ from typing import Final, final
 
 import torch
 
-from active.acquisition import all_pairs, mutual_information, require
+from active.acquisition import all_pairs, mutual_information
+from rewardmodels.errors import require
 from rewardmodels.posterior import ReturnPosterior
 
 # A multiple of the sizes that ensembles have, so that each member counts alike.

@@ -24,7 +24,6 @@ from active.acquisition import (
     mutual_information,
     predictive_entropy,
     preference_variance,
-    require,
 )
 from active.batch import (
     BatchRule,
@@ -35,7 +34,7 @@ from active.batch import (
     Power,
     TopK,
 )
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import InvalidInput, require
 from rewardmodels.likelihood import check_random_answer_rate
 from rewardmodels.posterior import ReturnPosterior
 

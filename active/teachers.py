@@ -22,11 +22,11 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from active.acquisition import check_pairs, require
+from active.acquisition import check_pairs
 from active.feedback import FeedbackStore, Query, import_feedback
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Marks
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import InvalidInput, require
 
 _POLL_SECONDS: Final = 0.5  # between looks at the store while waiting for people
 

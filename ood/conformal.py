@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter1d
 from torch import Tensor
 
-from ood.detectors import as_array, require
+from ood.detectors import as_array
 from ood.sequential import ConformalMartingale, Spike, Statistic
-from rewardmodels import InvalidInput
+from rewardmodels.errors import InvalidInput, require
 
 Array = NDArray[np.float64]
 

@@ -17,7 +17,7 @@ from sklearn.base import BaseEstimator, clone, is_outlier_detector
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
-from rewardmodels import InvalidInput, NotFitted
+from rewardmodels.errors import InvalidInput, NotFitted, require
 from rewardmodels.scoring import FrameScorer
 
 Array = NDArray[Any]
@@ -488,12 +488,6 @@ def whitening(centred: Array) -> Array:
     """Return `(F, F)`, which turns the covariance of `centred` `(B, F)` into the identity."""
     values, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
     return vectors / np.sqrt(np.maximum(values, 0) + _RIDGE)
-
-
-def require(name: str, valid: bool, expected: str, got: object) -> None:
-    """Raise InvalidInput about an argument unless it is valid."""
-    if not valid:
-        raise InvalidInput(f"{name}: expected {expected}, got {got}.")
 
 
 def check_enough(frames: Array, **numbers: int) -> None:

@@ -18,9 +18,9 @@ from ood.detectors import (
     OODDetector,
     as_array,
     check_positive,
-    require,
     whitening,
 )
+from rewardmodels.errors import require
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.networks import PRIOR_GAIN
 

@@ -29,13 +29,11 @@ from ood.detectors import (
     RelativeMahalanobis,
     as_array,
     check_positive,
-    require,
 )
 from ood.dynamics import DynamicsEnsemble, RandomNetworkDistillation
 from ood.features import Features, find_features
 from ood.sequential import CUSUM, STATISTICS, STREAM_STATISTICS, Statistic, root_mean_square
-from rewardmodels import InvalidInput
-from rewardmodels.errors import NotFitted, RewardModelsError, UnreadableFile
+from rewardmodels.errors import InvalidInput, NotFitted, RewardModelsError, UnreadableFile, require
 from rewardmodels.saving import atomic_path, open_described
 
 FORMAT = 1

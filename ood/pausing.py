@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ood.detectors import require
 from ood.features import Features, find_features
 from ood.monitor import Monitor, Stream
+from rewardmodels.errors import require
 
 Array = NDArray[Any]
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ood.detectors import require
 from rewardmodels.calibration import check_predictions
+from rewardmodels.errors import require
 
 CONFIDENT = 0.9
 """Confidence above which a prediction counts as confident."""

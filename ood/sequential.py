@@ -29,8 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ood.detectors import require
-from rewardmodels import InvalidInput
+from rewardmodels.errors import InvalidInput, require
 
 Array = NDArray[np.float64]
 

@@ -14,6 +14,25 @@ class InvalidInput(RewardModelsError, ValueError):
     """An argument has a value, a shape or a type that can't be used."""
 
 
+def require(name: str, valid: bool, expected: str, got: object) -> None:
+    """Raise InvalidInput about an argument unless it is valid.
+
+    Args:
+        name: The argument.
+        valid: Whether its value can be used.
+        expected: What it should have been.
+        got: What it was, and what to do; made into a string only if it is refused.
+
+    Example:
+        >>> require("epochs", 0 >= 1, "at least 1", 0)
+        Traceback (most recent call last):
+            ...
+        rewardmodels.errors.InvalidInput: epochs: expected at least 1, got 0.
+    """
+    if not valid:
+        raise InvalidInput(f"{name}: expected {expected}, got {got}.")
+
+
 class UnknownName(RewardModelsError, ValueError):
     """A name that isn't among the known ones; the message suggests a close one.
 
