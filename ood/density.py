@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 from sklearn.mixture import GaussianMixture
 
-from ood.detectors import Array, OODDetector, check_enough, check_positive
-from rewardmodels.errors import require
+from ood.detectors import Array, OODDetector, check_enough
+from rewardmodels.errors import check_positive, require
 
 
 class KNN(OODDetector):

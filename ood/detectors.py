@@ -497,12 +497,6 @@ def check_enough(frames: Array, **numbers: int) -> None:
         require("features", n >= value, f"at least {name} = {value} frames", n)
 
 
-def check_positive(**numbers: int) -> None:
-    """Raise InvalidInput for a number below 1, with its name."""
-    for name, value in numbers.items():
-        require(name, value >= 1, "at least 1", value)
-
-
 def _check_finite(frames: Array) -> None:
     if not np.isfinite(frames).all():
         row = int(np.flatnonzero(~np.isfinite(frames).all(1))[0])

@@ -17,10 +17,9 @@ from ood.detectors import (
     Array,
     OODDetector,
     as_array,
-    check_positive,
     whitening,
 )
-from rewardmodels.errors import require
+from rewardmodels.errors import check_positive, require
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.networks import PRIOR_GAIN
 

@@ -23,11 +23,10 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
-from ood.detectors import check_positive
 from ood.features import Features, feature_names, find_features
 from ood.monitor import Monitor, Policy, Reading, Stream
 from rewardmodels import Clips
-from rewardmodels.errors import InvalidInput, RewardModelsError, require
+from rewardmodels.errors import InvalidInput, RewardModelsError, check_positive, require
 
 Array = NDArray[Any]
 Acting = Literal["agent", "halted", "waiting", "fallback"]

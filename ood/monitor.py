@@ -28,12 +28,18 @@ from ood.detectors import (
     OODDetector,
     RelativeMahalanobis,
     as_array,
-    check_positive,
 )
 from ood.dynamics import DynamicsEnsemble, RandomNetworkDistillation
 from ood.features import Features, find_features
 from ood.sequential import CUSUM, STATISTICS, STREAM_STATISTICS, Statistic, root_mean_square
-from rewardmodels.errors import InvalidInput, NotFitted, RewardModelsError, UnreadableFile, require
+from rewardmodels.errors import (
+    InvalidInput,
+    NotFitted,
+    RewardModelsError,
+    UnreadableFile,
+    check_positive,
+    require,
+)
 from rewardmodels.saving import atomic_path, open_described
 
 FORMAT = 1

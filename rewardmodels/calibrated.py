@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
-from rewardmodels.errors import InvalidInput, NotFitted
+from rewardmodels.errors import InvalidInput, NotFitted, require
 from rewardmodels.posterior import Difference, ReturnPosterior
 
 _LOWEST, _HIGHEST = 1e-2, 1e2  # temperatures
@@ -104,10 +104,8 @@ class Calibrated:
         Warns:
             ActivelyChosenWarning: `random` is False.
         """
-        if len(comparisons) == 0:
-            raise InvalidInput(
-                "comparisons: expected held-out comparisons to calibrate on, got none."
-            )
+        expected = "held-out comparisons to calibrate on"
+        require("comparisons", len(comparisons) > 0, expected, "none")
         if not random:
             warnings.warn(
                 "comparisons: expected pairs drawn at random, got actively chosen ones; those are "
@@ -238,16 +236,12 @@ class CalibratedPosterior(ReturnPosterior):
         Raises:
             InvalidInput: A coverage out of range, or one that needs more held-out comparisons.
         """
-        if not 0 < coverage < 1:
-            raise InvalidInput(f"coverage: expected a number between 0 and 1, got {coverage}.")
+        require("coverage", 0 < coverage < 1, "a number between 0 and 1", coverage)
         n = len(self._scores)
         place = _at_least((n + 1) * coverage)
-        if place > n:
-            raise InvalidInput(
-                f"coverage: expected at least {_at_least(coverage / (1 - coverage))} held-out "
-                f"comparisons (ties aside) for a coverage of {coverage:g}, got {n}; calibrate on "
-                f"more, or take a coverage of {n / (n + 1):.3g} or less."
-            )
+        some = f"{_at_least(coverage / (1 - coverage))} held-out comparisons (ties aside)"
+        got = f"{n}; calibrate on more, or take a coverage of {n / (n + 1):.3g} or less"
+        require("coverage", place <= n, f"at least {some} for a coverage of {coverage:g}", got)
         p = _both_ways(self._base, pairs)
         # The same subtraction as in the scores, so that equal numbers stay equal.
         possible = (1 - p) <= self._scores[place - 1]

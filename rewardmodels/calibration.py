@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import check_positive, require, require_rows
 from rewardmodels.likelihood import negative_log_likelihood
 
 
@@ -101,18 +101,15 @@ def reliability_curve(
         ([0.15, 0.85], [0.5, 0.5])
     """
     one_way, mu = _checked(probability, preference)
-    if bins < 1:
-        raise InvalidInput(f"bins: expected at least 1, got {bins}.")
+    check_positive(bins=bins)
+    require("binning", binning in ("width", "mass"), "'width' or 'mass'", repr(binning))
     p = torch.cat([one_way, 1 - one_way]).numpy()
     outcome = torch.cat([mu, 1 - mu]).numpy()
-    if binning == "width":
-        place = p
-    elif binning == "mass":
+    place = p
+    if binning == "mass":
         # A middle rank is the same for equal values, and mirrored when all pairs are swapped.
         # Rounded, since 1 - p tells values apart that p doesn't.
         place = (scipy.stats.rankdata(p.round(12)) - 0.5) / len(p)
-    else:
-        raise InvalidInput(f"binning: expected 'width' or 'mass', got {binning!r}.")
     bin_of = np.minimum((place * bins).astype(int), bins - 1)
     count = np.bincount(bin_of, minlength=bins)
     used = count > 0
@@ -182,15 +179,12 @@ def joint_log_loss(
         >>> round(joint_log_loss(samples, pairs, preference, group_size=2), 3)  # but together
         0.347
     """
-    if samples.ndim != 2 or len(samples) == 0:
-        raise InvalidInput(f"samples: expected shape (S, N), got {tuple(samples.shape)}.")
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or len(pairs) != len(preference) or len(pairs) == 0:
-        raise InvalidInput(
-            "pairs, preference: expected shapes (Q, 2) and (Q,) with Q of at least 1, got "
-            f"{tuple(pairs.shape)} and {tuple(preference.shape)}."
-        )
-    if group_size < 1:
-        raise InvalidInput(f"group_size: expected at least 1, got {group_size}.")
+    shape, q = tuple(samples.shape), len(preference)
+    require("samples", len(shape) == 2 and shape[0] > 0, "shape (S, N) with S of at least 1", shape)
+    expected = "shapes (Q, 2) and (Q,) with Q of at least 1"
+    got = f"{tuple(pairs.shape)} and {tuple(preference.shape)}"
+    require("pairs, preference", q > 0 and pairs.shape == (q, 2), expected, got)
+    check_positive(group_size=group_size)
     samples = samples.detach().double()
     total = 0.0
     groups = zip(pairs.split(group_size), preference.double().split(group_size), strict=True)
@@ -218,11 +212,9 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
         >>> round(rank_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.0, 3.0, 2.0])), 3)
         0.5
     """
-    if one.ndim != 1 or one.shape != other.shape or len(one) < 2:
-        raise InvalidInput(
-            "one, other: expected two shapes (N,) with N of at least 2, got "
-            f"{tuple(one.shape)} and {tuple(other.shape)}."
-        )
+    valid = one.ndim == 1 and one.shape == other.shape and len(one) >= 2
+    got = f"{tuple(one.shape)} and {tuple(other.shape)}"
+    require("one, other", valid, "two shapes (N,) with N of at least 2", got)
     ranks = [scipy.stats.rankdata(x.detach().cpu().numpy()) for x in (one, other)]
     if any(np.ptp(x) == 0 for x in ranks):
         return float("nan")
@@ -310,24 +302,16 @@ def risk_coverage(uncertainty: Tensor, probability: Tensor, preference: Tensor) 
 
 def check_predictions(probability: Tensor, preference: Tensor) -> None:
     """Raise InvalidInput unless both are `(Q,)` numbers from 0 to 1."""
-    if probability.ndim != 1 or probability.shape != preference.shape:
-        raise InvalidInput(
-            "probability, preference: expected two shapes (Q,), got "
-            f"{tuple(probability.shape)} and {tuple(preference.shape)}."
-        )
+    valid = probability.ndim == 1 and probability.shape == preference.shape
+    got = f"{tuple(probability.shape)} and {tuple(preference.shape)}"
+    require("probability, preference", valid, "two shapes (Q,)", got)
     for name, value in (("probability", probability), ("preference", preference)):
-        wrong = ~((value >= 0) & (value <= 1))
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            raise InvalidInput(
-                f"{name}: expected numbers from 0 to 1, got {float(value[row])} in row {row}."
-            )
+        require_rows(name, (value >= 0) & (value <= 1), "numbers from 0 to 1", value)
 
 
 def _checked(probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
     check_predictions(probability, preference)
-    if not len(probability):
-        raise InvalidInput("probability, preference: expected at least one pair, got none.")
+    require("probability, preference", len(probability) > 0, "at least one pair", "none")
     # In double precision, so that sums over many pairs don't depend on their order.
     return probability.detach().double().cpu(), preference.detach().double().cpu()
 
@@ -335,14 +319,10 @@ def _checked(probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
 def _errors(uncertainty: Tensor, probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
     """Uncertainty of the pairs without a tie, and error of each prediction: 0, 1, or 1/2."""
     p, mu = _checked(probability, preference)
-    if uncertainty.shape != p.shape:
-        raise InvalidInput(
-            f"uncertainty: expected shape (Q,) = ({len(p)},) as probability, got "
-            f"{tuple(uncertainty.shape)}."
-        )
+    expected = f"shape (Q,) = ({len(p)},) as probability"
+    require("uncertainty", uncertainty.shape == p.shape, expected, tuple(uncertainty.shape))
     decided = mu != 0.5
-    if not bool(decided.any()):
-        raise InvalidInput("preference: expected a preference that isn't a tie, got none.")
+    require("preference", bool(decided.any()), "a preference that isn't a tie", "none")
     p, mu = p[decided], mu[decided]
     wrong = torch.where(p == 0.5, 0.5, ((p > 0.5) != (mu > 0.5)).double())
     return uncertainty.detach().double().cpu()[decided], wrong

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import InvalidInput, require
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,33 +47,22 @@ class Clips:
 
     def __post_init__(self) -> None:
         for name, value in self._tensors():
-            if not isinstance(value, Tensor):
-                raise InvalidInput(
-                    f"{name}: expected a torch.Tensor, got {type(value).__name__}; "
-                    "torch.as_tensor makes one of most things."
-                )
-        if self.observations.ndim < 2 or self.length == 0:
-            raise InvalidInput(
-                "observations: expected shape (N, T, *obs) with T of at least 1, got "
-                f"{tuple(self.observations.shape)}."
-            )
-        shape = self.observations.shape[:2]
+            got = f"{type(value).__name__}; torch.as_tensor makes one of most things"
+            require(name, isinstance(value, Tensor), "a torch.Tensor", got)
+        found = tuple(self.observations.shape)
+        shape, n_and_t = found[:2], f"(N, T) = {found[:2]}"
+        valid = len(shape) == 2 and shape[1] > 0
+        require("observations", valid, "shape (N, T, *obs) with T of at least 1", found)
         whole = self.mask is None
         if whole:
             mask = torch.ones(shape, dtype=torch.bool, device=self.observations.device)
             object.__setattr__(self, "mask", mask)
         for name, value in self._tensors():
-            if value.shape[:2] != shape:
-                raise InvalidInput(
-                    f"{name}: expected its first two axes to be (N, T) = {tuple(shape)} as in "
-                    f"observations, got shape {tuple(value.shape)}."
-                )
-            if name in ("mask", "rewards") and value.ndim > 2:
-                raise InvalidInput(
-                    f"{name}: expected shape (N, T) = {tuple(shape)}, got {tuple(value.shape)}."
-                )
-        if self.mask.dtype != torch.bool:
-            raise InvalidInput(f"mask: expected dtype bool, got {self.mask.dtype}.")
+            found, expected = tuple(value.shape), f"first two axes {n_and_t} as in observations"
+            require(name, found[:2] == shape, expected, found)
+            valid = len(found) == 2 or name not in ("mask", "rewards")
+            require(name, valid, f"shape {n_and_t}", found)
+        require("mask", self.mask.dtype == torch.bool, "dtype bool", self.mask.dtype)
         padding = None if whole or bool(self.mask.all()) else ~self.mask
         if padding is not None and bool(padding.all(1).any()):
             empty = int(padding.all(1).nonzero()[0])
@@ -82,7 +71,8 @@ class Clips:
             if value.is_floating_point():
                 if padding is not None:
                     # Padding may hold NaN, or what overflows: 0 x inf would spoil a gradient.
-                    value = value.masked_fill(_like(padding, value), 0)
+                    padded = padding.view(*shape, *(1,) * (value.ndim - 2))
+                    value = value.masked_fill(padded, 0)
                     object.__setattr__(self, name, value)
                 _check_finite(name, value)
 
@@ -126,8 +116,7 @@ class Clips:
         Raises:
             InvalidInput: No parts, or frames of different shapes.
         """
-        if not parts:
-            raise InvalidInput("parts: expected at least one Clips, got none.")
+        require("parts", bool(parts), "at least one Clips", "none")
         length = max(part.length for part in parts)
         joined: dict[str, Tensor] = {}
         for name in _FIELDS:
@@ -197,11 +186,9 @@ def cut(
         >>> cut(trajectories, length=10, n=5).observations.shape
         torch.Size([5, 10, 3])
     """
-    if len(trajectories) == 0 or length < 1 or n < 1:
-        raise InvalidInput(
-            "trajectories, length, n: expected at least one of each, got "
-            f"{len(trajectories)}, {length} and {n}."
-        )
+    got = f"{len(trajectories)}, {length} and {n}"
+    valid = len(trajectories) > 0 and min(length, n) >= 1
+    require("trajectories, length, n", valid, "at least one of each", got)
     places = (trajectories.lengths.cpu() - length + 1).clamp_min(1)
     which = torch.multinomial(places.double(), n, replacement=True, generator=generator)
     # In single precision the product may round up to a place that doesn't exist.
@@ -250,10 +237,6 @@ def _pad(value: Tensor, length: int) -> Tensor:
     if missing == 0:
         return value
     return torch.cat([value, value.new_zeros(len(value), missing, *value.shape[2:])], 1)
-
-
-def _like(mask: Tensor, value: Tensor) -> Tensor:
-    return mask.view(*mask.shape, *(1,) * (value.ndim - 2))
 
 
 def _check_finite(name: str, value: Tensor) -> None:

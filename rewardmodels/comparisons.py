@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rewardmodels.clips import Clips, as_rows
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import require, require_rows
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16)
 
@@ -42,37 +42,14 @@ class Comparisons:
 
     def __post_init__(self) -> None:
         pairs, preference, n = self.pairs, self.preference, len(self.clips)
-        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype not in _INTEGERS:
-            raise InvalidInput(
-                f"pairs: expected integers of shape (Q, 2), got {pairs.dtype} of shape "
-                f"{tuple(pairs.shape)}."
-            )
-        if preference.shape != pairs.shape[:1]:
-            raise InvalidInput(
-                f"preference: expected shape (Q,) = ({len(pairs)},) as pairs has rows, got "
-                f"{tuple(preference.shape)}."
-            )
-        _refuse(
-            ((pairs < 0) | (pairs >= n)).any(1),
-            lambda row: (
-                f"pairs: expected indices from 0 to {n - 1} ({n} clips), got "
-                f"{pairs[row].tolist()} in row {row}."
-            ),
-        )
-        _refuse(
-            pairs[:, 0] == pairs[:, 1],
-            lambda row: (
-                f"pairs: expected two different clips, got clip {int(pairs[row, 0])} against "
-                f"itself in row {row}."
-            ),
-        )
-        _refuse(
-            ~((preference >= 0) & (preference <= 1)),
-            lambda row: (
-                "preference: expected probabilities from 0 to 1 that the second clip is "
-                f"preferred, got {float(preference[row])} in row {row}; leave skipped queries out."
-            ),
-        )
+        _require_integers("pairs", pairs, "(Q, 2)", 2)
+        expected, shape = f"shape (Q,) = ({len(pairs)},) as pairs has rows", tuple(preference.shape)
+        require("preference", shape == (len(pairs),), expected, shape)
+        valid = ((pairs >= 0) & (pairs < n)).all(1)
+        require_rows("pairs", valid, f"indices from 0 to {n - 1} ({n} clips)", pairs)
+        require_rows("pairs", pairs[:, 0] != pairs[:, 1], "two different clips", pairs)
+        expected = "P(second is preferred) from 0 to 1 (leave skipped queries out)"
+        require_rows("preference", (preference >= 0) & (preference <= 1), expected, preference)
         if not preference.is_floating_point():
             object.__setattr__(self, "preference", preference.float())
 
@@ -144,27 +121,14 @@ class Marks:
 
     def __post_init__(self) -> None:
         rows, n = self.rows, len(self.clips)
-        if rows.ndim != 2 or rows.shape[1] != 4 or rows.dtype not in _INTEGERS:
-            raise InvalidInput(
-                "rows: expected integers of shape (M, 4), clip, first frame, last frame and good, "
-                f"got {rows.dtype} of shape {tuple(rows.shape)}."
-            )
+        _require_integers("rows", rows, "(M, 4), clip, first frame, last frame and good", 4)
         clip, first, last, good = rows.T
-        _check_clips("rows", clip, n)
-        ends = self.clips.lengths.to(rows.device)[clip]
-        _refuse(
-            ~((first >= 0) & (first <= last) & (last < ends)),
-            lambda row: (
-                f"rows: expected frames from 0 to {int(ends[row]) - 1}, the clip's last, the first "
-                f"not after the last, got {int(first[row])} to {int(last[row])} in row {row}."
-            ),
-        )
-        _refuse(
-            (good != 0) & (good != 1),
-            lambda row: (
-                f"rows: expected 1 for good or 0 for bad, got {int(good[row])} in row {row}."
-            ),
-        )
+        _require_clips("rows", clip, n)
+        end = self.clips.lengths.to(rows.device)[clip] - 1
+        expected = "0 <= first frame <= last frame <= last frame of the clip"
+        frames = torch.stack([first, last, end], 1)
+        require_rows("rows", (first >= 0) & (first <= last) & (last <= end), expected, frames)
+        require_rows("rows", (good == 0) | (good == 1), "1 for good or 0 for bad", good)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -240,25 +204,13 @@ class Ratings:
 
     def __post_init__(self) -> None:
         which = self.which
-        if which.ndim != 1 or which.dtype not in _INTEGERS:
-            raise InvalidInput(
-                f"which: expected integers of shape (M,), got {which.dtype} of shape "
-                f"{tuple(which.shape)}."
-            )
-        for name in ("rating", "raters"):
-            value = getattr(self, name)
-            if value is not None and value.shape != which.shape:
-                raise InvalidInput(
-                    f"{name}: expected shape (M,) = ({len(which)},) as which has, got "
-                    f"{tuple(value.shape)}."
-                )
-        _check_clips("which", which, len(self.clips))
-        _refuse(
-            ~self.rating.isfinite(),
-            lambda row: (
-                f"rating: expected finite numbers, got {float(self.rating[row])} in row {row}."
-            ),
-        )
+        _require_integers("which", which, "(M,)")
+        for name, value in (("rating", self.rating), ("raters", self.raters)):
+            if value is not None:
+                expected = f"shape (M,) = ({len(which)},) as which has"
+                require(name, value.shape == which.shape, expected, tuple(value.shape))
+        _require_clips("which", which, len(self.clips))
+        require_rows("rating", self.rating.isfinite(), "finite numbers", self.rating)
 
     def __len__(self) -> int:
         return len(self.which)
@@ -291,17 +243,12 @@ class Ratings:
         return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
-def _check_clips(name: str, clip: Tensor, n: int) -> None:
-    _refuse(
-        (clip < 0) | (clip >= n),
-        lambda row: (
-            f"{name}: expected clips from 0 to {n - 1} ({n} clips), got {int(clip[row])} "
-            f"in row {row}."
-        ),
-    )
+def _require_integers(name: str, value: Tensor, shape: str, *row: int) -> None:
+    """Raise InvalidInput unless a tensor has integers in rows of this shape."""
+    valid = value.dtype in _INTEGERS and value.ndim > 0 and value.shape[1:] == row
+    got = f"{value.dtype} of shape {tuple(value.shape)}"
+    require(name, valid, f"integers of shape {shape}", got)
 
 
-def _refuse(wrong: Tensor, why: Callable[[int], str]) -> None:
-    """Raise InvalidInput for the first row that is wrong, if one is."""
-    if bool(wrong.any()):
-        raise InvalidInput(why(int(wrong.nonzero()[0])))
+def _require_clips(name: str, clip: Tensor, n: int) -> None:
+    require_rows(name, (clip >= 0) & (clip < n), f"clips from 0 to {n - 1} ({n} clips)", clip)

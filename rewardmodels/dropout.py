@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rewardmodels.clips import Clips
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import check_positive, require
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
 from rewardmodels.networks import MLP, FrameNetwork
@@ -43,12 +43,10 @@ class MCDropout(SampledRewardModel):
 
     def __init__(self, samples: int = 32, rate: float = 0.1, **options: Any) -> None:
         super().__init__(**options)
-        if samples < 1:
-            raise InvalidInput(f"samples: expected at least 1, got {samples}.")
-        if not 0 <= rate < 1:
-            raise InvalidInput(f"rate: expected a share from 0 to below 1, got {rate}.")
-        if not self.hidden and self.make_network is None:
-            raise InvalidInput("hidden: expected at least one hidden layer to drop units of.")
+        check_positive(samples=samples)
+        require("rate", 0 <= rate < 1, "a share from 0 to below 1", rate)
+        layered = bool(self.hidden) or self.make_network is not None
+        require("hidden", layered, "at least one hidden layer to drop units of", "none")
         self.samples, self.rate = samples, rate
         self.register_buffer("mask_seed", torch.tensor(0))
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import check_positive, require
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel
 from rewardmodels.networks import PRIOR_GAIN, MemberMLP, Members
@@ -44,10 +44,8 @@ class DeepEnsemble(SampledRewardModel):
 
     def __init__(self, members: int = 5, prior_scale: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
-        if members < 1:
-            raise InvalidInput(f"members: expected at least 1, got {members}.")
-        if not 0 <= prior_scale < math.inf:
-            raise InvalidInput(f"prior_scale: expected a number of at least 0, got {prior_scale}.")
+        check_positive(members=members)
+        require("prior_scale", 0 <= prior_scale < math.inf, "a number of at least 0", prior_scale)
         self.members, self.prior_scale = members, prior_scale
         self.register_buffer("bootstrap_seed", torch.tensor(0))
 

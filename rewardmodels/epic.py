@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.regression import pearson_corrcoef
 
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import require
 
 Reward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -62,17 +62,12 @@ def epic_distance(
         >>> round(epic_distance(reward, lambda s, a, t: -reward(s, a, t), s, a, t), 3)
         1.0
     """
-    m = len(observations)
-    if not m == len(actions) == len(next_observations) or m < 2:
-        raise InvalidInput(
-            "observations, actions, next_observations: expected one number of transitions, at "
-            f"least 2, got {m}, {len(actions)} and {len(next_observations)}."
-        )
-    if not 0 <= discount <= 1 or draws < 1:
-        raise InvalidInput(
-            "discount, draws: expected a number from 0 to 1 and one of at least 1, got "
-            f"{discount} and {draws}."
-        )
+    m, k, n = len(observations), len(actions), len(next_observations)
+    name, expected = "observations, actions, next_observations", "as many of each, at least 2"
+    require(name, m == k == n >= 2, expected, f"{m}, {k} and {n}")
+    expected = "a number from 0 to 1 and one of at least 1"
+    valid = 0 <= discount <= 1 and draws >= 1
+    require("discount, draws", valid, expected, f"{discount} and {draws}")
     drawn_actions = actions[torch.randint(m, (draws,), generator=generator)]
     drawn_next = next_observations[torch.randint(m, (draws,), generator=generator)]
 

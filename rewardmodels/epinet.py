@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import check_positive, require
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, SampledRewardModel, sum_frames
 from rewardmodels.networks import PRIOR_GAIN, FrameNetwork, MemberMLP
@@ -59,16 +59,9 @@ class Epinet(SampledRewardModel):
         **options: Any,
     ) -> None:
         super().__init__(weight_decay=weight_decay, **options)
-        for name, number in (
-            ("index_dim", index_dim),
-            ("samples", samples),
-            ("epinet_width", epinet_width),
-            ("training_indices", training_indices),
-        ):
-            if number < 1:
-                raise InvalidInput(f"{name}: expected at least 1, got {number}.")
-        if not 0 <= prior_scale < math.inf:
-            raise InvalidInput(f"prior_scale: expected a number of at least 0, got {prior_scale}.")
+        check_positive(index_dim=index_dim, samples=samples)
+        check_positive(epinet_width=epinet_width, training_indices=training_indices)
+        require("prior_scale", 0 <= prior_scale < math.inf, "a number of at least 0", prior_scale)
         self.index_dim, self.samples = index_dim, samples
         self.prior_scale, self.epinet_width = prior_scale, epinet_width
         self.training_indices = training_indices

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from torch import Tensor
+
 
 class RewardModelsError(Exception):
     """Base class of all errors that the library raises on purpose."""
@@ -31,6 +33,26 @@ def require(name: str, valid: bool, expected: str, got: object) -> None:
     """
     if not valid:
         raise InvalidInput(f"{name}: expected {expected}, got {got}.")
+
+
+def require_rows(name: str, valid: Tensor, expected: str, got: Tensor) -> None:
+    """Raise InvalidInput about the first of Q rows that isn't valid.
+
+    Args:
+        name: The argument.
+        valid: `(Q,)` bool.
+        expected: What each row should have been.
+        got: `(Q,)` or `(Q, n)`, what they were.
+    """
+    if not bool(valid.all()):
+        row = int((~valid).nonzero()[0])
+        require(name, False, expected, f"{got[row].tolist()} in row {row}")
+
+
+def check_positive(**numbers: int) -> None:
+    """Raise InvalidInput for a number below 1, with its name."""
+    for name, value in numbers.items():
+        require(name, value >= 1, "at least 1", value)
 
 
 class UnknownName(RewardModelsError, ValueError):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons, Marks, Ratings
-from rewardmodels.errors import FitDiverged, InvalidInput
+from rewardmodels.errors import FitDiverged, InvalidInput, check_positive, require
 from rewardmodels.model import FitReport, PairBatch, RewardModel
 from rewardmodels.novelty import NoveltySetting, check_novelty
 
@@ -53,13 +53,8 @@ class FitOptions:
     trainer: L.Trainer | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "patience"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"{name}: expected at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.held_out < 1:
-            raise InvalidInput(
-                f"held_out: expected a share from 0 to below 1, got {self.held_out}."
-            )
+        check_positive(batch_size=self.batch_size, patience=self.patience)
+        require("held_out", 0 <= self.held_out < 1, "a share from 0 to below 1", self.held_out)
 
 
 def fit(
@@ -119,24 +114,17 @@ def fit(
         >>> model.posterior(clips).mean.shape
         torch.Size([20])
     """
-    if epochs < 1:
-        raise InvalidInput(f"epochs: expected at least 1, got {epochs}.")
+    check_positive(epochs=epochs)
     check_novelty(novelty)
     options = options or FitOptions()
     data = TrainingSet.gather(comparisons, marks, ratings, options, seed)
     used, held_out = data.comparisons, data.held_out
-    if len(used) < MIN_COMPARISONS:
-        raise InvalidInput(
-            f"comparisons: expected at least {MIN_COMPARISONS} to learn from, marks and ratings "
-            f"included, got {len(used)}."
-        )
+    expected = f"at least {MIN_COMPARISONS} to learn from, marks and ratings included"
+    require("comparisons", len(used) >= MIN_COMPARISONS, expected, len(used))
     if held_out.sum() < _MIN_HELD_OUT:
         held_out[:] = False
-    if held_out.all():
-        raise InvalidInput(
-            f"held_out: expected a share that leaves some of the {len(used)} comparisons to learn "
-            f"from, got {options.held_out}."
-        )
+    expected = f"a share that leaves some of the {len(used)} comparisons to learn from"
+    require("held_out", not held_out.all(), expected, options.held_out)
 
     with isolated_randomness(seed), _quiet():
         model.initialise(used.clips)
@@ -165,11 +153,9 @@ def fit(
             f"{stopping.epoch}; the last good weights are back. Lower the learning rate, or look "
             "for extreme inputs."
         )
-    if stopping.report is None:
-        raise InvalidInput(
-            "trainer: expected one that runs at least one epoch, got one that ran none (epoch "
-            f"{trainer.current_epoch}, max_epochs {trainer.max_epochs}); give each fit a new one."
-        )
+    ran = f"epoch {trainer.current_epoch}, max_epochs {trainer.max_epochs}"
+    got = f"one that ran none ({ran}); give each fit a new one"
+    require("trainer", stopping.report is not None, "one that runs at least one epoch", got)
     with isolated_randomness(seed):
         model.update_novelty(used, novelty)
     return model
@@ -233,10 +219,8 @@ class TrainingSet:
             parts.append(feedback.comparisons())
             index.append(rows)
             held_out.append(_draw_held_out(len(feedback), share, clip, [seed, kind])[rows])
-        if not parts:
-            raise InvalidInput(
-                "comparisons: expected comparisons, marks or ratings to learn from, got none."
-            )
+        expected = "comparisons, marks or ratings to learn from"
+        require("comparisons", bool(parts), expected, "none")
         joined = parts[0] if len(parts) == 1 else Comparisons.cat(parts)
         return cls(joined, torch.cat(index), torch.cat(held_out))
 
@@ -268,10 +252,8 @@ def _draw_held_out(
     """Draw `(n,)` bool, about `share` of them True, equal within a group."""
     draws = np.random.default_rng(seed).random(n)
     if groups is not None:
-        if len(groups) != n:
-            raise InvalidInput(
-                f"groups: expected a number for each of {n} comparisons, got {len(groups)}."
-            )
+        expected = f"a number for each of {n} comparisons"
+        require("groups", len(groups) == n, expected, len(groups))
         # A group's draw is that of its first row, so that it stays when rows are added.
         _, first, group = np.unique(np.asarray(groups), return_index=True, return_inverse=True)
         draws = draws[first[group.reshape(-1)]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import require
 from rewardmodels.likelihood import (
     check_random_answer_rate,
     negative_log_likelihood,
@@ -59,11 +59,9 @@ class LaplaceHead(RewardModel):
 
     def __init__(self, prior_precision: float | None = None, **options: Any) -> None:
         super().__init__(**options)
-        if prior_precision is not None and not 0 < prior_precision < math.inf:
-            raise InvalidInput(
-                "prior_precision: expected a number above 0, or None to choose one by the "
-                f"marginal likelihood, got {prior_precision}."
-            )
+        valid = prior_precision is None or 0 < prior_precision < math.inf
+        expected = "a number above 0, or None to choose one by the marginal likelihood"
+        require("prior_precision", valid, expected, prior_precision)
         self.prior_precision = prior_precision
 
     def build(self, inputs: int) -> None:
@@ -134,12 +132,8 @@ class LaplaceHead(RewardModel):
         first, second = comparisons.pairs.cpu().T
         z = features[second] - features[first]
         difference = z @ self.weights.detach().cpu().double()
-        return (
-            z
-            * fisher_information(difference, random_answer_rate=self.random_answer_rate).sqrt()[
-                :, None
-            ]
-        )
+        information = fisher_information(difference, random_answer_rate=self.random_answer_rate)
+        return z * information.sqrt()[:, None]
 
 
 def fisher_information(difference: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:

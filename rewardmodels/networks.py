@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import InvalidInput, require
 
 # Numbers in a layer of all members up to which one batched product is quicker than a product per
 # member: above, it no longer fits in a processor's cache. Training step of five members of 64 units
@@ -105,11 +105,8 @@ class CNN(nn.Module):
     def __init__(self, image: tuple[int, int, int], inputs: int, hidden: Sequence[int]) -> None:
         super().__init__()
         self.image, self.pixels = image, torch.Size(image).numel()
-        if inputs < self.pixels:
-            raise InvalidInput(
-                f"inputs: expected at least the {self.pixels} numbers of an image {image}, got "
-                f"{inputs}."
-            )
+        expected = f"at least the {self.pixels} numbers of an image {image}"
+        require("inputs", inputs >= self.pixels, expected, inputs)
         before, *sides = image
         layers: list[nn.Module] = []
         for channels in _CHANNELS:
@@ -285,11 +282,8 @@ def network_maker(network: nn.Module | MakeNetwork) -> MakeNetwork:
     """
     if isinstance(network, nn.Module):
         return lambda inputs: copy.deepcopy(network)
-    if not callable(network):
-        raise InvalidInput(
-            "network: expected a torch.nn.Module from (B, D) inputs to (B, H) features, or a "
-            f"function from D to one, got {network!r}."
-        )
+    expected = "a torch.nn.Module, (B, D) inputs to (B, H) features, or a function from D to one"
+    require("network", callable(network), expected, repr(network))
     return network
 
 

@@ -20,7 +20,7 @@ from rewardmodels.calibrated import Calibrated
 from rewardmodels.dropout import MCDropout
 from rewardmodels.ensemble import DeepEnsemble
 from rewardmodels.epinet import Epinet
-from rewardmodels.errors import InvalidInput, NotFitted, UnreadableFile
+from rewardmodels.errors import InvalidInput, NotFitted, UnreadableFile, require
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.frames import FrameSpec
 from rewardmodels.gp import GPHead
@@ -203,11 +203,9 @@ def load(
         raise UnreadableFile(
             f"{path}: expected {expected}, got a {name}; pass its class as load(path, cls)."
         )
-    if own_network != (network is not None):
-        which = "the one that the model was made with" if own_network else "none"
-        raise InvalidInput(
-            f"network: expected {which}, got {network!r}; pass it as load(path, network=...)."
-        )
+    which = "the one that the model was made with" if own_network else "none"
+    got = f"{network!r}; pass it as load(path, network=...)"
+    require("network", own_network == (network is not None), which, got)
     try:
         if version == 1:
             hparams, tensors = (

@@ -132,7 +132,7 @@ def with_nan(clip: int, frame: int, *shape: int) -> torch.Tensor:
         ({"observations": torch.zeros(3)}, r"observations: .*got \(3,\)"),
         ({"observations": torch.zeros(3, 0, 2)}, r"T of at least 1, got \(3, 0, 2\)"),
         ({"observations": np.zeros((3, 4, 2))}, r"observations: expected a torch.Tensor, got ndar"),
-        ({"actions": torch.zeros(3, 5, 1)}, r"actions: .*\(3, 4\).*got shape \(3, 5, 1\)"),
+        ({"actions": torch.zeros(3, 5, 1)}, r"actions: .*\(3, 4\).*got \(3, 5, 1\)"),
         ({"rewards": torch.zeros(3, 4, 1)}, r"rewards: .*\(3, 4\), got \(3, 4, 1\)"),
         ({"mask": torch.ones(3, 4)}, r"mask: expected dtype bool, got torch.float32"),
         ({"mask": torch.ones(3, 4, 2, dtype=torch.bool)}, r"mask: expected shape \(N, T\)"),
@@ -165,9 +165,9 @@ def said(pairs: list[list[int]], preference: list[float], n: int = 4) -> Compari
         ([[0, 1]], [1.0, 0.0], r"preference: .*\(1,\).*got \(2,\)"),
         ([[0, 1], [2, 4]], [1.0, 0.0], r"pairs: .*0 to 3 \(4 clips\), got \[2, 4\] in row 1"),
         ([[0, 1], [-1, 2]], [1.0, 0.0], r"pairs: .*got \[-1, 2\] in row 1"),
-        ([[3, 3]], [1.0], r"pairs: .*clip 3 against itself in row 0"),
+        ([[3, 3]], [1.0], r"pairs: .*got \[3, 3\] in row 0"),
         ([[0, 1]], [1.5], r"preference: .*got 1.5 in row 0"),
-        ([[0, 1], [1, 2]], [0.5, float("nan")], r"preference: .*got nan in row 1; leave skipped"),
+        ([[0, 1], [1, 2]], [0.5, float("nan")], r"preference: .*leave skipped.*got nan in row 1"),
     ],
 )
 def test_refuses_what_cannot_be_comparisons(pairs, preference, message):

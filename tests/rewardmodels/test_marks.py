@@ -105,9 +105,9 @@ def test_a_mark_of_a_whole_clip_is_passed_over():
         (torch.tensor([[0, 1, 2]]), "expected integers of shape"),
         (torch.tensor([[0.0, 1, 2, 1]]), "got torch.float32"),
         (torch.tensor([[0, 1, 2, 1], [8, 1, 2, 1]]), "clips from 0 to 7 .* got 8 in row 1"),
-        (torch.tensor([[0, 3, 2, 1]]), "got 3 to 2 in row 0"),
-        (torch.tensor([[0, -1, 2, 1]]), "got -1 to 2"),
-        (torch.tensor([[0, 1, 12, 1]]), "frames from 0 to 11.* got 1 to 12"),
+        (torch.tensor([[0, 3, 2, 1]]), r"first frame <= last frame .*got \[3, 2, 11\] in row 0"),
+        (torch.tensor([[0, -1, 2, 1]]), r"0 <= first frame .*got \[-1, 2, 11\]"),
+        (torch.tensor([[0, 1, 12, 1]]), r"<= last frame of the clip, got \[1, 12, 11\]"),
         (torch.tensor([[0, 1, 2, 2]]), "1 for good or 0 for bad, got 2"),
     ],
 )
