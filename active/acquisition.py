@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from rewardmodels.errors import InvalidInput, UnknownName, require
+from rewardmodels.errors import UnknownName, require
 from rewardmodels.likelihood import check_random_answer_rate, preference_probability
 
 # Differences held at once, which keeps memory flat in Q. A quarter of a megabyte of doubles
@@ -225,11 +225,10 @@ def check_pairs(pairs: Tensor, n: int) -> None:
     valid = pairs.ndim == 2 and pairs.shape[1] == 2 and pairs.dtype in _INTEGERS
     got = f"{pairs.dtype} of shape {tuple(pairs.shape)}"
     require("pairs", valid, "integers of shape (Q, 2)", got)
-    if len(pairs) and not 0 <= int(pairs.min()) <= int(pairs.max()) < n:
-        raise InvalidInput(
-            f"pairs: expected indices from 0 to {n - 1} ({n} clips), got "
-            f"{int(pairs.min())} to {int(pairs.max())}."
-        )
+    if len(pairs):
+        least, most = int(pairs.min()), int(pairs.max())
+        expected = f"indices from 0 to {n - 1} ({n} clips)"
+        require("pairs", 0 <= least <= most < n, expected, f"{least} to {most}")
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from torch import Tensor
 from active.acquisition import check_pairs
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
-from rewardmodels.errors import InvalidInput, UnknownName, UnreadableFile, require
+from rewardmodels.errors import InvalidInput, UnknownName, UnreadableFile, require, require_rows
 from rewardmodels.saving import atomic_path
 
 LEASE_SECONDS: Final = 120.0
@@ -184,9 +184,7 @@ class FeedbackStore:
         """
         check_pairs(pairs, len(clips))
         rows = pairs.tolist()
-        for row, (first, second) in enumerate(rows):
-            got = f"clip {first} against itself in row {row}"
-            require("pairs", first != second, "two different clips", got)
+        require_rows("pairs", pairs[:, 0] != pairs[:, 1], "two different clips", pairs)
         require("round", round >= 0, "at least 0", round)
         used = sorted({clip for row in rows for clip in row})
         self._check_frames(clips)

@@ -34,7 +34,7 @@ from active.batch import (
     Power,
     TopK,
 )
-from rewardmodels.errors import InvalidInput, require
+from rewardmodels.errors import require
 from rewardmodels.likelihood import check_random_answer_rate
 from rewardmodels.posterior import ReturnPosterior
 
@@ -79,11 +79,8 @@ def check_selection(
     """Raise InvalidInput unless these are valid arguments of `QueryStrategy.select`."""
     clips = len(posterior.mean)
     check_pairs(pairs, clips)
-    if not 0 <= n <= len(pairs):
-        raise InvalidInput(
-            f"n: expected from 0 to the {len(pairs)} pairs there are to select from, got {n}; "
-            "cut more clips or ask for fewer."
-        )
+    expected = f"from 0 to the {len(pairs)} pairs there are to select from"
+    require("n", 0 <= n <= len(pairs), expected, f"{n}; cut more clips or ask for fewer")
     if weights is None:
         return
     shape = tuple(weights.shape)

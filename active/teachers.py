@@ -300,11 +300,10 @@ class ReplayTeacher(Teacher):
             clips, _ = store.clips_of([answered[0].id])
         for name, wanted in (("observations", observation), ("actions", action)):
             shape = tuple(getattr(clips, name).shape[2:])
-            if wanted is not None and shape != tuple(wanted):
-                raise InvalidInput(
-                    f"file: expected clips whose {name} have the task's shape {tuple(wanted)}, got "
-                    f"{shape} in {self.file}; pass the task that it was recorded on."
-                )
+            if wanted is not None:
+                expected = f"clips whose {name} have the task's shape {tuple(wanted)}"
+                got = f"{shape} in {self.file}; pass the task that it was recorded on"
+                require("file", shape == tuple(wanted), expected, got)
 
     def collect(self, request: Request) -> None:
         """Put the next recorded queries into the store, with their comparisons."""

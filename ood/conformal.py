@@ -126,11 +126,9 @@ def conformal_rank(n: int, alpha: float) -> int:
         InvalidInput: Too few for this alpha, or an alpha that isn't in (0, 1).
     """
     needed = episodes_needed(alpha)
-    if n < needed:
-        raise InvalidInput(
-            f"scores: expected at least {needed} episodes to take the threshold from, since fewer "
-            f"can't promise alpha = {alpha}; got {n}. Record more, or allow more alarms."
-        )
+    fewer = f"since fewer can't promise alpha = {alpha}"
+    expected = f"at least {needed} episodes to take the threshold from, {fewer}"
+    require("scores", n >= needed, expected, f"{n}; record more, or allow more alarms")
     # 0.95 times 20 may be a rounding error above 19.
     return max(1, math.ceil((1 - alpha) * (n + 1) - 1e-9))
 
@@ -187,12 +185,7 @@ def calibrate(
 
 
 def calibrate_stream(
-    scores: Tensor,
-    statistic: Statistic,
-    alpha: float,
-    *,
-    block: int,
-    standardise: float = 0.25,
+    scores: Tensor, statistic: Statistic, alpha: float, *, block: int, standardise: float = 0.25
 ) -> Threshold:
     r"""Find a threshold that a block of an unending stream exceeds with probability at most alpha.
 

@@ -191,8 +191,7 @@ class OODDetector(ABC):
             InvalidInput: Too many arrays, or too few, for this class.
         """
         expected = {"mean", "scale", *self.learned}
-        if set(state) != expected:
-            raise InvalidInput(f"state: expected {sorted(expected)}, got {sorted(state)}.")
+        require("state", set(state) == expected, f"{sorted(expected)}", sorted(state))
         for name, value in state.items():
             setattr(self, name, value)
         self.num_features, self.revision = len(self.mean), self.revision + 1
@@ -492,8 +491,8 @@ def whitening(centred: Array) -> Array:
 
 def check_enough(frames: Array, **numbers: int) -> None:
     """Raise InvalidInput for fewer frames than one of these numbers, with its name."""
+    n = len(frames)
     for name, value in numbers.items():
-        n = len(frames)
         require("features", n >= value, f"at least {name} = {value} frames", n)
 
 

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ood.detectors import (
-    CONSTANT_SCALE,
-    Array,
-    OODDetector,
-    as_array,
-    whitening,
-)
+from ood.detectors import CONSTANT_SCALE, Array, OODDetector, as_array, whitening
 from rewardmodels.errors import check_positive, require
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.networks import PRIOR_GAIN
@@ -96,12 +90,9 @@ class DynamicsEnsemble(OODDetector):
         self.learned = (*moments, *_layer_names("member", len(self.hidden) + 1))
 
     def fit_frames(self, frames: Array) -> None:
-        size = self.observation_size
-        width = frames.shape[1]
-        expected = (
-            f"at least {2 * size} numbers, those of an observation before and after the action"
-        )
-        require("features", width >= 2 * size, expected, width)
+        size, width = self.observation_size, frames.shape[1]
+        observed = "those of an observation before and after the action"
+        require("features", width >= 2 * size, f"at least {2 * size} numbers, {observed}", width)
         change = frames[:, -size:] - frames[:, :size]
         self.change_mean = change.mean(0)
         smallest = CONSTANT_SCALE * np.maximum(1, np.abs(frames[:, -size:]).max(0))
@@ -265,11 +256,7 @@ class RandomNetworkDistillation(OODDetector):
     """
 
     def __init__(
-        self,
-        hidden: Sequence[int] = (64, 64),
-        outputs: int = 32,
-        steps: int = 3000,
-        seed: int = 0,
+        self, hidden: Sequence[int] = (64, 64), outputs: int = 32, steps: int = 3000, seed: int = 0
     ) -> None:
         self.hidden, self.outputs, self.steps, self.seed = tuple(hidden), outputs, steps, seed
         check_positive(hidden=min(self.hidden, default=1), outputs=outputs, steps=steps)

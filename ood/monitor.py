@@ -21,14 +21,7 @@ from torch import Tensor
 
 from ood.conformal import Threshold, calibrate, calibrate_stream
 from ood.density import KNN, MixtureDensity
-from ood.detectors import (
-    Array,
-    Joint,
-    Mahalanobis,
-    OODDetector,
-    RelativeMahalanobis,
-    as_array,
-)
+from ood.detectors import Array, Joint, Mahalanobis, OODDetector, RelativeMahalanobis, as_array
 from ood.dynamics import DynamicsEnsemble, RandomNetworkDistillation
 from ood.features import Features, find_features
 from ood.sequential import CUSUM, STATISTICS, STREAM_STATISTICS, Statistic, root_mean_square
@@ -419,11 +412,10 @@ def agent_fingerprint(*files: str | os.PathLike[str]) -> str:
 def _describe(detector: OODDetector, prefix: str, arrays: dict[str, Array]) -> dict[str, Any]:
     """Class and settings of a detector as JSON; its arrays are added to `arrays`."""
     name = type(detector).__name__
-    if DETECTORS.get(name) is not type(detector) or not detector.saveable:
-        raise InvalidInput(
-            f"detector: expected one that a file can hold ({', '.join(DETECTORS)}), got a {name}; "
-            "add it to ood.DETECTORS, or save the frames that it was fitted to."
-        )
+    valid = DETECTORS.get(name) is type(detector) and detector.saveable
+    expected = f"one that a file can hold ({', '.join(DETECTORS)})"
+    got = f"a {name}; add it to ood.DETECTORS, or save the frames that it was fitted to"
+    require("detector", valid, expected, got)
     arrays |= {prefix + key: value for key, value in detector.state.items()}
     if not isinstance(detector, Joint):
         return {"class": name, "settings": detector.settings}

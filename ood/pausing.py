@@ -64,10 +64,7 @@ class PauseOnAlarm(BaseCallback):
     """
 
     def __init__(
-        self,
-        monitor: Monitor,
-        features: str | Features = "observation_action",
-        share: float = 0.5,
+        self, monitor: Monitor, features: str | Features = "observation_action", share: float = 0.5
     ) -> None:
         super().__init__()
         require("share", 0 < share <= 1, "a share of the copies in (0, 1]", share)

@@ -62,12 +62,7 @@ def confident_errors(probability: Tensor, preference: Tensor) -> Tensor:
     return (confidence(probability) > CONFIDENT) & wrong & (preference != 0.5)
 
 
-def select(
-    probability: Tensor,
-    preference: Tensor,
-    *,
-    min_confidence: float = 0.5,
-) -> Selection:
+def select(probability: Tensor, preference: Tensor, *, min_confidence: float = 0.5) -> Selection:
     """Withhold unsure predictions.
 
     Args:

@@ -22,12 +22,7 @@ from rewardmodels.laplace import LaplaceHead
 from rewardmodels.likelihood import negative_log_likelihood, preference_probability
 from rewardmodels.model import FitReport, PairBatch, RewardModel, SampledRewardModel
 from rewardmodels.novelty import Novelty
-from rewardmodels.posterior import (
-    Difference,
-    GaussianPosterior,
-    ReturnPosterior,
-    SampledPosterior,
-)
+from rewardmodels.posterior import Difference, GaussianPosterior, ReturnPosterior, SampledPosterior
 from rewardmodels.saving import PREDICTORS, load, save
 from rewardmodels.scoring import FrameScorer
 

@@ -131,11 +131,7 @@ def expected_calibration_error(
     noisy where most probabilities are near 0 and 1. It is biased upwards by about
     $1/\sqrt{\text{comparisons per bin}}$, so compare it only between equal numbers of comparisons.
 
-    Args:
-        probability: `(Q,)`.
-        preference: `(Q,)`.
-        bins: Maximum number of bins.
-        binning: "width" or "mass".
+    Arguments are those of `reliability_curve`.
 
     Example:
         >>> p = torch.tensor([0.8, 0.8, 0.8, 0.8])

@@ -161,11 +161,7 @@ class GPHead(RewardModel):
         phi, rff = self.network(frames), self.rbf.base_kernel
         phases = phi @ (rff.randn_weights / rff.lengthscale.mT)
         scale = (self.rbf.outputscale / rff.num_samples).sqrt()
-        return [
-            (scale, phases.cos()),
-            (scale, phases.sin()),
-            (self.linear.variance[0].sqrt(), phi),
-        ]
+        return [(scale, phases.cos()), (scale, phases.sin()), (self.linear.variance[0].sqrt(), phi)]
 
     def frame_features(self, inputs: Tensor) -> Tensor:
         r"""Kernel features of B frames: $\psi$, `(B, F + H)`; $\psi \psi^\top$ is the kernel."""

@@ -43,7 +43,6 @@ class FrameScorer:
         posterior: `frame_posterior` of a copy of the model, used without `moments`.
 
     Attributes:
-        spec: Shapes of a frame.
         compiled: True if the model was translated to NumPy.
 
     Example:
@@ -212,9 +211,7 @@ _SLOPE = np.float32(0.01)  # torch's default
 
 
 def to_numpy(
-    function: Callable[[Tensor], tuple[Tensor, ...]],
-    width: int,
-    device: torch.device | str = "cpu",
+    function: Callable[[Tensor], tuple[Tensor, ...]], width: int, device: torch.device | str = "cpu"
 ) -> Callable[[Array], tuple[Array, ...]] | None:
     """Translate a torch function of a batch of vectors to a NumPy function.
 
