@@ -178,11 +178,8 @@ class SyntheticTeacher(Teacher):
         least = -math.inf if as_published else 0.0
         valid = math.isfinite(same) and same >= least
         require("same_threshold", valid, "a finite number from 0 or None", same)
-        self.rationality = rationality
-        self.myopia = myopia
-        self.flip_rate = flip_rate
-        self.skip_threshold = skip_threshold
-        self.same_threshold = same_threshold
+        self.rationality, self.myopia, self.flip_rate = rationality, myopia, flip_rate
+        self.skip_threshold, self.same_threshold = skip_threshold, same_threshold
         self.as_published = as_published
 
     def answer(

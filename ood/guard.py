@@ -534,17 +534,10 @@ class GuardController:
         self._halt(i, f"{what}: {name}{error}", "failure")
 
     def _event(self, i: int, kind: EventKind, reason: str) -> Event:
-        threshold = self.monitor.threshold
-        return Event(
-            kind,
-            i,
-            int(self.episode[i]),
-            int(self.stream.steps[i]) if self.stream is not None else 0,
-            float(self.reading.score[i]),
-            float(self.reading.statistic[i]),
-            threshold.value if threshold else math.nan,
-            reason,
-        )
+        step = 0 if self.stream is None else int(self.stream.steps[i])
+        score, statistic = (float(column[i]) for column in self.reading[:2])
+        limit = self.monitor.threshold.value if self.monitor.threshold else math.nan
+        return Event(kind, i, int(self.episode[i]), step, score, statistic, limit, reason)
 
     def _log(self, i: int, kind: EventKind, reason: str) -> None:
         if self.log is None:

@@ -21,8 +21,8 @@ class DeepEnsemble(SampledRewardModel):
 
     Christiano et al. 2017, §2.2.3: "each trained on |D| triples sampled from D with
     replacement". The bootstrap is Oza & Russell's (2001): each member counts each comparison
-    Poisson(1) times, which needs no redraw when comparisons are added. All members are one batched
-    network and see the same minibatches; only their counts differ.
+    Poisson(1) times, which needs no redraw when comparisons are added. All members see the same
+    minibatches; only their counts differ.
 
     With `prior_scale` $\beta > 0$ a member is $f_k = g_k + \beta p_k$, where $p_k$ is a random
     network of the same shape that is never trained (Osband et al. 2018, "Randomized prior

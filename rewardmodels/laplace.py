@@ -34,10 +34,8 @@ class LaplaceHead(RewardModel):
     $$\theta \sim N(\hat\theta, H^{-1}), \quad H = \lambda I + \sum_q i(\hat\theta^\top z_q)\,
     z_q z_q^\top, \quad \mathrm{Var}(R_b - R_a) = z^\top H^{-1} z,$$
 
-    where $i$ is the Fisher information of a comparison (`fisher_information`): without random
-    answers the exact second derivative $p(1-p)$, whatever the preference. Comparisons of equal
-    lengths don't depend on the bias; where lengths differ, the joint uncertainty of bias and
-    weights is counted.
+    where $i$ is a comparison's `fisher_information`. Comparisons of equal lengths don't depend on
+    the bias; where lengths differ, the joint uncertainty of bias and weights is counted.
 
     Only the last layer is uncertain: two clips with the same features have the same return under
     every sample. While `fit` runs, epochs are compared by the network alone, without a variance.
