@@ -129,7 +129,7 @@ def _study(words: str, arguments: list[str]) -> None:
     study = import_module(f"experiments.studies.{name}")
     parser = _parser(words)
     parser.add_argument("--quick", action="store_true", help=_QUICK)
-    parser.add_argument("--json", type=Path, help="file for the figures, which are printed too")
+    parser.add_argument("--json", type=Path, help="file for the key numbers, which are printed too")
     parser.add_argument(
         "--report_only", action="store_true", help="report on the cells that are finished"
     )

@@ -78,18 +78,18 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """Outcome of a study: a page, and the figures for `--json`.
+    """Outcome of a study: a page, and the key numbers for `--json`.
 
     Args:
         title: Of the page: the question.
         sections: In their order.
-        figures: Numbers by flat names, such as `labels_ratio.Hopper`.
+        numbers: Key numbers by flat names, such as `labels_ratio.Hopper`.
         videos: Pictures `(frames, height, width, 3)` by name, each shown at the end of the page.
     """
 
     title: str
     sections: Sequence[Section]
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
     videos: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
 
 
@@ -174,12 +174,12 @@ def markdown(sections: Sequence[Section]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def publish(figures: Mapping[str, Any], file: Path | None) -> None:
-    """Print figures and package versions as JSON, and write the same to a file, if one is given.
+def publish(numbers: Mapping[str, Any], file: Path | None) -> None:
+    """Print key numbers and package versions as JSON, and write the same to a file, if given.
 
     Intervals become lists, what isn't finite null.
     """
-    text = json.dumps({**_finite(figures), "versions": versions()}, indent=2)
+    text = json.dumps({**_finite(numbers), "versions": versions()}, indent=2)
     print(text)
     if file is not None:
         write_text_atomically(file, text + "\n")

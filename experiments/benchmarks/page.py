@@ -51,7 +51,7 @@ def benchmark_page(
 
     Args:
         quick: Take about two minutes, for trends: 200 answers, two kills, ten pairs.
-        json: File for the figures, which are printed too.
+        json: File for the key numbers, which are printed too.
         task: Task of the clips.
         chromium: The browser.
 
@@ -71,18 +71,18 @@ def benchmark_page(
             f"chromium: expected Chromium, and Playwright to drive it, got {chromium}; install "
             "them with apt-get install chromium (Debian) and pip install playwright."
         )
-    figures: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         killed, shown = Path(folder) / "killed", Path(folder) / "shown"
         killed.mkdir()
         shown.mkdir()
         put_queries(killed, task, 200 if quick else 2000, clips=30 if quick else 70)
         put_queries(shown, task, 10 if quick else 40, clips=20 if quick else 80)
-        figures |= answer_during_kills(killed, kills=2 if quick else 10)
-        figures["pair_render_seconds"] = statistics.median(asyncio.run(_render_pairs(shown, task)))
-        figures |= _response_times(shown, task, Path(chromium), answers=8 if quick else 30)
-    publish(figures, json)
-    return figures
+        numbers |= answer_during_kills(killed, kills=2 if quick else 10)
+        numbers["pair_render_seconds"] = statistics.median(asyncio.run(_render_pairs(shown, task)))
+        numbers |= _response_times(shown, task, Path(chromium), answers=8 if quick else 30)
+    publish(numbers, json)
+    return numbers
 
 
 def put_queries(run: Path, task: str, n: int, *, clips: int, length: int = 25) -> list[int]:

@@ -52,7 +52,7 @@ def benchmark_speed(quick: bool = False, json: Path | None = None) -> dict[str, 
 
     Args:
         quick: In a minute or two, for trends: a tenth of the frames and steps.
-        json: File for the figures, which are printed too.
+        json: File for the key numbers, which are printed too.
 
     Returns:
         Flat keys. `throughput_ratio`: steps per second on a learned reward over those on the
@@ -69,7 +69,7 @@ def benchmark_speed(quick: bool = False, json: Path | None = None) -> dict[str, 
     """
     check_json(json)
     torch.set_num_threads(1)
-    figures: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         **score_pairs(),
         **measure_throughput(rollouts=4 if quick else 24),
         "greedy_seconds": seconds_to_select(GreedyInformation(samples=100), clips=1000),
@@ -81,11 +81,11 @@ def benchmark_speed(quick: bool = False, json: Path | None = None) -> dict[str, 
         short = "(steps=1000)" if quick and name == "DynamicsEnsemble" else ""
         make = partial(make_detector, name + short, _OBSERVATION, seed=0)
         for key, value in detector_scale(make, 10**5 if quick else 10**6).items():
-            figures[f"{key}.{name}"] = value
+            numbers[f"{key}.{name}"] = value
             if name == _DEFAULT:
-                figures[key] = value
-    publish(figures, json)
-    return figures
+                numbers[key] = value
+    publish(numbers, json)
+    return numbers
 
 
 def measure_throughput(rollouts: int) -> dict[str, float]:
@@ -113,8 +113,8 @@ def measure_throughput(rollouts: int) -> dict[str, float]:
                 seconds[arm].append(time.perf_counter() - started)
                 steps = learner.step - before
     per_second = {arm: steps / statistics.median(times) for arm, times in seconds.items()}
-    figures = {f"steps_per_second.{arm}": speed for arm, speed in per_second.items()}
-    return {"throughput_ratio": per_second["learned"] / per_second["task"], **figures}
+    numbers = {f"steps_per_second.{arm}": speed for arm, speed in per_second.items()}
+    return {"throughput_ratio": per_second["learned"] / per_second["task"], **numbers}
 
 
 def score_pairs() -> dict[str, float]:
@@ -197,7 +197,7 @@ def guard_steps(
     machine affects both. Figures are medians of repeats, each of so many steps of both.
     """
     short = replace(find_task(task), horizon=400)
-    figures: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         train_agent(short, 0, Path(folder) / "agent")  # an untrained policy takes as long
         act = load_policy(short, Path(folder) / "agent")
@@ -205,10 +205,10 @@ def guard_steps(
         monitor = _monitor(short, act, name)
         rounds = [_step_round(short, act, monitor, features, steps) for _ in range(repeats)]
         step_us, share = (statistics.median(each) for each in zip(*rounds, strict=True))
-        figures |= {f"guard_step_us.{name}": step_us, f"guard_step_share.{name}": share}
+        numbers |= {f"guard_step_us.{name}": step_us, f"guard_step_share.{name}": share}
         if name == _DEFAULT:
-            figures |= {"guard_step_us": step_us, "guard_step_share": share}
-    return figures
+            numbers |= {"guard_step_us": step_us, "guard_step_share": share}
+    return numbers
 
 
 def _monitor(task: Task, act: Policy, name: str) -> Monitor:

@@ -27,7 +27,10 @@ from rewardmodels.saving import write_text_atomically
 
 
 class Study(Protocol):
-    """Shape of a study's module.
+    """Shape of a study's module: a module is a `Study`; its functions have no `self`.
+
+    It may also have a function `prepare(settings)`, which runs before the cells, for what they
+    share (trained agents, say).
 
     Attributes:
         Settings: Frozen dataclass: the command's flags, validated in `__post_init__`.
@@ -47,7 +50,7 @@ class Study(Protocol):
         """Compute one cell: a row of results, or several."""
 
     def report(self, results: pd.DataFrame) -> Report:
-        """Turn the rows of all cells into a page and figures.
+        """Turn the rows of all cells into the sections and key numbers of a page.
 
         Args:
             results: A row for each row of each cell: its axes, the settings, what `cell` returned,
@@ -101,11 +104,10 @@ def run_study(
     `run.out` gets `report.html`, `tables.md`, `results.csv`, `figures/` and the cells.
 
     Args:
-        study: Module of the study, such as `experiments.studies.marks`. If it has a function
-            `prepare(settings)`, that runs first, for what cells share (trained agents, say).
+        study: Module of the study, such as `experiments.studies.marks`.
         settings: Instance of its `Settings`.
         run: Where and how; None computes here, in a temporary directory that is removed.
-        json: File for the report's figures.
+        json: File for the report's key numbers.
         report_only: Report on the cells that are there, of a study that is half done.
         progress: Show a progress bar.
 
@@ -124,7 +126,7 @@ def run_study(
         shared = {name: x for name, x in all_settings.items() if name not in study.GRID}
         shared = loads(dumps(shared, default=str))  # paths as text, tuples as lists
         grid = [{**axes, **shared} for axes in study.cells(settings)]
-        compute, where = _Compute(study), replace(run, out=run.out / "cells")
+        compute, where = _CellFunction(study), replace(run, out=run.out / "cells")
         if not report_only:
             cast(Callable[[Any], None], getattr(study, "prepare", lambda _: None))(settings)
             run_cells(compute, grid, where, progress=progress)
@@ -151,7 +153,7 @@ def run_study(
         )
         page = write_page(run.out, report, origin)
         print(markdown(report.sections))
-        publish(report.figures, json)
+        publish(report.numbers, json)
         if not temporary:
             print(f"Report: {page}")
         return report
@@ -217,10 +219,12 @@ def check_tasks(tasks: Sequence[str], length: int) -> None:
             )
 
 
-class _Compute:
+class _CellFunction:
     """A study's `cell` as a function of plain values, which other processes can import."""
 
     def __init__(self, study: Study) -> None:
+        # The grid names a directory after a function's module, and files after its qualified name:
+        # results are kept under the study's own `cell`. Workers import the study by its module.
         self.__module__, self.__qualname__ = cast(Any, study).__name__, "cell"
 
     def __call__(self, **cell: Any) -> Any:
@@ -235,7 +239,7 @@ class _Compute:
 
 
 def _rows(
-    compute: _Compute, grid: Sequence[Cell], out: Path
+    compute: _CellFunction, grid: Sequence[Cell], out: Path
 ) -> tuple[list[list[dict[str, Any]]], dict[str, str]]:
     """Rows of each finished cell, and the package versions that computed them."""
     rows, versions = [], dict[str, dict[str, None]]()

@@ -79,11 +79,11 @@ def report(results: pd.DataFrame) -> Report:
         table=table,
         digits=1,
     )
-    figures = {
+    numbers = {
         "backflips": flips.value,
         "backflips_interval": flips[1:],
         "backflips_by_seed": results["backflips"].tolist(),
         "backflips_comparisons": int(results["asked"].max()),
         "backflips_wall_seconds": float(results["wall_seconds"].sum()),
     }
-    return Report("Can a backflip be taught by comparisons?", [section], figures)
+    return Report("Can a backflip be taught by comparisons?", [section], numbers)

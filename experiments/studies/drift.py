@@ -322,11 +322,11 @@ def report(results: pd.DataFrame) -> Report:
     """Returns during training, what each arm keeps, and a video of two final policies."""
     outcomes = _outcomes(results)
     kept = outcomes.groupby("arm", sort=False)["kept"].agg(interquartile_mean).astype(float)
-    figures = {f"drift_kept.{arm}": value for arm, value in kept.items()}
+    numbers = {f"drift_kept.{arm}": value for arm, value in kept.items()}
     if "guarded" in kept:
-        figures["drift_kept"] = kept["guarded"]
+        numbers["drift_kept"] = kept["guarded"]
     if "frozen" in kept:
-        figures["drift_lost"] = 1 - kept["frozen"]
+        numbers["drift_lost"] = 1 - kept["frozen"]
     sections = [
         Section(
             "Return during training on the learned reward",
@@ -349,7 +349,7 @@ def report(results: pd.DataFrame) -> Report:
     videos, note = _videos(results)
     if note:
         sections.append(Section("Final policies", note))
-    return Report("Does a policy stay good on a reward that was learned once?", sections, figures,
+    return Report("Does a policy stay good on a reward that was learned once?", sections, numbers,
                   videos)  # fmt: skip
 
 

@@ -210,7 +210,7 @@ def report(results: pd.DataFrame) -> Report:
             digits=2,
         ),
     ]
-    return Report(title, sections, _figures(runs, needed, savings))
+    return Report(title, sections, _numbers(runs, needed, savings))
 
 
 def _learned(runs: pd.DataFrame) -> list[tuple[str, dict[int, pd.DataFrame]]]:
@@ -307,8 +307,8 @@ def _savings(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _figures(runs: pd.DataFrame, needed: pd.DataFrame, savings: pd.DataFrame) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+def _numbers(runs: pd.DataFrame, needed: pd.DataFrame, savings: pd.DataFrame) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
     for task, on_task in runs.groupby("task", sort=False):
         arms = {str(r): _own(on_task, str(r)) for r in on_task["reward"].unique() if r != "learned"}
         if lines := _learned(on_task):
@@ -316,29 +316,29 @@ def _figures(runs: pd.DataFrame, needed: pd.DataFrame, savings: pd.DataFrame) ->
             arms["learned"] = budgets[max(budgets)]["return"].to_numpy(float)
         for name, returns in arms.items():
             value, *ends = bootstrap(interquartile_mean, returns)
-            figures |= {f"return.{task}.{name}": value, f"return_interval.{task}.{name}": ends}
-            figures[f"returns.{task}.{name}"] = returns.tolist()
+            numbers |= {f"return.{task}.{name}": value, f"return_interval.{task}.{name}": ends}
+            numbers[f"returns.{task}.{name}"] = returns.tolist()
         if {"learned", "task"} <= set(arms):
             value, *ends = bootstrap(
                 lambda a, b: interquartile_mean(a) / interquartile_mean(b),
                 arms["learned"], arms["task"],
             )  # fmt: skip
             worst = float(arms["learned"].min() / np.median(arms["task"]))
-            figures |= {f"return_ratio.{task}": value, f"return_ratio_interval.{task}": ends}
-            figures[f"worst_ratio.{task}"] = worst
+            numbers |= {f"return_ratio.{task}": value, f"return_ratio_interval.{task}": ends}
+            numbers[f"worst_ratio.{task}"] = worst
     for row in needed.drop_duplicates("task").to_dict("records"):
-        figures[f"comparisons_90.{row['task']}"] = row["comparisons"].value
-        figures[f"comparisons_90_interval.{row['task']}"] = row["comparisons"][1:]
+        numbers[f"comparisons_90.{row['task']}"] = row["comparisons"].value
+        numbers[f"comparisons_90_interval.{row['task']}"] = row["comparisons"][1:]
     unsure = savings["schedule and teacher"].astype(str).str.startswith("WhenUnsure")
     for row in savings[unsure].to_dict("records"):
         task, saved, gap = row["task"], row["comparisons over constant's"], row["return gap"]
-        figures[f"unsure_ratio.{task}"] = saved.value
-        figures[f"unsure_ratio_interval.{task}"] = saved[1:]
+        numbers[f"unsure_ratio.{task}"] = saved.value
+        numbers[f"unsure_ratio_interval.{task}"] = saved[1:]
         if isinstance(gap, Interval):
-            figures[f"unsure_asked.{task}"] = row["asked"]
-            figures[f"unsure_return_gap.{task}"] = gap.value
-            figures[f"unsure_return_gap_interval.{task}"] = gap[1:]
-    return figures
+            numbers[f"unsure_asked.{task}"] = row["asked"]
+            numbers[f"unsure_return_gap.{task}"] = gap.value
+            numbers[f"unsure_return_gap_interval.{task}"] = gap[1:]
+    return numbers
 
 
 def _returns_figure(runs: pd.DataFrame) -> Figure:

@@ -13,7 +13,7 @@ prevented.
 **Selection.** Confident mispredictions on clips of unseen policies, and how many are given when
 the least sure fifth is withheld (`ood.selective`).
 
-**Published.** Frame-wise figures beside those of Haider et al. (2023, AAMAS, "Out-of-distribution
+**Published.** Frame-wise numbers beside those of Haider et al. (2023, AAMAS, "Out-of-distribution
 detection for reinforcement learning agents with probabilistic dynamics models", appendix, Table 7),
 for the two disturbances that have a counterpart here. Their policy is TD3 with a return of about
 7,350, ours a weaker PPO that explores; their simulator is their own, ours Gymnasium's v5, whose
@@ -95,7 +95,7 @@ class Settings(PoolSettings):
         tests: Episodes in the usual world, and in each other.
         seeds: Draws of all these episodes.
         parts: What to measure: "detection", "promise", "selection", "published".
-        headline: Detector and statistic that the figures of `--json` are about.
+        headline: Detector and statistic that the key numbers are about.
         promise_share: Share of the promise's episodes (10 calibrations of 52, 100 tests each).
         pairs: Pairs of clips that the selection is measured on.
         published: CSV with `env`, `mod` and `<DETECTOR>_auroc`, `_ap` and `_fpr95`, for
@@ -143,7 +143,7 @@ class Settings(PoolSettings):
         for name in self.tasks if self.shifts is not None else ():
             _shifts(self.task(name), self.shifts, self.severities)
         if "published" in self.parts and self.published is None:
-            raise InvalidInput("published: expected the CSV of published figures, got none.")
+            raise InvalidInput("published: expected the CSV of published numbers, got none.")
 
     def task(self, name: str) -> Task:
         """Return a task with the study's horizon."""
@@ -440,17 +440,17 @@ def report(results: pd.DataFrame) -> Report:
     """Detection over all shifts and for each, the promise, and the selection."""
     parts = {str(part): rows for part, rows in results.groupby("part", sort=False)}
     sections: list[Section] = []
-    figures: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     adders = {
         "detection": _detection_sections, "promise": _promise_section,
         "selection": _selection_section, "published": _published_section,
     }  # fmt: skip
     for part, add in adders.items():
         if part in parts:
-            found, numbers = add(parts[part].dropna(axis="columns", how="all"))
+            found, added = add(parts[part].dropna(axis="columns", how="all"))
             sections += found
-            figures |= numbers
-    return Report("When does a guard notice that the world has changed?", sections, figures)
+            numbers |= added
+    return Report("When does a guard notice that the world has changed?", sections, numbers)
 
 
 Found = tuple[list[Section], dict[str, Any]]
@@ -496,7 +496,7 @@ def _detection_sections(rows: pd.DataFrame) -> Found:
         wide.columns = [f"{metric}, {detector}" for metric, detector in wide.columns]
         text = "Share of the return lost, share of episodes found, median delay in steps."
         sections.append(Section(f"With {statistic}", text, table=wide.reset_index(), digits=2))
-    return sections, _detection_figures(rows)
+    return sections, _detection_numbers(rows)
 
 
 def harm_prevented(rows: pd.DataFrame) -> float:
@@ -521,13 +521,13 @@ def _headline(rows: pd.DataFrame, *, every_detector: bool = False) -> pd.DataFra
     return own[own["severity"] == "middle"] if (own["severity"] == "middle").any() else own
 
 
-def _detection_figures(rows: pd.DataFrame) -> dict[str, Any]:
+def _detection_numbers(rows: pd.DataFrame) -> dict[str, Any]:
     own = _headline(rows)
-    figures: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     columns = ["lost", "found", "found_of_all", "delay", "auroc"]
     for suffix, of in (("", own), *((f".{task}", of) for task, of in own.groupby("task"))):
         harmful = of[of["harmful"]]
-        figures |= {
+        numbers |= {
             f"found{suffix}": harmful["found"].mean(),
             f"found_of_all{suffix}": harmful["found_of_all"].mean(),
             f"shifts_found{suffix}": (harmful["found"] >= FOUND).mean(),
@@ -536,8 +536,8 @@ def _detection_figures(rows: pd.DataFrame) -> dict[str, Any]:
             f"found_harmless{suffix}": of.loc[~of["harmful"], "found"].mean(),
         }
         if suffix:
-            figures[f"shifts{suffix}"] = of.groupby("shift")[columns].mean().to_dict("index")
-    return figures
+            numbers[f"shifts{suffix}"] = of.groupby("shift")[columns].mean().to_dict("index")
+    return numbers
 
 
 def _detection_figure(rows: pd.DataFrame) -> Figure:
@@ -574,11 +574,11 @@ def _promise_section(rows: pd.DataFrame) -> Found:
         "case of 20, since calibrations differ too.",
         table=wide,
     )
-    figures = {
+    numbers = {
         f"false_alarm.{task}.{str(detector).rpartition('.')[2]}.{statistic}": rate
         for (task, detector, statistic), rate in rates.items()
     }
-    return [section], figures | {"alpha": alpha, "false_alarm_limit": limit}
+    return [section], numbers | {"alpha": alpha, "false_alarm_limit": limit}
 
 
 def _selection_section(rows: pd.DataFrame) -> Found:
@@ -591,16 +591,16 @@ def _selection_section(rows: pd.DataFrame) -> Found:
         "wrong, those of them that are given when the least sure fifth is withheld, and all given.",
         table=table.rename(columns={name: name.replace("_", " ") for name in counts}),
     )
-    figures = {
+    numbers = {
         "confident_mispredictions_passed": passed / wrong if wrong else None,
         "confident_mispredictions_of_given": passed / given,
         "confident_mispredictions": wrong,
     }
-    return [section], figures
+    return [section], numbers
 
 
 def _published_section(rows: pd.DataFrame) -> Found:
     columns = ["mod", "shift", "scorer"]
     table = rows.groupby(columns, sort=False)[["auroc", "ap", "fpr_at_95_tpr"]].mean()
     text = "Of single frames, after against before the onset. Their policies and simulator differ."
-    return [Section("Beside published figures", text, table=table.reset_index(), digits=2)], {}
+    return [Section("Beside published numbers", text, table=table.reset_index(), digits=2)], {}

@@ -173,14 +173,14 @@ def report(results: pd.DataFrame) -> Report:
             table=_differences(results),
         ),
     ]
-    figures: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     if len(both := savings[savings["arm"] == ARMS[2]]):
-        figures["marks_saving"] = float(np.median([saved.value for saved in both["saved"]]))
+        numbers["marks_saving"] = float(np.median([saved.value for saved in both["saved"]]))
     for row in savings.to_dict("records"):
         suffix = "" if row["arm"] == ARMS[2] else ".one_clip"
-        figures[f"marks_saving.{row['task']}{suffix}"] = row["saved"].value
-        figures[f"marks_saving_interval.{row['task']}{suffix}"] = row["saved"][1:]
-    return Report("What is a mark worth?", sections, figures)
+        numbers[f"marks_saving.{row['task']}{suffix}"] = row["saved"].value
+        numbers[f"marks_saving_interval.{row['task']}{suffix}"] = row["saved"][1:]
+    return Report("What is a mark worth?", sections, numbers)
 
 
 def _savings(results: pd.DataFrame) -> pd.DataFrame:

@@ -82,8 +82,8 @@ FOLDS = 5
 WEIGHT_DECAYS = (1.0, 30.0)  # AdamW multiplies them by the learning rate
 PEOPLE_BATCH = 256  # of thousands of comparisons, and clips of few frames
 
-# Flat figure: the test, the version of the posterior, and the column that it is made of.
-FIGURES = {
+# Key number: the test, the version of the posterior, and the column that it is made of.
+KEY_NUMBERS = {
     "ece": ("in distribution", "calibrated", "ece"),
     "nll": ("in distribution", "calibrated", "log_loss"),
     "nll_raw": ("in distribution", "as fitted", "log_loss"),
@@ -444,7 +444,7 @@ def report(results: pd.DataFrame) -> Report:
         "Cells that are computed at the same time (`--jobs`) slow each other down."
     )
     sections.append(Section("Cost", text, table=_cost(kinds), digits=1))
-    return Report("Can its uncertainty be trusted?", sections, _figures(kinds))
+    return Report("Can its uncertainty be trusted?", sections, _numbers(kinds))
 
 
 def _mean(values: pd.Series) -> float:
@@ -692,33 +692,33 @@ def _cost(kinds: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return table.assign(parameters=table["parameters"].astype("Int64"))
 
 
-def _figures(kinds: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+def _numbers(kinds: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
     for row in _never_taught(kinds).to_dict("records"):
         shift = {"better behaviour": "simulated", "beyond a target speed": "peaked"}.get(
             row["shift"], row["shift"].replace("/", ".")
         )
         for name, column in (("shift_nll", "log loss"), ("sure_and_wrong", "sure and wrong")):
             key = f"{shift}.{_key(row['predictor'])}"
-            figures[f"{name}.{key}"] = row[column]
-            figures[f"{name}_without_novelty.{key}"] = row[f"{column}, without novelty"]
+            numbers[f"{name}.{key}"] = row[column]
+            numbers[f"{name}_without_novelty.{key}"] = row[f"{column}, without novelty"]
     if "simulated" in kinds:
         for name, of in kinds["simulated"].groupby("predictor", sort=False):
-            for figure, (test, version, column) in FIGURES.items():
+            for key, (test, version, column) in KEY_NUMBERS.items():
                 chosen = of[(of["test"] == test) & (of["version"] == version)]
                 if not np.isnan(mean := _mean(chosen[column])):
-                    figures[f"{figure}.{_key(name)}"] = mean
+                    numbers[f"{key}.{_key(name)}"] = mean
             held = of.reindex(columns=["coverage"])["coverage"].dropna()  # of one seed
             if len(held):
-                figures[f"coverage.{_key(name)}"] = float(interquartile_mean(held))
-                figures[f"coverage_gap.{_key(name)}"] = figures[f"coverage.{_key(name)}"] - COVERAGE
+                numbers[f"coverage.{_key(name)}"] = float(interquartile_mean(held))
+                numbers[f"coverage_gap.{_key(name)}"] = numbers[f"coverage.{_key(name)}"] - COVERAGE
     if "speed" in kinds:
         for row in kinds["speed"].to_dict("records"):
-            figures[f"batch_frame_us.{_key(row['predictor'])}"] = row["batch_frame_us"]
+            numbers[f"batch_frame_us.{_key(row['predictor'])}"] = row["batch_frame_us"]
             if row["predictor"] == "LaplaceHead":
                 # Bayesian REX (Brown et al. 2020, arXiv:2002.09089) takes five minutes of MCMC.
-                figures["bayesian_rex_seconds"] = row["samples_seconds"]
-    return figures
+                numbers["bayesian_rex_seconds"] = row["samples_seconds"]
+    return numbers
 
 
 def _key(predictor: Any) -> str:

@@ -29,7 +29,7 @@ PPO_ENVS = 32  # environments that PPO's settings were measured with
 PPO_ROLLOUT = 2048  # steps between two updates, over all environments together
 
 # On the tasks' own rewards these gave, as the mean return of the last 20 episodes (of 1000 steps,
-# without termination), one figure a seed:
+# without termination), one number a seed:
 #
 #                 300,000 steps           600,000 steps
 #   HalfCheetah   1601, 1425              3459

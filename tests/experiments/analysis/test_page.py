@@ -55,8 +55,8 @@ def test_sections_of_one_name_are_refused(tmp_path):
         write_page(tmp_path, Report("A study", [Section("A b", ""), Section("A-b", "")]), ORIGIN)
 
 
-def test_published_figures_are_strict_json(tmp_path, capsys):
-    file = tmp_path / "figures.json"
+def test_published_numbers_are_strict_json(tmp_path, capsys):
+    file = tmp_path / "numbers.json"
     publish({"a": np.float32(1), "interval": Interval(1, -np.inf, 2), "b": float("nan")}, file)
     found = json.loads(file.read_text())
     assert found == json.loads(capsys.readouterr().out)

@@ -13,10 +13,10 @@ from rewardmodels.saving import PREDICTORS
 
 @pytest.mark.slow
 def test_scored_pairs_are_right_and_fit_into_memory():
-    figures = speed.score_pairs()
-    assert figures["pairs"] == 1000 * 999 / 2
-    assert figures["pairs_peak_mib"] < 1024
-    assert figures["pairs_max_error"] < 1e-5
+    numbers = speed.score_pairs()
+    assert numbers["pairs"] == 1000 * 999 / 2
+    assert numbers["pairs_peak_mib"] < 1024
+    assert numbers["pairs_max_error"] < 1e-5
 
 
 def test_a_fitted_detector_keeps_what_it_says():
@@ -29,12 +29,12 @@ def test_a_fitted_detector_keeps_what_it_says():
 @pytest.mark.slow
 def test_the_quick_benchmark_has_every_key(tmp_path):
     assert main(["benchmark", "speed", "--quick", "--json", str(tmp_path / "f.json")]) == 0
-    figures = json.loads((tmp_path / "f.json").read_text())
+    numbers = json.loads((tmp_path / "f.json").read_text())
     keys = [
         *("throughput_ratio", "pairs_seconds", "greedy_seconds"),
         *("kcenter_seconds", "guard_step_us", "guard_step_share", "fit_million_seconds"),
         *(f"frame_us.{name}" for name in PREDICTORS),
     ]
-    assert all(figures[key] > 0 for key in keys)
+    assert all(numbers[key] > 0 for key in keys)
     # The growth of the process's peak: none where an earlier test needed as much.
-    assert figures["pairs_peak_mib"] >= 0
+    assert numbers["pairs_peak_mib"] >= 0

@@ -1,4 +1,4 @@
-"""The study of backflips: its figures over seeds, and runs that resume."""
+"""The study of backflips: its key numbers over seeds, and runs that resume."""
 
 import pytest
 
@@ -24,11 +24,11 @@ def test_figures_are_interquartile_means_over_seeds(tmp_path, monkeypatch):
     (started / "config.yaml").touch()
     settings = study.Settings(runs=tmp_path / "runs")
     run = studies.Run(tmp_path / "study")
-    figures = studies.run_study(study, settings, run, progress=False).figures
+    numbers = studies.run_study(study, settings, run, progress=False).numbers
     assert made == [("backflip", seed, 900, 1_000_000, seed == 1) for seed in range(5)]
-    assert figures["backflips"] == pytest.approx((1 + 4 + 9) / 3)
-    low, high = figures["backflips_interval"]
-    assert 0 <= low < figures["backflips"] < high <= 16
-    assert figures["backflips_comparisons"] == 900
-    assert figures["backflips_wall_seconds"] == 10
-    assert figures["backflips_by_seed"][4] == 16
+    assert numbers["backflips"] == pytest.approx((1 + 4 + 9) / 3)
+    low, high = numbers["backflips_interval"]
+    assert 0 <= low < numbers["backflips"] < high <= 16
+    assert numbers["backflips_comparisons"] == 900
+    assert numbers["backflips_wall_seconds"] == 10
+    assert numbers["backflips_by_seed"][4] == 16

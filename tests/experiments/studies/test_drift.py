@@ -32,9 +32,9 @@ def results():
 
 def test_shares_kept_by_hand(results):
     report = study.report(results)
-    assert report.figures["drift_kept.frozen"] == pytest.approx(0.5)
-    assert report.figures["drift_lost"] == pytest.approx(0.5)
-    assert report.figures["drift_kept"] == pytest.approx(188 / 190)
+    assert report.numbers["drift_kept.frozen"] == pytest.approx(0.5)
+    assert report.numbers["drift_lost"] == pytest.approx(0.5)
+    assert report.numbers["drift_kept"] == pytest.approx(188 / 190)
     table = report.sections[1].table.set_index("arm")
     assert table.loc["guarded", "of the frozen arm's best"].value == pytest.approx(188 / 200)
     assert table.loc["frozen", "lost 30%"] == 1.0
@@ -169,4 +169,4 @@ def test_a_small_study_leaves_a_page_and_resumes(agents, tmp_path, monkeypatch):
     assert "states" not in (tmp_path / "results.csv").read_text().split("\n")[0]
     monkeypatch.setattr(study, "_Training", None)
     again = studies.run_study(study, small, run, report_only=True)
-    assert str(again.figures) == str(found.figures)
+    assert str(again.numbers) == str(found.numbers)

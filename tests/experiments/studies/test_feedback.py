@@ -35,17 +35,17 @@ def results(slope: float, unsure_share: float, seeds: int = 6) -> pd.DataFrame:
 
 def test_comparisons_needed_are_read_off_the_line():
     report = study.report(results(slope=1.2, unsure_share=0.5))
-    assert report.figures["comparisons_90.T"] == pytest.approx(87.5, abs=0.5)
-    low, high = report.figures["comparisons_90_interval.T"]
-    assert low <= report.figures["comparisons_90.T"] <= high
-    assert study.report(results(0.5, 0.5)).figures["comparisons_90.T"] == np.inf
+    assert report.numbers["comparisons_90.T"] == pytest.approx(87.5, abs=0.5)
+    low, high = report.numbers["comparisons_90_interval.T"]
+    assert low <= report.numbers["comparisons_90.T"] <= high
+    assert study.report(results(0.5, 0.5)).numbers["comparisons_90.T"] == np.inf
 
 
 def test_asking_for_half_with_the_same_return_saves_half():
     report = study.report(results(slope=1.0, unsure_share=0.5))
-    assert report.figures["unsure_ratio.T"] == pytest.approx(0.5, abs=0.01)
-    assert report.figures["unsure_asked.T"] == pytest.approx(0.5)
-    assert report.figures["unsure_return_gap.T"] == pytest.approx(0, abs=1e-6)
+    assert report.numbers["unsure_ratio.T"] == pytest.approx(0.5, abs=0.01)
+    assert report.numbers["unsure_asked.T"] == pytest.approx(0.5)
+    assert report.numbers["unsure_return_gap.T"] == pytest.approx(0, abs=1e-6)
     assert list(report.sections[2].table["verdict"]) == ["better"]
 
 
@@ -57,17 +57,17 @@ def test_the_return_gap_is_a_difference_of_interquartile_means():
     for arm, returns in ((unsure, [0, 0, 30, 60, 90, 90]), (constant, [90, 0, 0, 60, 90, 90])):
         for seed, value in enumerate(returns):
             runs.loc[arm & (runs["seed"] == seed), "return"] = value
-    figures = study.report(runs).figures
-    gap, (low, high) = figures["unsure_return_gap.T"], figures["unsure_return_gap_interval.T"]
+    numbers = study.report(runs).numbers
+    gap, (low, high) = numbers["unsure_return_gap.T"], numbers["unsure_return_gap_interval.T"]
     assert gap == pytest.approx(45 - 60)
     assert low < gap < high
 
 
 def test_ratios_are_of_interquartile_means_over_seeds():
-    figures = study.report(results(slope=0.9, unsure_share=1.0)).figures
-    assert figures["return_ratio.T"] == pytest.approx(0.9, abs=0.01)
-    assert figures["worst_ratio.T"] == pytest.approx(0.9, abs=0.01)
-    assert len(figures["returns.T.learned"]) == len(figures["returns.T.task"]) == 6
+    numbers = study.report(results(slope=0.9, unsure_share=1.0)).numbers
+    assert numbers["return_ratio.T"] == pytest.approx(0.9, abs=0.01)
+    assert numbers["worst_ratio.T"] == pytest.approx(0.9, abs=0.01)
+    assert len(numbers["returns.T.learned"]) == len(numbers["returns.T.task"]) == 6
 
 
 def test_arms_may_be_missing():

@@ -154,11 +154,11 @@ def test_the_report_by_hand():
     [line] = report.sections[0].table.to_dict("records")
     assert line["found"] == pytest.approx((0.5, 0.375, 0.625))
     assert line["harm prevented"] == pytest.approx((16 - 15) / (20 - 15))
-    assert report.figures["found"] == report.figures["found.T"] == 0.25
-    assert report.figures["shifts_found"] == 0.5
-    assert report.figures["found_harmless"] == 0.75
-    assert report.figures["median_delay_steps"] == 4.0
-    assert report.figures["shifts.T"]["mass"]["lost"] == pytest.approx(0.25)
+    assert report.numbers["found"] == report.numbers["found.T"] == 0.25
+    assert report.numbers["shifts_found"] == 0.5
+    assert report.numbers["found_harmless"] == 0.75
+    assert report.numbers["median_delay_steps"] == 4.0
+    assert report.numbers["shifts.T"]["mass"]["lost"] == pytest.approx(0.25)
 
 
 def pool():
@@ -196,14 +196,14 @@ def test_a_small_study_has_rows_of_everything_and_resumes(small, tmp_path, monke
     assert len(detection) == 16
     assert (detection.loc[detection["shift"] == "bias", "auroc"] == 1.0).all()
     assert {"found.Reacher", "false_alarm.Reacher.Mahalanobis.Spike",
-            "confident_mispredictions"} <= set(report.figures)  # fmt: skip
+            "confident_mispredictions"} <= set(report.numbers)  # fmt: skip
     assert "With Spike" in (run.out / "report.html").read_text()
     monkeypatch.setattr(study, "load_policy", None)
     again = studies.run_study(study, small, run, report_only=True)
-    assert again.figures == report.figures
+    assert again.numbers == report.numbers
 
 
-def test_published_figures_stand_beside_ours(small):
+def test_published_numbers_stand_beside_ours(small):
     cheetah = replace(small, tasks=["HalfCheetah"], shifts=None)
     study.train_agent(find_task("HalfCheetah"), 0, cheetah.agent("HalfCheetah"))
     short = replace(find_task("HalfCheetah"), horizon=12)

@@ -49,12 +49,12 @@ def test_faster_learning_saves_that_share_of_comparisons(speed, saved, verdict):
     for value, low, high in table["saved"]:
         assert low <= value <= high
         assert value == pytest.approx(saved, abs=0.01)
-    assert report.figures["marks_saving"] == pytest.approx(saved, abs=0.01)
+    assert report.numbers["marks_saving"] == pytest.approx(saved, abs=0.01)
 
 
 def test_of_four_seeds_no_verdict_is_given_and_accuracy_never_reached_is_not_extrapolated():
     assert study.report(results(2.0, seeds=4)).sections[0].table["verdict"][0] == "unclear"
-    assert study.report(results(0.2)).figures["marks_saving.A"] == -np.inf
+    assert study.report(results(0.2)).numbers["marks_saving.A"] == -np.inf
 
 
 def test_a_mark_is_worth_the_comparisons_that_it_replaces():
@@ -100,10 +100,10 @@ def test_a_small_study_leaves_a_page_and_resumes(small, tmp_path, monkeypatch, c
     run = studies.Run(tmp_path / "study")
     with pytest.raises(InvalidInput, match="out"):
         studies.run_study(study, small, run, report_only=True)
-    found = studies.run_study(study, small, run, json=tmp_path / "figures.json", progress=False)
+    found = studies.run_study(study, small, run, json=tmp_path / "numbers.json", progress=False)
     assert len(pd.read_csv(run.out / "results.csv")) == 2 * 3 * 2
     page = (run.out / "report.html").read_text().replace("&#39;", "'")
     assert "rewardmodels study marks" in page
     assert "--counts '[5,10]'" in page
     monkeypatch.setattr(study, "fit", lambda *_, **__: pytest.fail("computed again"))
-    assert studies.run_study(study, small, run, report_only=True).figures == found.figures
+    assert studies.run_study(study, small, run, report_only=True).numbers == found.numbers

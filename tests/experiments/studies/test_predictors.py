@@ -151,9 +151,9 @@ def test_differences_and_verdicts_are_of_seeds_and_folds():
     assert figures["shift_nll.trains.odd.LaplaceHead"] == pytest.approx(row["log loss"])
     cost = sections["Cost"].table.set_index("predictor")
     assert cost.loc["LaplaceHead", "1,000 clips, ms"] == 70
-    assert report.figures["ece.SingleNetwork"] == pytest.approx(0.15)
-    assert report.figures["coverage_gap.LaplaceHead"] == pytest.approx(0.01)
-    assert report.figures["bayesian_rex_seconds"] == 0.5
+    assert report.numbers["ece.SingleNetwork"] == pytest.approx(0.15)
+    assert report.numbers["coverage_gap.LaplaceHead"] == pytest.approx(0.01)
+    assert report.numbers["bayesian_rex_seconds"] == 0.5
     few = study.report(results(seeds=4)).sections[1].table
     assert few["verdict"].dropna().tolist() == ["unclear"]
 
@@ -198,13 +198,13 @@ def test_a_small_study_of_tasks_people_and_speed_leaves_a_page(fitted, tmp_path,
     assert rows.groupby("kind").size().to_dict() == {"people": 20, "simulated": 12, "speed": 2}
     assert set(rows["predictor"]) == {study.BASELINE, "LaplaceHead", own}
     for key in ("epic", "nll_shifted", "coverage_gap", "batch_frame_us"):
-        assert np.isfinite(found.figures[f"{key}.LaplaceHead"])
-    assert 0 < found.figures["epic.LaplaceHead"] < np.sqrt(0.5)
+        assert np.isfinite(found.numbers[f"{key}.LaplaceHead"])
+    assert 0 < found.numbers["epic.LaplaceHead"] < np.sqrt(0.5)
     for stem in ("trust", "people"):
         assert (run.out / "figures" / f"{stem}.svg").is_file()
     monkeypatch.setattr(study, "fit", None)
     again = studies.run_study(study, small, run, report_only=True)
-    assert str(again.figures) == str(found.figures)
+    assert str(again.numbers) == str(found.numbers)
 
 
 def test_a_folder_without_peoples_comparisons_is_refused_before_any_work(tmp_path, monkeypatch):
@@ -215,10 +215,10 @@ def test_a_folder_without_peoples_comparisons_is_refused_before_any_work(tmp_pat
 
 @pytest.mark.slow
 def test_the_quick_study_measures_every_predictor(tmp_path):
-    file = tmp_path / "figures.json"
+    file = tmp_path / "numbers.json"
     assert main(["study", "predictors", "--quick", "--json", str(file)]) == 0
-    figures = json.loads(file.read_text())
+    numbers = json.loads(file.read_text())
     for name in study.PREDICTORS:
         for key in ("ece", "nll", "epic", "rank_correlation", "coverage_gap", "fit_seconds"):
-            assert np.isfinite(figures[f"{key}.{name}"])
-        assert figures[f"error_auroc.{name}"] > 0.6
+            assert np.isfinite(numbers[f"{key}.{name}"])
+        assert numbers[f"error_auroc.{name}"] > 0.6

@@ -44,14 +44,15 @@ def test_a_strategy_that_learns_twice_as_fast_needs_half():
     assert saving["verdict"] == "better"
     assert table.loc[("T0", "Entropy")].iloc[0].value == np.inf
     assert table.loc[("T0", "Entropy")]["verdict"] == "worse"
-    assert report.figures["labels_ratio.T0"] == pytest.approx(0.5)
-    assert report.figures["labels_ratio.T0.Entropy"] == np.inf
+    assert report.numbers["labels_ratio.T0"] == pytest.approx(0.5)
+    assert report.numbers["labels_ratio.T0.Entropy"] == np.inf
+    assert report.numbers["study_minutes"] == 3 * 3 * 6 * 30 / 60  # half a minute a cell
     differences = report.sections[2].table.set_index(["task", "strategy"])
     assert differences.loc[("all", "GreedyInformation"), "at 100%"].value == pytest.approx(0.2)
     assert differences.loc[("T1", "Entropy"), "verdict"] == "worse"
     ranks, test = (section.table for section in report.sections[-2:])
     assert list(ranks["strategy"]) == ["GreedyInformation", "Uniform", "Entropy"]
-    assert report.figures["friedman_p"] == test["p"][0] == pytest.approx(0.0498, abs=1e-3)
+    assert report.numbers["friedman_p"] == test["p"][0] == pytest.approx(0.0498, abs=1e-3)
 
 
 def test_missing_cells_leave_out_their_seed_alone():
@@ -100,7 +101,7 @@ def test_a_small_study_leaves_a_page_and_resumes(small, tmp_path, monkeypatch):
     assert set(rows["strategy"]) == {"Uniform", "GreedyInformation", f"{__name__}.Own"}
     monkeypatch.setattr(study, "fit", None)
     again = studies.run_study(study, small, run, report_only=True)
-    assert str(again.figures) == str(found.figures)
+    assert str(again.numbers) == str(found.numbers)
 
 
 def test_a_pool_without_true_rewards_is_refused(small, monkeypatch):
