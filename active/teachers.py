@@ -39,7 +39,8 @@ class Request:
         store: Store of the queries and comparisons.
         round: Number of the round of queries.
         due: Comparisons due by now, over all rounds.
-        propose: Adds that many new queries, selected by the strategy, to the store.
+        propose: Function of the training loop that lets the strategy select so many queries about
+            the agent's latest clips, and adds them to the store.
         first: True before the policy is first trained, when all that are due are required.
         generator: Source of the teacher's randomness.
         report: Shows a line about the progress.
@@ -51,7 +52,7 @@ class Request:
     propose: Callable[[int], None]
     first: bool = False
     generator: torch.Generator | None = None
-    report: Callable[[str], Any] = str
+    report: Callable[[str], Any] = str  # shows nothing
 
 
 class Teacher:
@@ -75,8 +76,8 @@ class Teacher:
     def collect(self, request: Request) -> None:
         """Add comparisons to the store until those due are there, as far as the teacher has them.
 
-        By default propose the missing queries, unless an interrupted run has already, and compare
-        the round's open ones by `answer`.
+        By default let the training loop add the missing queries (`request.propose`), unless it did
+        so before an interruption, and compare the round's open ones by `answer`.
         """
         store, round = request.store, request.round
         missing = request.due - store.counts().answered

@@ -1,7 +1,8 @@
 """Guards: environment wrappers that stop an agent once its episode is out of distribution.
 
-Each step of `Guard` goes one way: features of the step, the detector's score, the statistic, the
-threshold (all three in `Monitor`), and, above it, the response to the alarm.
+At each step of `Guard` its features go to `Stream.update`: the detector's score, standardised by
+the scores usual at that step, the statistic of these, and an alarm if it is above the threshold.
+`GuardController` responds to the alarm, and to errors as to one.
 """
 
 from __future__ import annotations
@@ -42,8 +43,16 @@ _ONE = np.ones(1, bool)
 class Event:
     """Event of a guard, as it is logged.
 
+    - "alarm": passed to a function `on_alarm`, and logged if that lets the agent go on; also a halt
+      because an episode's first observation isn't finite.
+    - "halt": the agent is halted after an alarm, by the response or by a decision.
+    - "ask": the clip that led to an alarm is given to `ask`.
+    - "fallback": the fallback policy takes over after an alarm.
+    - "resume": the agent goes on, by a decision or because the statistic is low again.
+    - "failure": the agent is halted because something raised an error.
+
     Args:
-        kind: "failure" is a halt because something raised an error.
+        kind: One of those above.
         environment: Number of the environment, from 0.
         episode: Number of that environment's episode, from 0.
         step: Steps since the episode's start.

@@ -202,7 +202,7 @@ class Monitor:
 
 
 class Stream:
-    """State of a monitor that watches n environments; made by `Monitor.stream`."""
+    """Watches n environments step by step and raises alarms; made by `Monitor.stream`."""
 
     def __init__(self, monitor: Monitor, n: int) -> None:
         self.monitor = monitor

@@ -26,7 +26,7 @@ RewardName = Literal["learned", "task", "zero", "constant", "random"]
 
 @dataclass(frozen=True)
 class TaskDefaults:
-    """Settings whose good values differ from task to task; README says what they were measured on.
+    """Settings whose good values differ from task to task: see docs/results/settings.md.
 
     Attributes:
         comparisons: As in `LearnConfig`, like the rest.

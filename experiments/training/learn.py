@@ -91,6 +91,14 @@ class Learner:
 
     Every round draws from generators seeded by `(seed, round)`, so that its draws don't depend on
     whether the process was restarted in between.
+
+    With `warm_up=3`, `rounds=10`, 400 comparisons and `Constant(initial=0.25)` there are 12 rounds,
+    3 - 1 + 10. Each asks and fits:
+
+    - rounds 0 and 1 ask about an agent that acts at random, 67 comparisons in all; no training;
+    - round 2 asks up to 100, a quarter, of the same agent; then the policy is first trained, for a
+      tenth of the steps;
+    - rounds 3 to 11 ask about the policy, up to 133 … 400, and train it for a tenth each.
     """
 
     def __init__(self, config: LearnConfig, run: RunDirectory) -> None:
@@ -142,7 +150,7 @@ class Learner:
     def ask(self, round: int, store: FeedbackStore, report: Callable[[str], Any] = str) -> None:
         """Let the teacher compare clips of the agent, as many as are due in a round.
 
-        `report` shows a line while people are waited for.
+        `report` shows a line while people are waited for; the default shows nothing.
         """
         if round == 0:
             self._act_at_random()

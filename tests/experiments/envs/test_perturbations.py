@@ -18,7 +18,7 @@ INERT = {
     ("Swimmer", "damping"), ("Swimmer", "friction"), ("Swimmer", "gravity"),
     ("Reacher", "friction"), ("Reacher", "gravity"), ("InvertedPendulum", "friction"),
 }  # fmt: skip
-MUJOCO = sorted(set(TASKS) - {"Pendulum"})
+MUJOCO = sorted(n for n, task in TASKS.items() if "mujoco" in gym.spec(task.env_id).entry_point)
 
 
 def std_of(env):
