@@ -18,7 +18,7 @@ from active import (
     export_feedback,
     teachers,
 )
-from experiments.training import learn as loop
+from experiments.training import rewards
 from experiments.training.learn import learn
 from rewardmodels import Clips, InvalidInput
 
@@ -81,8 +81,8 @@ def metrics(out):
 
 
 def test_training_waits_for_the_first_share_alone(tmp_path, monkeypatch):
-    fitted, fit = [], loop.fit
-    monkeypatch.setattr(loop, "fit", lambda m, c, **k: fitted.append(len(c)) or fit(m, c, **k))
+    fitted, fit = [], rewards.fit
+    monkeypatch.setattr(rewards, "fit", lambda m, c, **k: fitted.append(len(c)) or fit(m, c, **k))
     out = tmp_path / "run"
     with somebody(out, most=FIRST):  # who then goes home
         result = learn(tiny(out, HumanTeacher()), progress=False)
