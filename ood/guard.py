@@ -2,7 +2,7 @@
 
 At each step of `Guard` its features go to `Stream.update`: the detector's score, standardised by
 the scores usual at that step, the statistic of these, and an alarm if it is above the threshold.
-`GuardController` responds to the alarm, and to errors as to one.
+`GuardController` responds to the alarm, and halts at an error.
 """
 
 from __future__ import annotations

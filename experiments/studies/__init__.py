@@ -223,8 +223,9 @@ class _CellFunction:
     """A study's `cell` as a function of plain values, which other processes can import."""
 
     def __init__(self, study: Study) -> None:
-        # The grid names a directory after a function's module, and files after its qualified name:
-        # results are kept under the study's own `cell`. Workers import the study by its module.
+        # The grid keeps a function's module in `study.json` and names files after its qualified
+        # name: these are the study's own, as if its `cell` were computed directly. Pickling carries
+        # the module's name, by which workers import the study.
         self.__module__, self.__qualname__ = cast(Any, study).__name__, "cell"
 
     def __call__(self, **cell: Any) -> Any:
