@@ -147,8 +147,7 @@ def test_differences_and_verdicts_are_of_seeds_and_folds():
     assert set(unknown.index.get_level_values(0)) == {"better behaviour", "trains/odd"}
     row = unknown.loc[("trains/odd", "LaplaceHead")]
     assert row["log loss"] == pytest.approx(row["log loss, without novelty"] - 1)
-    figures = getattr(report, "numbers", None) or report.figures
-    assert figures["shift_nll.trains.odd.LaplaceHead"] == pytest.approx(row["log loss"])
+    assert report.numbers["shift_nll.trains.odd.LaplaceHead"] == pytest.approx(row["log loss"])
     cost = sections["Cost"].table.set_index("predictor")
     assert cost.loc["LaplaceHead", "1,000 clips, ms"] == 70
     assert report.numbers["ece.SingleNetwork"] == pytest.approx(0.15)
