@@ -27,9 +27,9 @@ from rewardmodels.posterior import expected_preference
 NoveltySetting = Literal["learned", "off"] | float
 """Novelty of a fit: learned by pseudo-shifts, none, or the amplitude of every input."""
 
-CONSTANT_AMPLITUDE = 2.0
+CONSTANT_AMPLITUDE = 3.0
 """Least amplitude of inputs that were constant: one unit of them matters as much as all else."""
-_LEAST_AMPLITUDE = 1e-4  # of the others, so that the posterior returns to the prior at last
+_LEAST_AMPLITUDE = 1e-6  # of the others, so that the posterior returns to the prior at last
 _GROWTH = 4.0  # squared excess from which variance grows faster than the square of a linear reward
 _FURTHEST = 1e8  # excess beyond which variance stays: its fourth power is within single precision
 _FREQUENCIES = 32
