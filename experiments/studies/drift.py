@@ -1,9 +1,9 @@
 """Study of drift: long training of a policy on a reward that was learned once.
 
-An agent is trained a little on the task's own reward. Some of its clips are compared, a reward
-model is fitted, and PPO goes on with the learned reward alone. Where that errs upwards, there the
-policy goes (Gao et al. 2023, arXiv 2210.10760). Arms start from the same agent, the same
-comparisons and the same reward:
+Clips of an untrained agent (or one trained a little on the task's own reward) are compared, a
+reward model is fitted, and PPO goes on with the learned reward alone. Where that errs upwards,
+there the policy goes: the predicted return climbs, the true return rises, peaks and falls (Gao et
+al. 2023, arXiv:2210.10760). Arms start from the same agent, comparisons and reward:
 
 - **frozen**: no further comparisons;
 - **continued**: more comparisons of what the policy does now, at a constant rate;
@@ -13,8 +13,8 @@ comparisons and the same reward:
   an alarm, with a promised false-alarm rate, pauses training before the next update. Half of the
   paused policy's episodes are compared, the others calibrate the guard anew, and training goes on.
   Once the budget of comparisons is spent, an alarm ends training;
-- **zero**, **constant**, **random**: trivial rewards without comparisons. What these lose is the
-  cost of training alone.
+- **own**: the task's own reward, the most that training can reach;
+- **zero**, **constant**, **random**: trivial rewards without comparisons, which teach nothing.
 
 All arms that ask have the same budget and strategy. The agent is the same for every seed; the seed
 decides the clips, the reward's initial weights and the policy's randomness.
@@ -64,10 +64,19 @@ from rewardmodels import Clips, Comparisons, RewardModel, UnknownName
 from rewardmodels.clips import cut
 
 Arm = Literal[
-    "frozen", "continued", "when unsure", "pessimistic", "guarded", "zero", "constant", "random"
+    "frozen",
+    "continued",
+    "when unsure",
+    "pessimistic",
+    "guarded",
+    "own",
+    "zero",
+    "constant",
+    "random",
 ]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 TRIVIAL = ("zero", "constant", "random")
+UNLEARNED = ("own", *TRIVIAL)
 FILMED = ("frozen", "guarded")
 
 EPOCHS = 100
@@ -93,12 +102,14 @@ class Settings:
 
     Args:
         task: A MuJoCo task that `rewardmodels learn` takes.
-        arms: Any of frozen, continued, "when unsure", pessimistic, guarded, zero, constant, random.
+        arms: Any of frozen, continued, "when unsure", pessimistic, guarded, own, zero, constant,
+            random.
         predictor: A name or an import path.
         comparisons: Comparisons that the reward is first fitted to.
         more: Comparisons in all that the arms that ask may add.
         batch: Comparisons at a time, for the guard.
         length: Frames per clip.
+        novelty: As for `fit`: "learned" or "off".
         kappa: Standard deviations that the pessimistic arm subtracts.
         level: Nats of mean information above which the arm "when unsure" asks.
         alpha: Promised false alarms per episode, for each copy of the environment.
@@ -121,6 +132,7 @@ class Settings:
     more: int = 100
     batch: int = 20
     length: int = 25
+    novelty: Literal["learned", "off"] = "learned"
     kappa: float = 2.0
     level: float = 0.05
     alpha: float = 0.05
@@ -169,6 +181,8 @@ def cell(settings: Settings, arm: Arm, seed: int) -> list[dict[str, Any]]:
         first = training.play()
         if arm in TRIVIAL:
             training.env.reward = baseline_reward(arm, seed)
+        elif arm == "own":
+            training.env.reward = None
         else:
             training.ask(first[: PLAYED // 2], settings.comparisons)
         alarms: list[int] = []
@@ -199,7 +213,7 @@ class _Training:
         task: Task = replace(find_task(settings.task), horizon=settings.horizon)
         model: RewardModel = find_class("model", settings.predictor)()
         self.task, self.seed, self.model, self.length = task, seed, model, settings.length
-        self.pessimism = pessimism
+        self.pessimism, self.novelty = pessimism, settings.novelty
         self.draw = torch.Generator().manual_seed(seed)
         self.clip_buffer = ClipBuffer(task.horizon, PPO_ENVS)
         self.env = RewardWrapper(make_vec_env(task, PPO_ENVS, seed), self.clip_buffer, None)
@@ -240,7 +254,7 @@ class _Training:
         self.comparisons.append(Comparisons(clips, pairs, preference).compact())
         self.env.refit(
             self.model, Comparisons.cat(self.comparisons), clips, pessimism=self.pessimism,
-            epochs=EPOCHS, seed=self.seed,
+            epochs=EPOCHS, seed=self.seed, novelty=self.novelty,
         )  # fmt: skip
 
     def scheduled(self, schedule: Schedule | None, steps: int, more: int) -> None:
@@ -323,6 +337,10 @@ def report(results: pd.DataFrame) -> Report:
     outcomes = _outcomes(results)
     kept = outcomes.groupby("arm", sort=False)["kept"].agg(interquartile_mean).astype(float)
     numbers = {f"drift_kept.{arm}": value for arm, value in kept.items()}
+    for column in ("peak_kept", "reached"):
+        for arm, values in outcomes.groupby("arm", sort=False)[column]:
+            if values.notna().any():
+                numbers[f"drift_{column}.{arm}"] = float(interquartile_mean(values.dropna()))
     if "guarded" in kept:
         numbers["drift_kept"] = kept["guarded"]
     if "frozen" in kept:
@@ -339,7 +357,8 @@ def report(results: pd.DataFrame) -> Report:
         Section(
             "After training on the learned reward",
             "True return of the final policy, also as a share of the best that it had at any time, "
-            "and of the frozen arm's best; shares of the seeds that lost 30% or more of their "
+            "and of the frozen arm's best; as shares of the gain since the start, which may be far "
+            "below zero; shares of the seeds that lost 30% or more of their "
             "best, and whose predicted return rose. What an arm loses beyond the trivial rewards "
             "(zero, constant, random) is its reward's doing.",
             table=_table(outcomes),
@@ -354,9 +373,11 @@ def report(results: pd.DataFrame) -> Report:
 
 
 def _outcomes(results: pd.DataFrame) -> pd.DataFrame:
-    """One row for each arm and seed; `kept` is the final over the best true return.
+    """One row for each arm and seed, with shares of the final true return.
 
-    NaN where the best isn't above zero.
+    `kept` is the final over the best true return; NaN where the best isn't above zero. Of what was
+    gained since the start, which may be far below zero, `peak_kept` is the share of the arm's best,
+    and `reached` that of the best on the task's own reward.
     """
     rounds = results.groupby(["arm", "seed"], sort=False)
     found = rounds.first(skipna=False).assign(
@@ -364,23 +385,28 @@ def _outcomes(results: pd.DataFrame) -> pd.DataFrame:
     )
     found["best"] = found[["start", "most", "final"]].max(axis="columns")
     found["kept"] = (found["final"] / found["best"]).where(found["best"] > 0)
-    return found.reset_index()
+    found = found.reset_index()
+    gain, own = found["final"] - found["start"], found[found["arm"] == "own"].set_index("seed")
+    found["peak_kept"] = gain / (found["best"] - found["start"]).replace(0, np.nan)
+    found["reached"] = gain / found["seed"].map(own["best"] - own["start"])
+    return found
 
 
 def _table(outcomes: pd.DataFrame) -> pd.DataFrame:
     best = outcomes[outcomes["arm"] == "frozen"].set_index("seed")["best"]
     rows = []
     for arm, of in outcomes.groupby("arm", sort=False):
-        against = of.set_index("seed")["final"].div(best).dropna()
-        share = bootstrap(interquartile_mean, against) if len(against) else ""
+        against = of.set_index("seed")["final"].div(best)
         rows.append(
             {
                 "arm": arm,
                 "true return": bootstrap(interquartile_mean, of["final"]),
                 "of its best": bootstrap(interquartile_mean, of["kept"]),
-                "of the frozen arm's best": share,
+                "of the frozen arm's best": _share(against),
+                "of its best gain": _share(of["peak_kept"]),
+                "of the own reward's best gain": _share(of["reached"]),
                 "lost 30%": float((of["kept"] <= 0.7).mean()),
-                "predicted rose": float(of["rose"].mean()) if arm not in TRIVIAL else "",
+                "predicted rose": float(of["rose"].mean()) if arm not in UNLEARNED else "",
                 "comparisons": float(interquartile_mean(of["asked"])),
                 "alarms": float(interquartile_mean(of["alarms"].map(len))),
             }
@@ -388,16 +414,23 @@ def _table(outcomes: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _share(values: pd.Series) -> Any:
+    known = values.dropna()
+    return bootstrap(interquartile_mean, known) if len(known) else ""
+
+
 def _curves(results: pd.DataFrame) -> Figure:
-    look = plots.looks([*ARMS[:5]])
+    look = plots.looks(ARMS)
     ends: dict[Any, list[plots.End]] = {}
     with plots.style():
         figure, (above, below) = plots.panels(2, width=6.4, height=3.1, sharex=True)
         for arm, of in results.groupby("arm", sort=False):
-            trivial = arm in TRIVIAL
-            colour = plots.GREY if trivial else look[str(arm)]["color"]
-            line = plots.ARMS[str(arm)].line if trivial else "-"
-            for axes, column in ((below, "true"), (above, "predicted"))[: 1 if trivial else 2]:
+            colour, line = look[str(arm)]["color"], "-"
+            if arm in UNLEARNED:
+                known = plots.ARMS["task" if arm == "own" else str(arm)]
+                colour, line = known.colour, known.line
+            panels = (below, "true"), (above, "predicted")
+            for axes, column in panels[: 1 if arm in UNLEARNED else 2]:
                 steps, values = on_one_grid(of, column)
                 middle = interquartile_mean(values)
                 axes.plot(steps, values.T, color=colour, linewidth=0.5, alpha=0.35)

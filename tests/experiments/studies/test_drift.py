@@ -51,6 +51,23 @@ def test_the_start_and_the_end_count_as_best_and_nothing_is_kept_of_a_loss():
     assert study._outcomes(rows)["kept"].tolist() == pytest.approx([0.5, 1.0, np.nan], nan_ok=True)
 
 
+def test_gains_are_shares_of_the_peak_and_of_the_own_rewards():
+    rows = pd.DataFrame(
+        rows_of("frozen", 0, (-50, 20, -10), -40.0, start=-80.0)
+        + rows_of("own", 0, (0, 60, 100), 120.0, start=-80.0)
+    )
+    numbers = study.report(rows).numbers
+    assert numbers["drift_peak_kept.frozen"] == pytest.approx(40 / 100)
+    assert numbers["drift_reached.frozen"] == pytest.approx(40 / 200)
+    assert numbers["drift_reached.own"] == 1
+
+
+def test_the_own_reward_is_the_tasks(agents, frozen):
+    [found] = rounds(agents, "own", steps=2048).to_dict("records")
+    assert found["predicted"] == pytest.approx(found["true"], rel=1e-6)
+    assert (found["asked"], found["start"]) == (0, frozen["start"][0])
+
+
 def test_the_figure_names_every_arm_and_marks_every_alarm(results):
     above, below = study.report(results).sections[0].figure.axes
     assert {text.get_text() for text in below.texts} == {"frozen", "guarded"}
