@@ -19,7 +19,7 @@ from rewardmodels.errors import InvalidInput, NotFitted
 from rewardmodels.frames import FrameInputs, FrameSpec
 from rewardmodels.likelihood import check_random_answer_rate
 from rewardmodels.networks import CNN, MLP, Activation, FrameNetwork, MakeNetwork, network_maker
-from rewardmodels.novelty import Novelty, NoveltySetting, learned_amplitudes
+from rewardmodels.novelty import Novelty, NoveltySetting, learned_amplitudes, learning_sample
 from rewardmodels.posterior import ReturnPosterior, SampledPosterior
 from rewardmodels.scoring import FrameScorer, to_numpy
 
@@ -387,29 +387,33 @@ class RewardModel(L.LightningModule, ABC):
         """
         assert self.novelty is not None
         assert self.frame_inputs is not None
-        novelty, norm, comparisons = self.novelty, self.frame_inputs.norm, comparisons.compact()
+        novelty, norm = self.novelty, self.frame_inputs.norm
         choices = norm.mean.new_zeros(self.frame_inputs.choices)  # one-hot, not normalised
         mean = novelty.pool(torch.cat([norm.mean, choices])[None])[0]
         scale = novelty.pool(torch.cat([norm.scale, choices + 1])[None])[0]
-        clips = comparisons.clips.to(self.device)
-        inputs = torch.cat([novelty.pool(self.clip_inputs(part)) for part in clip_chunks(clips)])
-        novelty.extend(inputs[clips.mask.flatten()], mean, scale)
+        for part in clip_chunks(comparisons.compact().clips):
+            part = part.to(self.device)
+            novelty.extend(novelty.pool(self.clip_inputs(part))[part.mask.flatten()], mean, scale)
         if setting == "off":
             novelty.amplitude = torch.zeros_like(mean)
             return
+        some = learning_sample(comparisons)
+        clips = some.clips.to(self.device)
         if setting != "learned":
             relative = torch.full_like(mean, float(setting))
         elif len(comparisons) >= _LEARNED_AGAIN * int(novelty.learned_from):
+            parts = [novelty.pool(self.clip_inputs(part)) for part in clip_chunks(clips)]
             relative = learned_amplitudes(
-                inputs.unflatten(0, clips.mask.shape).cpu(),
-                comparisons,
+                torch.cat(parts).unflatten(0, clips.mask.shape).cpu(),
+                some,
                 scale.cpu(),
+                novelty.constant.cpu(),
                 random_answer_rate=self.random_answer_rate,
             ).to(mean)
             novelty.learned, novelty.learned_from = relative, torch.tensor(len(comparisons))
         else:
             relative = novelty.learned
-        difference = self.compute_posterior(clips).difference(comparisons.pairs.to(self.device))
+        difference = self.compute_posterior(clips).difference(some.pairs.to(self.device))
         novelty.amplitude = relative * difference.mean.square().mean()
 
     def check(self, clips: Clips) -> None:

@@ -113,6 +113,11 @@ class Novelty(nn.Module):
         return torch.cat([image.flatten(1), inputs[:, pixels:]], 1)
 
     @property
+    def constant(self) -> Tensor:
+        """`(D,)` bool, True for inputs that all compared frames have alike."""
+        return self.highest - self.lowest <= _CONSTANT * (1 + self.lowest.abs())
+
+    @property
     def active(self) -> bool:
         """False if it adds nothing anywhere."""
         return bool(self.amplitude.any())
@@ -221,10 +226,17 @@ def pseudo_shifts(
     return shifts
 
 
+def learning_sample(comparisons: Comparisons) -> Comparisons:
+    """As many comparisons, drawn from torch's global generator, as amplitudes are learned from."""
+    at_most = min(_MOST_COMPARISONS, max(1, _MOST_FRAMES // (2 * comparisons.clips.length)))
+    return comparisons[torch.randperm(len(comparisons))[:at_most]].compact()
+
+
 def learned_amplitudes(
     inputs: Tensor,
     comparisons: Comparisons,
     scale: Tensor,
+    constant: Tensor,
     *,
     random_answer_rate: float = 0.0,
 ) -> Tensor:
@@ -242,6 +254,7 @@ def learned_amplitudes(
         comparisons: Q comparisons of N clips.
         scale: `(D,)` of the normalisation: an input that is constant in what is not held out is
             measured in units of its own there, as it would be had it never been seen.
+        constant: `(D,)` bool, inputs that no comparison has changed.
         random_answer_rate: As for `RewardModel`.
 
     Returns:
@@ -249,16 +262,10 @@ def learned_amplitudes(
     """
     mask, pairs, preference = comparisons.clips.mask, comparisons.pairs, comparisons.preference
     size = inputs.shape[2]
-    frames = inputs[mask]
-    low, high = frames.amin(0), frames.amax(0)
-    constant = high - low <= _CONSTANT * (1 + low.abs())
     amplitudes = torch.full((size,), _LEAST_AMPLITUDE)
     amplitudes[constant] = CONSTANT_AMPLITUDE
-    at_most = max(1, _MOST_FRAMES // (2 * inputs.shape[1]))
-    rows = torch.randperm(len(pairs))[: min(_MOST_COMPARISONS, at_most)]
-    if len(rows) < _LEAST_COMPARISONS:
+    if len(pairs) < _LEAST_COMPARISONS:
         return amplitudes
-    pairs, preference = pairs[rows], preference[rows]
     shifts = pseudo_shifts(inputs, mask, pairs, preference)
     ordinary = torch.rand(len(pairs)) < _SHARE_ORDINARY
     held_out = torch.stack([shift.held_out for shift in shifts] + [ordinary])
