@@ -647,9 +647,7 @@ def _never_taught_figure(table: pd.DataFrame, look: Mapping[str, plots.Look]) ->
         axes.set_yticks(range(len(shifts)), shifts)
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter(PercentFormatter(1))
-        axes.set_xlabel(
-            "mean confidence without novelty (hollow) and with (filled); accuracy (bar)"
-        )
+        axes.set_xlabel("mean confidence: hollow without novelty, filled with it\nbars: accuracy")
         plots.legend_below(figure)
     return figure
 

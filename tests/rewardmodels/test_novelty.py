@@ -11,6 +11,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from rewardmodels import (
+    Calibrated,
     Clips,
     Comparisons,
     DeepEnsemble,
@@ -159,6 +160,17 @@ def test_novelty_of_every_kind_of_frame(observations, actions):
     frames = novel.observations[:2, 0], novel.actions[:2, 0]
     _, std = model.frame_scorer().batch(*(x.numpy() for x in frames))
     assert np.allclose(std**2, model.frame_posterior(*frames).variance, rtol=1e-3)
+
+
+def test_a_calibrated_model_doesnt_know_either():
+    model = fit(LaplaceHead(), drawn(100), epochs=20)
+    calibrated = Calibrated(model).calibrate(drawn(100, seed=1), random=True)
+    clips = drawn(2).clips
+    clips.observations[0, :, 3] = 100.0
+    pairs = torch.tensor([[0, 1]])
+    assert float(calibrated.posterior(clips).preference(pairs)) == pytest.approx(0.5, abs=0.02)
+    variance = model.posterior(clips).difference(pairs).variance / calibrated.temperature**2
+    assert torch.allclose(calibrated.posterior(clips).difference(pairs).variance, variance)
 
 
 def test_a_file_from_before_novelty_has_none(tmp_path):
