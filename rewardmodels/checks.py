@@ -182,7 +182,7 @@ def check_posterior_has_no_side_effects(make_model: MakeModel) -> None:
 
 def check_save_and_load(make_model: MakeModel) -> None:
     """`save` and `load` keep all that the posterior depends on."""
-    model, clips = _fitted(make_model, 1.0), _clips(20, seed=26)
+    model, clips = _fitted(make_model, "learned"), _clips(20, seed=26)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save(model, path)
@@ -333,7 +333,7 @@ def check_padding_is_ignored(make_model: MakeModel) -> None:
 
 def check_frames_sum_to_clip(make_model: MakeModel) -> None:
     """`frame_posterior` and `posterior` agree: rewards of frames sum to a clip's return."""
-    model, clips = _fitted(make_model, 1.0), _clips(6, seed=21)
+    model, clips = _fitted(make_model, "learned"), _clips(6, seed=21)
     posterior = model.posterior(clips)
     frames = model.frame_posterior(clips.observations.flatten(0, 1), clips.actions.flatten(0, 1))
     cause = "a mean over frames where a return is a sum, or frames that are each centred anew"
@@ -346,7 +346,7 @@ def check_frames_sum_to_clip(make_model: MakeModel) -> None:
 
 def check_scorer_matches_frame_posterior(make_model: MakeModel) -> None:
     """`frame_scorer` agrees with `frame_posterior`, near the data and far from it."""
-    model = _fitted(make_model, 1.0)
+    model = _fitted(make_model, "learned")
     scorer = model.frame_scorer()
     cause = "`frame_moments` inherited by a model that overrides `compute_posterior`, or uncentred"
     for clips in (_clips(4, seed=28), _far_clips(4, seed=29)):
@@ -404,7 +404,7 @@ def check_unknown_inputs_return_to_one_half(make_model: MakeModel) -> None:
 
 def check_shared_novelty_cancels(make_model: MakeModel) -> None:
     """A novel frame that two clips share makes neither of them less certain against the other."""
-    model, clips = _fitted(make_model, 1.0), _without_last(_clips(20, seed=31, scale=0.1))
+    model, clips = _fitted(make_model, "learned"), _without_last(_clips(20, seed=31, scale=0.1))
     pairs = torch.arange(20).view(10, 2)
     expected = model.posterior(Clips(clips.observations[:, 1:], clips.actions[:, 1:]))
     observations, actions = clips.observations.clone(), clips.actions.clone()
@@ -419,7 +419,7 @@ def check_shared_novelty_cancels(make_model: MakeModel) -> None:
 def check_nothing_is_novel_where_compared(make_model: MakeModel) -> None:
     """Novelty leaves the posterior of the compared clips as it is."""
     clips = _without_last(_comparisons().clips)
-    model = _fitted(make_model, 1.0)
+    model = _fitted(make_model, "learned")
     cause = "a variance added everywhere, or a range that leaves out some of the compared frames"
     found = model.posterior(clips)
     assert model.novelty is not None

@@ -87,13 +87,13 @@ def test_noise_on_samples_is_that_of_a_mixture_of_normals():
 def test_an_input_that_was_never_seen_no_longer_misleads():
     """The reward of the unseen input is drawn anew for each seed; no model can know it."""
     found = {"learned": [], "off": []}
-    for seed in range(4):
+    for seed in range(2):
         sign = 1 if seed % 2 else -1
         tests = drawn(
             200, 100 + seed, unseen=0.5, reward=lambda x, s=sign: x[..., 0] + 4 * s * x[..., 3]
         )
         for novelty, losses in found.items():
-            model = fit(LaplaceHead(weight_decay=0.0), drawn(seed=seed), seed=seed, novelty=novelty)
+            model = fit(LaplaceHead(weight_decay=0.0), drawn(150, seed), seed=seed, novelty=novelty)
             differ = tests.clips.observations[tests.pairs, 0, 3].diff().squeeze(1) != 0
             some = tests[differ]
             p = model.posterior(some.clips).preference(some.pairs)
