@@ -321,6 +321,9 @@ class _EarlyStopping(L.Callback):
             with torch.no_grad():
                 model.after_epoch()
                 model.after_fit(self.trained_on)
+                for compared in (self.trained_on, self.held_out):
+                    if len(compared):
+                        model.extend_novelty(compared.clips)
             # `after_fit` may have changed how certain the posterior is.
             test, accuracy = self._score(model)
             self.report = replace(self.report, held_out_log_loss=test, held_out_accuracy=accuracy)

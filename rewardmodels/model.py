@@ -374,8 +374,30 @@ class RewardModel(L.LightningModule, ABC):
         return mean, (std.square() + self.novelty.variance(inputs)).sqrt()
 
     @torch.no_grad()
+    def extend_novelty(self, clips: Clips) -> None:
+        """Add compared frames to the range outside which a frame is novel; called by `fit`.
+
+        Also where a fit is interrupted, since its normalisation is a new one.
+        """
+        assert self.novelty is not None
+        mean, scale = self._pooled_normalisation()
+        for part in clip_chunks(clips):
+            part = part.to(self.device)
+            inputs = self.novelty.pool(self.clip_inputs(part))
+            self.novelty.extend(inputs[part.mask.flatten()], mean, scale)
+
+    def _pooled_normalisation(self) -> tuple[Tensor, Tensor]:
+        assert self.novelty is not None
+        assert self.frame_inputs is not None
+        norm = self.frame_inputs.norm
+        choices = norm.mean.new_zeros(self.frame_inputs.choices)  # one-hot, not normalised
+        mean = self.novelty.pool(torch.cat([norm.mean, choices])[None])[0]
+        scale = self.novelty.pool(torch.cat([norm.scale, choices + 1])[None])[0]
+        return mean, scale
+
+    @torch.no_grad()
     def update_novelty(self, comparisons: Comparisons, setting: NoveltySetting) -> None:
-        """Extend the range of compared frames, and choose how much novelty adds outside it.
+        """Choose how much novelty adds outside the range of compared frames.
 
         Learned amplitudes are learned anew once there are half as many comparisons again as at the
         last time, so that refits with a few more cost nothing; their unit, the returns' scale,
@@ -386,14 +408,7 @@ class RewardModel(L.LightningModule, ABC):
             setting: As for `fit`.
         """
         assert self.novelty is not None
-        assert self.frame_inputs is not None
-        novelty, norm = self.novelty, self.frame_inputs.norm
-        choices = norm.mean.new_zeros(self.frame_inputs.choices)  # one-hot, not normalised
-        mean = novelty.pool(torch.cat([norm.mean, choices])[None])[0]
-        scale = novelty.pool(torch.cat([norm.scale, choices + 1])[None])[0]
-        for part in clip_chunks(comparisons.compact().clips):
-            part = part.to(self.device)
-            novelty.extend(novelty.pool(self.clip_inputs(part))[part.mask.flatten()], mean, scale)
+        novelty, (mean, scale) = self.novelty, self._pooled_normalisation()
         if setting == "off":
             novelty.amplitude = torch.zeros_like(mean)
             return

@@ -384,7 +384,7 @@ def check_novelty(novelty: NoveltySetting) -> None:
     """Raise InvalidInput unless novelty is "learned", "off" or a number of at least 0."""
     if novelty in ("learned", "off"):
         return
-    if isinstance(novelty, str) or not 0 <= novelty < math.inf:
+    if not isinstance(novelty, int | float) or not 0 <= novelty < math.inf:
         raise InvalidInput(
             f'novelty: expected "learned", "off" or an amplitude of at least 0, got {novelty!r}.'
         )

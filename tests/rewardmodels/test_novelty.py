@@ -2,6 +2,7 @@
 
 import math
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rewardmodels import (
     Clips,
     Comparisons,
     DeepEnsemble,
+    FitOptions,
     InvalidInput,
     LaplaceHead,
     SampledPosterior,
@@ -138,6 +140,27 @@ def test_amplitudes_are_learned_again_once_there_are_half_as_many_comparisons_ag
     assert (model.novelty.highest >= high).all()
 
 
+def test_nothing_compared_is_novel_after_a_refit_that_was_interrupted():
+    class Interrupts(L.pytorch.callbacks.Callback):
+        def on_train_epoch_start(self, trainer, model):
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+
+    model = fit(LaplaceHead(), drawn(60), epochs=1, novelty=1.0)
+    more = drawn(60, seed=1)
+    more.clips.observations.mul_(5).add_(3)  # which changes the normalisation
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(
+        max_epochs=3, accelerator="cpu", callbacks=[Interrupts()], enable_model_summary=False,
+        **quiet,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, more, options=FitOptions(trainer=trainer))
+    for known in (drawn(60), more):
+        expected = model.compute_posterior(known.clips).variance
+        assert torch.equal(model.posterior(known.clips).variance, expected)
+
+
 def test_few_comparisons_and_constant_inputs_have_amplitudes_that_need_no_data():
     clips = Clips(torch.ones(4, 2, 3), torch.zeros(4, 2, 1))
     model = fit(
@@ -195,7 +218,7 @@ def test_a_file_from_before_novelty_has_none(tmp_path):
     assert (load(tmp_path / "new.safetensors").posterior(far).variance > expected).all()
 
 
-@pytest.mark.parametrize("novelty", ["on", -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("novelty", ["on", None, -1.0, math.inf, math.nan])
 def test_other_settings_are_refused(novelty):
     with pytest.raises(InvalidInput, match="novelty"):
         fit(LaplaceHead(), drawn(10), novelty=novelty)
