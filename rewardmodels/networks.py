@@ -242,11 +242,9 @@ class MemberMLP(nn.Module):
                 for member in weight.data:
                     nn.init.xavier_uniform_(member)
 
-    def forward(self, frames: Tensor, units: Tensor | None = None) -> Tensor:
-        """Return outputs `(K, B)` for frames `(B, D)`, each member's times its units `(K, D)`."""
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return outputs `(K, B)` for frames `(B, D)`."""
         layers = list(zip(self.weights, self.biases, strict=True))
-        if units is not None:
-            layers[0] = layers[0][0] * units[:, None], layers[0][1]
         widest = max(bias.shape[:2].numel() for bias in self.biases)
         if frames.is_cuda or len(frames) * widest <= _TOGETHER:
             return self._together(frames, layers)

@@ -24,17 +24,9 @@ from rewardmodels import (
     load,
     save,
 )
-from rewardmodels import novelty as novelty_module
 from rewardmodels.novelty import CONSTANT_AMPLITUDE, Novelty, learned_amplitudes, pseudo_shifts
 from rewardmodels.posterior import expected_preference
 from tests.rewardmodels.data import of_neighbours
-
-EPOCHS = novelty_module._EPOCHS  # before conftest makes it less
-
-
-@pytest.fixture(autouse=True)
-def _in_full(monkeypatch):
-    monkeypatch.setattr(novelty_module, "_EPOCHS", EPOCHS)
 
 
 def drawn(n: int = 300, seed: int = 0, *, unseen: float = 0.0, reward=None) -> Comparisons:
