@@ -5,6 +5,7 @@ import random
 import signal
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from rewardmodels import (
     InvalidInput,
     PairBatch,
     fit,
+    fitting,
 )
 from rewardmodels.fitting import TrainingSet
 
@@ -309,6 +311,39 @@ def test_says_nothing_of_lightnings(capfd, caplog):
     out, err = capfd.readouterr()
     assert out == err == ""
     assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_small_networks_are_fitted_on_one_thread_and_threads_restored(broken, monkeypatch):
+    threads: list[int] = []
+
+    def note(model: L.LightningModule) -> None:
+        threads.append(torch.get_num_threads())
+        if broken:
+            raise OSError("disk full")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for most, image in ((100, False), (10, False), (100_000, True)):
+            monkeypatch.setattr(fitting, "_ONE_THREAD", most)
+            clips = some().clips
+            if image:
+                pixels = torch.randn(len(clips), 2, 1, 5, 5)
+                clips = Clips(pixels, torch.zeros(len(clips), 2, 1))
+            answers = Comparisons(clips, some().pairs, some().preference)
+            options = FitOptions(trainer=plain(max_epochs=1, callbacks=[At(0, note)]))
+            with pytest.raises(OSError, match="disk full") if broken else nullcontext():
+                fit(small(members=1), answers, novelty="off", options=options)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 2, 2]
+
+
+def test_progress_is_shown_when_asked_for(capfd):
+    fit(small(), some(), epochs=2, options=FitOptions(progress=True))
+    assert "held_out_log_loss" in "".join(capfd.readouterr())
 
 
 @pytest.mark.gpu
