@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
-from rewardmodels.clips import Clips
+from rewardmodels.arrays import ArrayLike, as_pairs
+from rewardmodels.clips import Clips, single_frames
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, NotFitted, require
 from rewardmodels.posterior import Difference, ReturnPosterior
@@ -162,9 +163,9 @@ class Calibrated:
         scores = self._calibrated_scores()
         return CalibratedPosterior(self.model.posterior(clips), self.temperature, self._map, scores)
 
-    def frame_posterior(self, observations: Tensor, actions: Tensor) -> CalibratedPosterior:
+    def frame_posterior(self, observations: ArrayLike, actions: ArrayLike) -> CalibratedPosterior:
         """Calibrated joint posterior over the rewards of B frames `(B, *obs)` and `(B, *act)`."""
-        return self.posterior(Clips(observations[:, None], actions[:, None]))
+        return self.posterior(single_frames(observations, actions))
 
     def _calibrated_scores(self) -> NDArray[np.float64]:
         if self._scores is None:
@@ -204,19 +205,19 @@ class CalibratedPosterior(ReturnPosterior):
     def rsample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self._scaled.rsample(n, generator)
 
-    def difference(self, pairs: Tensor) -> Difference:
+    def difference(self, pairs: ArrayLike) -> Difference:
         return self._scaled.difference(pairs)
 
-    def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
+    def preference(self, pairs: ArrayLike, *, random_answer_rate: float = 0.0) -> Tensor:
         if self._map is None:
             return self._scaled.preference(pairs, random_answer_rate=random_answer_rate)
-        both = _both_ways(self._scaled, pairs).numpy()
+        both = _both_ways(self._scaled, as_pairs(pairs, len(self.mean))).numpy()
         first, second = (torch.from_numpy(np.interp(column, *self._map)) for column in both.T)
         # The map is symmetric but for rounding.
         p = ((second + 1 - first) / 2).to(self.mean)
         return (1 - random_answer_rate) * p + random_answer_rate / 2
 
-    def prediction_set(self, pairs: Tensor, coverage: float = 0.9) -> Tensor:
+    def prediction_set(self, pairs: ArrayLike, coverage: float = 0.9) -> Tensor:
         r"""Sets that contain the teacher's preference with at least the given probability.
 
         Split conformal prediction (Vovk et al. 2005; Angelopoulos & Bates 2021, §1): a clip is in
@@ -242,6 +243,7 @@ class CalibratedPosterior(ReturnPosterior):
         some = f"{_at_least(coverage / (1 - coverage))} held-out comparisons (ties aside)"
         got = f"{n}; calibrate on more, or take a coverage of {n / (n + 1):.3g} or less"
         require("coverage", place <= n, f"at least {some} for a coverage of {coverage:g}", got)
+        pairs = as_pairs(pairs, len(self.mean))
         p = _both_ways(self._base, pairs)
         # The same subtraction as in the scores, so that equal numbers stay equal.
         possible = (1 - p) <= self._scores[place - 1]

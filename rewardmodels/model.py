@@ -13,7 +13,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from rewardmodels.clips import Clips
+from rewardmodels.arrays import ArrayLike
+from rewardmodels.clips import Clips, single_frames
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, NotFitted
 from rewardmodels.frames import FrameInputs, FrameSpec
@@ -320,7 +321,7 @@ class RewardModel(L.LightningModule, ABC):
         root = torch.cat(parts)
         return posterior.plus(root) if root.any() else posterior
 
-    def frame_posterior(self, observations: Tensor, actions: Tensor) -> ReturnPosterior:
+    def frame_posterior(self, observations: ArrayLike, actions: ArrayLike) -> ReturnPosterior:
         """Joint posterior over the rewards of B single frames, each a clip of length one.
 
         Args:
@@ -343,7 +344,7 @@ class RewardModel(L.LightningModule, ABC):
             >>> model.frame_posterior(torch.zeros(7, 2), torch.zeros(7, 1)).mean.shape
             torch.Size([7])
         """
-        return self.posterior(Clips(observations[:, None], actions[:, None]))
+        return self.posterior(single_frames(observations, actions))
 
     def frame_scorer(self) -> FrameScorer:
         """Make a fast snapshot of `frame_posterior`, for one frame at a time.
