@@ -40,6 +40,7 @@ class Comparisons:
     preference: Tensor
 
     def __post_init__(self) -> None:
+        _check_clips(self.clips)
         pairs = as_pairs(self.pairs, len(self.clips))
         preference = as_tensor("preference", self.preference).float()
         expected, shape = f"shape (Q,) = ({len(pairs)},) as pairs has rows", tuple(preference.shape)
@@ -117,6 +118,7 @@ class Marks:
     rows: Tensor
 
     def __post_init__(self) -> None:
+        _check_clips(self.clips)
         n, shape = len(self.clips), "(M, 4), clip, first frame, last frame and good"
         rows = as_integers("rows", self.rows, shape, 4)
         clip, first, last, good = rows.T
@@ -201,6 +203,7 @@ class Ratings:
     raters: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _check_clips(self.clips)
         which = as_integers("which", self.which, "(M,)")
         object.__setattr__(self, "which", which)
         for name in ("rating", "raters"):
@@ -241,6 +244,10 @@ class Ratings:
                 pairs.append((other, row))
             last[raters[row]] = row, other
         return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
+
+
+def _check_clips(clips: object) -> None:
+    require("clips", isinstance(clips, Clips), "Clips", type(clips).__name__)
 
 
 def _require_clips(name: str, clip: Tensor, n: int) -> None:

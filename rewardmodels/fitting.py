@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons, Marks, Ratings
-from rewardmodels.errors import FitDiverged, InvalidInput, check_positive, require
+from rewardmodels.errors import FitDiverged, InvalidInput, check_positive, is_whole, require
 from rewardmodels.model import FitReport, PairBatch, RewardModel
 from rewardmodels.novelty import NoveltySetting, check_novelty
 
@@ -114,8 +114,8 @@ def fit(
         The same model.
 
     Raises:
-        InvalidInput: Too few comparisons, clips of other shapes than in earlier fits, a number out
-            of range, or a trainer that has no epoch left.
+        InvalidInput: Arguments of other types, too few comparisons, clips of other shapes than in
+            earlier fits, a number out of range, or a trainer that has no epoch left.
         FitDiverged: The loss or the posterior stopped being finite; the model is back at the best
             epoch, or as before this fit.
 
@@ -130,7 +130,15 @@ def fit(
         >>> model.posterior(clips).mean.shape
         torch.Size([20])
     """
+    require("model", isinstance(model, RewardModel), "a RewardModel", repr(model))
+    kinds = {"comparisons": (comparisons, Comparisons), "marks": (marks, Marks)}
+    kinds |= {"ratings": (ratings, Ratings), "options": (options, FitOptions)}
+    for name, (value, kind) in kinds.items():
+        valid = value is None or isinstance(value, kind)
+        require(name, valid, kind.__name__, type(value).__name__)
     check_positive(epochs=epochs)
+    valid = is_whole(seed) and 0 <= seed < 1 << 63
+    require("seed", valid, "a whole number from 0 to below 2^63", seed)
     check_novelty(novelty)
     options = options or FitOptions()
     data = TrainingSet.gather(comparisons, marks, ratings, options, seed)

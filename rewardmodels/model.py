@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rewardmodels.arrays import ArrayLike
 from rewardmodels.clips import Clips, single_frames
 from rewardmodels.comparisons import Comparisons
-from rewardmodels.errors import InvalidInput, NotFitted
+from rewardmodels.errors import InvalidInput, NotFitted, is_whole, require
 from rewardmodels.frames import FrameInputs, FrameSpec
 from rewardmodels.likelihood import check_random_answer_rate
 from rewardmodels.networks import CNN, MLP, Activation, FrameNetwork, MakeNetwork, network_maker
@@ -175,9 +175,9 @@ class RewardModel(L.LightningModule, ABC):
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise InvalidInput(f"{name}: expected a number of at least 0, got {value}.")
+        valid = isinstance(hidden, Sequence) and all(is_whole(n) and n >= 1 for n in hidden)
+        require("hidden", valid, "widths, whole numbers of at least 1", hidden)
         hidden = tuple(hidden)
-        if any(width < 1 for width in hidden):
-            raise InvalidInput(f"hidden: expected widths of at least 1, got {hidden}.")
         if activation not in get_args(Activation):
             raise InvalidInput(
                 f"activation: expected one of {', '.join(get_args(Activation))}; got "
@@ -187,10 +187,8 @@ class RewardModel(L.LightningModule, ABC):
             raise InvalidInput(
                 f"reward_of: expected one of {', '.join(get_args(RewardOf))}; got {reward_of!r}."
             )
-        if discrete_actions < 0:
-            raise InvalidInput(
-                f"discrete_actions: expected a number of at least 0, got {discrete_actions}."
-            )
+        valid = is_whole(discrete_actions) and discrete_actions >= 0
+        require("discrete_actions", valid, "a whole number of at least 0", discrete_actions)
         check_random_answer_rate(random_answer_rate)
         # Of the subclass's constructor, too: Lightning looks at all of them.
         self.save_hyperparameters(ignore="network")
@@ -310,6 +308,7 @@ class RewardModel(L.LightningModule, ABC):
             InvalidInput: Clips whose frames have other shapes than the training data's.
         """
         self.check_fitted()
+        require("clips", isinstance(clips, Clips), "Clips", type(clips).__name__)
         self.check(clips)
         assert self.novelty is not None
         clips = clips.to(self.device)

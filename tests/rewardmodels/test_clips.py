@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from rewardmodels import Clips, Comparisons, InvalidInput, cut
+from rewardmodels import Clips, Comparisons, InvalidInput, Marks, Ratings, cut
 
 
 def ragged(*lengths: int, padding: float = float("nan")) -> Clips:
@@ -178,6 +178,14 @@ def said(pairs: list[list[int]], preference: list[float], n: int = 4) -> Compari
 def test_refuses_what_cannot_be_comparisons(pairs, preference, message):
     with pytest.raises(InvalidInput, match=message):
         said(pairs, preference)
+
+
+def test_other_things_than_clips_are_refused():
+    for make in (Comparisons, Ratings):
+        with pytest.raises(InvalidInput, match="clips: expected Clips, got Tensor"):
+            make(torch.zeros(4, 2, 1), [[0, 1]], [1.0])
+    with pytest.raises(InvalidInput, match="clips: expected Clips, got Tensor"):
+        Marks(torch.zeros(4, 2, 1), [[0, 0, 0, 1]])
 
 
 def meaning(comparisons: Comparisons) -> list[tuple[float, float, float]]:

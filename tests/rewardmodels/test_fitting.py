@@ -276,6 +276,12 @@ def test_inputs_that_never_change_do():
         ({"comparisons": some(1)}, "comparisons: expected at least 2 .*got 1"),
         ({"options": FitOptions(held_out=0.9999)}, "held_out: .*leaves some of the 60.*0.9999"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs: expected a whole number .*1.5"),
+        ({"seed": -1}, "seed: .*from 0 .*-1"),
+        ({"seed": 0.5}, "seed: .*0.5"),
+        ({"comparisons": some().clips}, "comparisons: expected Comparisons, got Clips"),
+        ({"marks": some()}, "marks: expected Marks, got Comparisons"),
+        ({"options": {"patience": 3}}, "options: expected FitOptions, got dict"),
     ],
 )
 def test_refuses_before_it_starts(arguments, message):
@@ -286,7 +292,14 @@ def test_refuses_before_it_starts(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("held_out", 1.0), ("held_out", -0.1), ("patience", 0), ("batch_size", 0)]
+    ("name", "value"),
+    [
+        ("held_out", 1.0),
+        ("held_out", -0.1),
+        ("patience", 0),
+        ("batch_size", 0),
+        ("batch_size", 2.5),
+    ],
 )
 def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(InvalidInput, match=f"{name}: .*got {value}"):
