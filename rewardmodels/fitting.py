@@ -131,8 +131,12 @@ def fit(
         torch.Size([20])
     """
     require("model", isinstance(model, RewardModel), "a RewardModel", repr(model))
-    kinds = {"comparisons": (comparisons, Comparisons), "marks": (marks, Marks)}
-    kinds |= {"ratings": (ratings, Ratings), "options": (options, FitOptions)}
+    kinds: dict[str, tuple[object, type]] = {
+        "comparisons": (comparisons, Comparisons),
+        "marks": (marks, Marks),
+        "ratings": (ratings, Ratings),
+        "options": (options, FitOptions),
+    }
     for name, (value, kind) in kinds.items():
         valid = value is None or isinstance(value, kind)
         require(name, valid, kind.__name__, type(value).__name__)
