@@ -265,6 +265,7 @@ class RewardModel(L.LightningModule, ABC):
             self.check(clips)
             return
         spec = FrameSpec.of(clips, self.discrete_actions)
+        spec.check_layout()
         spec.check(clips)
         self.spec = spec
         frames = clips.mask.flatten().nonzero().squeeze(1)
