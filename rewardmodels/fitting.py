@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from rewardmodels.novelty import NoveltySetting, check_novelty
 AnyModel = TypeVar("AnyModel", bound=RewardModel)
 
 MIN_COMPARISONS = 2
+_MOST_TOGETHER = 10  # comparisons, so that a small pool of clips isn't held out, or kept, as one
 _MIN_HELD_OUT = 5  # fewer held-out comparisons than this are no guide to when to stop
 # Weights of networks over vectors up to which one thread is quicker on a machine with other work:
 # 0.5 s against 15 s for LaplaceHead with its defaults, 3.2 against 5.4 s for a million weights.
@@ -39,7 +41,9 @@ class FitOptions:
         patience: Epochs without a better held-out log loss before stopping.
         held_out: Share of the feedback held out, from 0 (none: all epochs are run) to below 1.
         groups: A number for each comparison. Those of one number are held out together, such as
-            all comparisons of one person: else held-out ones are no guide to new people.
+            all comparisons of one person: else held-out ones are no guide to new people. None for
+            groups of up to ten that share clips, by their contents: what was learned of a clip
+            in one comparison would else be tested in another, and a fit to it by heart kept.
         trainer: A Lightning Trainer, for other devices, loggers or callbacks, which find the
             numbers of `FitReport` under their names at the end of each epoch. Its own
             `max_epochs` then replaces `epochs` of `fit`. It counts the epochs of earlier fits too,
@@ -149,7 +153,8 @@ def fit(
     used, held_out = data.comparisons, data.held_out
     expected = f"at least {MIN_COMPARISONS} to learn from, marks and ratings included"
     require("comparisons", len(used) >= MIN_COMPARISONS, expected, len(used))
-    if held_out.sum() < _MIN_HELD_OUT:
+    one_group = options.groups is None and len(used) <= _MOST_TOGETHER
+    if held_out.sum() < _MIN_HELD_OUT or (one_group and held_out.all()):
         held_out[:] = False
     expected = f"a share that leaves some of the {len(used)} comparisons to learn from"
     require("held_out", not held_out.all(), expected, options.held_out)
@@ -241,7 +246,8 @@ class TrainingSet:
         if comparisons is not None:
             parts.append(comparisons)
             index.append(torch.arange(len(comparisons)))
-            held_out.append(_draw_held_out(len(comparisons), share, groups, [seed]))
+            together = sharing(comparisons) if groups is None else groups
+            held_out.append(_draw_held_out(len(comparisons), share, together, [seed]))
         elif groups is not None:
             raise InvalidInput("groups: expected None without comparisons to be grouped.")
         for kind, feedback in enumerate((marks, ratings), start=1):
@@ -278,6 +284,31 @@ class _Batches(Dataset[PairBatch]):
 
     def __getitems__(self, places: list[int]) -> PairBatch:
         return self.data.batch(self.rows[places])
+
+
+def sharing(comparisons: Comparisons) -> Tensor:
+    """Groups `(Q,)` of up to ten comparisons that share clips, each the number of its first row.
+
+    A comparison joins the earliest group that has one of its clips and isn't full, so that groups
+    stay as they are when comparisons are added. Clips are the same where their frames are.
+    """
+    clips = comparisons.clips
+    observations, actions = (x.cpu().numpy() for x in (clips.observations, clips.actions))
+    contents = zip(observations, actions, strict=True)
+    which = [hash((one.tobytes(), other.tobytes())) for one, other in contents]
+    groups: list[int] = []
+    of_clip: dict[int, int] = {}
+    size: Counter[int] = Counter()
+    for row, pair in enumerate(comparisons.pairs.tolist()):
+        known = [of_clip[which[clip]] for clip in pair if which[clip] in of_clip]
+        group = min((group for group in known if size[group] < _MOST_TOGETHER), default=row)
+        for clip in pair:
+            joined = of_clip.get(which[clip])
+            if joined is None or size[joined] >= _MOST_TOGETHER:
+                of_clip[which[clip]] = group
+        size[group] += 1
+        groups.append(group)
+    return torch.tensor(groups, dtype=torch.long)
 
 
 def _draw_held_out(

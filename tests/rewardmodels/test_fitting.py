@@ -27,7 +27,7 @@ from rewardmodels import (
     fit,
     fitting,
 )
-from rewardmodels.fitting import TrainingSet
+from rewardmodels.fitting import TrainingSet, sharing
 
 from .data import one_input as some
 
@@ -401,6 +401,43 @@ def test_groups_are_held_out_together_and_stay_so():
     assert torch.equal(kept_back(60, each), kept_back(60, None))
     with pytest.raises(InvalidInput, match="groups: expected a number for each of 60"):
         fit(small(), some(60), options=FitOptions(groups=groups[:3]))
+
+
+def drawn_pairs(n: int, clips: int, seed: int = 0) -> Comparisons:
+    """Each comparison with clips of its own, which are copies of a few."""
+    draw = np.random.default_rng(seed)
+    which = np.stack([draw.choice(clips, 2, replace=False) for _ in range(n)])
+    observations = torch.randn(clips, 3, 2, generator=torch.Generator().manual_seed(seed))
+    copies = Clips(observations[which.flatten()], torch.zeros(2 * n, 3, 1))
+    return Comparisons(copies, np.arange(2 * n).reshape(n, 2), draw.integers(2, size=n))
+
+
+def test_comparisons_that_share_clips_are_held_out_together():
+    # Of five clips any two comparisons meet, at the latest by a third.
+    parts = [drawn_pairs(8, 5, seed) for seed in range(30)]
+    answers = Comparisons.cat(parts)
+    groups = sharing(answers)
+    expected = torch.arange(30).repeat_interleave(8) * 8
+    assert (groups // 8 * 8 == expected).all()  # none reaches into another part
+    assert float((groups == expected).float().mean()) > 0.8
+    held_out = TrainingSet.gather(answers, None, None, FitOptions(held_out=0.3), seed=0).held_out
+    assert 0.1 < held_out.float().mean() < 0.5
+    for group in groups.unique():
+        assert len(held_out[groups == group].unique()) == 1
+
+
+def test_groups_that_share_clips_stay_small_and_as_they_are():
+    answers = drawn_pairs(200, 6)
+    groups = sharing(answers)
+    assert max(groups.bincount()) == 10
+    assert torch.equal(sharing(answers[:120]), groups[:120])
+
+    def held_out(seed: int) -> torch.Tensor:
+        return TrainingSet.gather(answers[:9], None, None, FitOptions(), seed).held_out
+
+    # A single group isn't held out whole.
+    seed = next(seed for seed in range(99) if held_out(seed).all())
+    assert fit(small(members=1), answers[:9], epochs=1, seed=seed).fit_report.held_out == 0
 
 
 def test_a_minibatch_is_the_rows_it_says():
