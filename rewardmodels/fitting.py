@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ _MIN_HELD_OUT = 5  # fewer held-out comparisons than this are no guide to when t
 # Weights of networks over vectors up to which one thread is quicker on a machine with other work:
 # 0.5 s against 15 s for LaplaceHead with its defaults, 3.2 against 5.4 s for a million weights.
 _ONE_THREAD = 1 << 20
+_NUMBERS_AT_ONCE = 1 << 23  # observed, in one pass; gradients of a step's passes are added up
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class FitOptions:
     """Minibatches and early stopping of `fit`.
 
     Args:
-        batch_size: Comparisons per step.
+        batch_size: Comparisons per step. Where their observations are many numbers, as of images,
+            a step's gradient is added up over smaller parts, so that memory stays within bounds.
         patience: Epochs without a better held-out log loss before stopping.
         held_out: Share of the feedback held out, from 0 (none: all epochs are run) to below 1.
         groups: A number for each comparison. Those of one number are held out together, such as
@@ -177,13 +180,19 @@ def fit(
         # First, so that the caller's callbacks find what it logs.
         trainer.callbacks.insert(0, stopping)  # type: ignore[attr-defined]
         batches = _Batches(data, (~held_out).nonzero().squeeze(1))
+        size = options.batch_size
+        parts = math.ceil(size * 2 * used.clips.observations[0].numel() / _NUMBERS_AT_ONCE)
+        parts = min(max(1, parts), size)
         loader = DataLoader(
-            batches, options.batch_size, shuffle=True, collate_fn=lambda batch: batch
+            batches, math.ceil(size / parts), shuffle=True, collate_fn=lambda batch: batch
         )
+        accumulated = trainer.accumulate_grad_batches
+        trainer.accumulate_grad_batches = accumulated * parts
         try:
             with _interruptible():
                 trainer.fit(model, loader)
         finally:
+            trainer.accumulate_grad_batches = accumulated
             trainer.callbacks.remove(stopping)  # type: ignore[attr-defined]
             stopping.restore(model)
     if stopping.diverged:
@@ -352,7 +361,9 @@ class _EarlyStopping(L.Callback):
         batch: PairBatch,
         batch_idx: int,
     ) -> None:
-        self.losses.append(outputs["loss"].detach() * len(batch.index))
+        # Lightning divides the loss by the number of passes that a step adds up.
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self.losses.append(loss * len(batch.index))
         self.seen += len(batch.index)
 
     def on_train_epoch_end(self, trainer: L.Trainer, model: L.LightningModule) -> None:

@@ -112,6 +112,22 @@ def test_minibatches_hold_every_row_once_an_epoch():
     assert model.sizes == [20, 20, 10] * 3
 
 
+def test_large_minibatches_are_split_and_steps_stay_the_same(monkeypatch):
+    options = FitOptions(batch_size=20, held_out=0.0)
+    whole, split = Spy(members=1, hidden=(4,)), Spy(members=1, hidden=(4,))
+    fit(whole, some(60), epochs=3, novelty="off", options=options)
+    monkeypatch.setattr(fitting, "_NUMBERS_AT_ONCE", 2 * 8 * 5)  # five pairs of clips
+    fit(split, some(60), epochs=3, novelty="off", options=options)
+    assert split.sizes == [5] * 12 * 3
+    for one, other in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    expected = pytest.approx(whole.fit_report.train_log_loss, rel=1e-4)
+    assert split.fit_report.train_log_loss == expected
+    trainer = plain(max_epochs=1, accumulate_grad_batches=2)
+    fit(split, some(60), options=FitOptions(trainer=trainer))
+    assert trainer.accumulate_grad_batches == 2
+
+
 def held_out_loss(model: DeepEnsemble, answers: Comparisons) -> float:
     p = model.posterior(answers.clips).preference(answers.pairs)
     return float(torch.nn.functional.binary_cross_entropy(p, answers.preference))
