@@ -269,7 +269,8 @@ class RewardModel(L.LightningModule, ABC):
         spec.check(clips)
         self.spec = spec
         frames = clips.mask.flatten().nonzero().squeeze(1)
-        n = min(len(frames), _REFERENCE_FRAMES)
+        numbers = max(1, clips.observations[0, 0].numel()) if len(clips) else 1
+        n = min(len(frames), _REFERENCE_FRAMES, max(1, _NUMBERS_AT_ONCE // numbers))
         # Single precision doesn't tell frames apart past 2^24 of them.
         evenly = torch.linspace(0, len(frames) - 1, n, dtype=torch.double).long()
         chosen = frames[evenly.to(frames.device)]
