@@ -194,6 +194,7 @@ def test_tensors_that_do_not_fit_are_refused(file, name, value):
         load(file)
 
 
+@pytest.mark.filterwarnings("ignore::rewardmodels.FewComparisonsWarning")
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])
 def test_a_calibrated_model_comes_back_calibrated(model, method, tmp_path):
     calibrated = Calibrated(model, method)
@@ -210,6 +211,7 @@ def test_a_calibrated_model_comes_back_calibrated(model, method, tmp_path):
     assert torch.equal(*sets)
 
 
+@pytest.mark.filterwarnings("ignore::rewardmodels.FewComparisonsWarning")
 def test_a_calibration_that_is_missing_is_noticed(model, tmp_path):
     save(Calibrated(model).calibrate(ANSWERS, random=True), tmp_path / "model")
     rewritten(tmp_path / "model", **{"calibration.scores": None})
