@@ -187,6 +187,20 @@ class TestAsk:
         assert acting(infos)[5:] == ["halted"] * 8
         assert "the decision was to halt" in infos[-1]["reason"]
 
+    @pytest.mark.parametrize("answer", ["no", "yes", "", 1, 0, [True], np.array([True]), object()])
+    def test_what_is_no_truth_value_halts(self, answer):
+        infos = run(guarded({5: 99.0}, on_alarm="ask", ask=lambda clip: answer))
+        assert acting(infos)[5:] == ["halted"] * 8
+        assert "neither True nor False" in infos[-1]["reason"]
+        guard = guarded({2: 99.0}, on_alarm="ask", ask=lambda clip: None, while_asking="continue")
+        run(guard, 4)
+        guard.decide(answer)
+        assert guard.step(ACTION)[4]["guard"]["acting"] == "halted"
+
+    def test_a_truth_value_of_numpy_is_one(self):
+        infos = run(guarded({5: 99.0}, on_alarm="ask", ask=lambda clip: np.bool_(True)))
+        assert acting(infos) == ["agent"] * 13
+
     @pytest.mark.parametrize(("while_asking", "who"), [("wait", "waiting"), ("continue", "agent")])
     def test_the_decision_may_come_later(self, while_asking, who):
         asked = []
@@ -367,7 +381,10 @@ class TestFailsSafe:
 
         self.check(guarded({4: 99.0}, on_alarm=on_alarm), "on_alarm failed", 4)
 
-    @pytest.mark.parametrize("action", ["raise", np.full(2, NAN), np.zeros(3), np.full(2, 5.0)])
+    @pytest.mark.parametrize(
+        "action",
+        ["raise", np.full(2, NAN), np.zeros(3), np.full(2, 5.0), ["0", "0"], [None, None]],
+    )
     def test_fallback_that_fails(self, action):
         def fallback(observation):
             if isinstance(action, str):
