@@ -194,8 +194,8 @@ class OODDetector(ABC):
         expected = {"mean", "scale", *self.learned}
         require("state", set(state) == expected, f"{sorted(expected)}", sorted(state))
         mean, scale = state["mean"], state["scale"]
-        valid = mean.ndim == 1 and len(mean) > 0 and mean.shape == scale.shape and (scale > 0).all()
-        require("state", valid, "mean and scale of shape (F,), the latter above 0", "others")
+        valid = mean.ndim == 1 and mean.size and mean.shape == scale.shape and (scale > 0).all()
+        require("state", bool(valid), "mean and scale of shape (F,), the latter above 0", "others")
         for name, value in state.items():
             setattr(self, name, value)
         self.num_features, self.revision = len(self.mean), self.revision + 1

@@ -381,8 +381,8 @@ def load_monitor(path: str | os.PathLike[str], *, agent: str | None = None) -> M
         statistic = (STATISTICS | STREAM_STATISTICS)[name](**settings)
         monitor = Monitor(_rebuild(about["detector"], "detector.", arrays), statistic)
         if "threshold" in about:
-            arrays = {name: arrays[f"threshold.{name}"] for name in _ARRAYS}
-            monitor.threshold = Threshold(**about["threshold"], **arrays)
+            fields = {name: arrays[f"threshold.{name}"] for name in _ARRAYS}
+            monitor.threshold = Threshold(**about["threshold"] | fields)
         # Shapes that don't fit together show when they are used.
         zeros = np.zeros((1, monitor.detector.num_features))
         if monitor.threshold is None:

@@ -99,7 +99,7 @@ def content_checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         if value.numel():  # an empty one has no view
-            digest.update(value.reshape(-1).view(torch.uint8).numpy())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

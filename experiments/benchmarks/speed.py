@@ -28,11 +28,11 @@ from experiments.registry import make_detector
 from experiments.training.agents import PPO_ROLLOUT, load_policy, train_agent
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner
-from experiments.training.rewards import LearnedReward
 from experiments.training.run_directory import RunDirectory
 from ood import CUSUM, MEWMA, Guard, Monitor, OODDetector, Statistic
 from rewardmodels import Clips, Comparisons, DeepEnsemble, SampledPosterior, fit
 from rewardmodels.saving import PREDICTORS
+from rewardmodels.wrappers import LearnedReward
 
 Reward = Literal["learned", "task"]
 
