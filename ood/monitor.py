@@ -374,7 +374,7 @@ def load_monitor(path: str | os.PathLike[str], *, agent: str | None = None) -> M
         if about["format"] != FORMAT:
             raise UnreadableFile(
                 f"{path}: expected format {FORMAT}, got {about['format']}, which lacks the scores "
-                "that its threshold comes from; calibrate it again."
+                "that its threshold comes from; calibrate it again (rewardmodels guard: --again)."
             )
         arrays = {name: value.numpy() for name, value in tensors.items()}
         name, settings = about["statistic"]
