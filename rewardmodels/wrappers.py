@@ -219,7 +219,8 @@ class VecLearnedReward(VecEnvWrapper):
         # A choice stays a whole number.
         kind = np.int64 if isinstance(self.action_space, spaces.Discrete) else np.float32
         self.taken_actions = np.array(actions, dtype=kind)
-        self.venv.step_async(actions)
+        # As the reward sees it, to the last bit.
+        self.venv.step_async(self.taken_actions.astype(self.action_space.dtype, copy=False))
 
     def step_wait(self) -> VecEnvStepReturn:
         observations, self.task_rewards, ends, infos = self.venv.step_wait()

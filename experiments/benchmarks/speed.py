@@ -219,7 +219,8 @@ def _monitor(task: Task, act: Policy, name: str) -> Monitor:
     detector = make_detector(detector_name, size, seed=0)
     monitor = Monitor(detector.fit(torch.cat(episodes[:_FAMILIAR])), statistic)
     threshold = monitor.calibrate(episodes[_FAMILIAR:], alpha=0.1)
-    monitor.threshold = replace(threshold, value=float("inf"))  # so that it never halts
+    # So high that it never halts, and without a promise.
+    monitor.threshold = replace(threshold, value=1e300, alpha=0.0, maxima=np.zeros(0))
     return monitor
 
 

@@ -306,6 +306,16 @@ def monitor_of(frames):
     return Monitor(Mahalanobis().fit(frames), threshold=Threshold(9.0))
 
 
+def spoiled(monitor):
+    monitor.detector.whitening[0, 0] = NAN
+    return monitor
+
+
+def scoring_nan(monitor):
+    monitor.detector.score_frames = lambda frames: np.full(len(frames), NAN)
+    return monitor
+
+
 def breaking(monitor):
     monitor.detector.score_frames = lambda frames: 1 / 0
     return monitor
@@ -332,6 +342,8 @@ class TestFailsSafe:
             (lambda: guarded(monitor=Monitor(Mahalanobis())), "fit", 0),
             (lambda: guarded(monitor=Monitor(make_monitor().detector)), "threshold", 0),
             (lambda: guarded(monitor=monitor_of(torch.randn(50, 4))), "(B, 4)", 1),
+            (lambda: guarded(monitor=spoiled(make_monitor())), "Mahalanobis.whitening", 0),
+            (lambda: guarded(monitor=scoring_nan(make_monitor())), "Mahalanobis", 1),
             (lambda: guarded(monitor=breaking(make_monitor())), "ZeroDivisionError", 1),
             (lambda: Guard(Drift(), make_monitor(), lambda *_: None), "the monitor failed", 1),
             (
