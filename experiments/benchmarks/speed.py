@@ -28,11 +28,11 @@ from experiments.registry import make_detector
 from experiments.training.agents import PPO_ROLLOUT, load_policy, train_agent
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner
-from experiments.training.rewards import LearnedReward
 from experiments.training.run_directory import RunDirectory
 from ood import CUSUM, MEWMA, Guard, Monitor, OODDetector, Statistic
 from rewardmodels import Clips, Comparisons, DeepEnsemble, SampledPosterior, fit
 from rewardmodels.saving import PREDICTORS
+from rewardmodels.wrappers import LearnedReward
 
 Reward = Literal["learned", "task"]
 
@@ -219,7 +219,8 @@ def _monitor(task: Task, act: Policy, name: str) -> Monitor:
     detector = make_detector(detector_name, size, seed=0)
     monitor = Monitor(detector.fit(torch.cat(episodes[:_FAMILIAR])), statistic)
     threshold = monitor.calibrate(episodes[_FAMILIAR:], alpha=0.1)
-    monitor.threshold = replace(threshold, value=float("inf"))  # so that it never halts
+    # So high that it never halts, and without a promise.
+    monitor.threshold = replace(threshold, value=1e300, alpha=0.0, maxima=np.zeros(0))
     return monitor
 
 

@@ -37,7 +37,7 @@ from experiments.training.agents import PPO_ENVS, make_agent, progress_bar, trai
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
-from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward, relabel
+from experiments.training.rewards import RewardWrapper, baseline_reward
 from experiments.training.run_directory import RunDirectory, versions
 from rewardmodels import Clips, ReturnPosterior, RewardModel, SampledPosterior, load, save
 from rewardmodels.calibration import expected_calibration_error, risk_coverage
@@ -45,6 +45,7 @@ from rewardmodels.clips import cut
 from rewardmodels.epic import pearson_distance
 from rewardmodels.fitting import MIN_COMPARISONS
 from rewardmodels.saving import write_text_atomically
+from rewardmodels.wrappers import LearnedReward, relabel
 
 
 def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:

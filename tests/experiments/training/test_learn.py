@@ -21,9 +21,9 @@ from active import Constant, FeedbackStore, QueryStrategy, WhenUnsure
 from experiments.cli import main
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner, learn, score_reward
-from experiments.training.rewards import relabel
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import Clips, SampledPosterior, load
+from rewardmodels.wrappers import relabel
 
 from ..studying import TINY, tiny
 
