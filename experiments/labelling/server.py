@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from active import Conflict, Missing
 from active.feedback import LEASE_SECONDS
 from experiments.labelling.auth import Authentication, Person
-from experiments.labelling.questions import Choice, Kind, Questions
+from experiments.labelling.questions import Choice, Kind, Questions, RunGone
 from experiments.labelling.videos import Videos, VideoUnavailable
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import RewardModelsError, UnreadableFile
@@ -29,6 +29,7 @@ T = TypeVar("T")
 _FILES: Final = {
     "": ("page.html", "text/html; charset=utf-8"),
     "page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "enter.js": ("enter.js", "text/javascript; charset=utf-8"),
     "page.css": ("page.css", "text/css; charset=utf-8"),
     "icon.svg": ("icon.svg", "image/svg+xml"),
 }
@@ -36,6 +37,7 @@ _STATUS: Final = {
     Missing: 404,
     VideoUnavailable: 501,
     Conflict: 409,
+    RunGone: 410,
     UnreadableFile: 500,
     RewardModelsError: 422,
 }
@@ -85,6 +87,7 @@ class _Rating(_ClipBody):
 class _Undo(_Body):
     kind: Kind
     id: Id
+    receipt: str
 
 
 def make_app(
@@ -164,8 +167,12 @@ def _add_files(app: FastAPI, run: Path, videos: Videos) -> None:
 def _add_api(app: FastAPI, authentication: Authentication, videos: Videos) -> None:
     async def state(person: Person, **more: Any) -> dict[str, Any]:
         state = await _call(app, Questions.state, person)
-        videos.prefetch([clip["id"] for query in state["queries"] for clip in query["clips"]])
+        shown = state.get("queries", [])
+        videos.prefetch([clip["id"] for query in shown for clip in query["clips"]])
         return {"name": person.name, **state, **more}
+
+    def given(person: Person, kind: Kind, id: int) -> dict[str, Any]:
+        return {"kind": kind, "id": id, "receipt": authentication.receipt(person, kind, id)}
 
     @app.post("/api/name")
     async def name(person: _Sender, body: _Name) -> Response:
@@ -175,26 +182,29 @@ def _add_api(app: FastAPI, authentication: Authentication, videos: Videos) -> No
 
     @app.post("/api/next")
     async def next_(person: _Sender) -> dict[str, Any]:
-        return await state(person) if person.name else {"name": ""}
+        if person.name:
+            return await state(person)
+        return {"name": "", "run": (await _call(app, Questions.progress))._asdict()}
 
     @app.post("/api/answer")
     async def answer(person: _Sender, body: _Answer) -> dict[str, Any]:
         id = await _call(app, Questions.answer, person, **body.model_dump())
-        return await state(person, kind="answer", id=id)
+        return await state(person, **given(person, "answer", id))
 
     @app.post("/api/mark")
     async def mark(person: _Sender, body: _Mark) -> dict[str, Any]:
         id = await _call(app, Questions.mark, person, **body.model_dump())
-        return {"kind": "mark", "id": id}
+        return given(person, "mark", id)
 
     @app.post("/api/rate")
     async def rate(person: _Sender, body: _Rating) -> dict[str, Any]:
         id = await _call(app, Questions.rate, person, **body.model_dump())
-        return {"kind": "rating", "id": id}
+        return given(person, "rating", id)
 
     @app.post("/api/undo")
     async def undo(person: _Sender, body: _Undo) -> dict[str, Any]:
-        query = await _call(app, Questions.undo, person, **body.model_dump())
+        authentication.check_receipt(body.receipt, person, body.kind, body.id)
+        query = await _call(app, Questions.undo, person, body.kind, body.id)
         return await state(person, query=query)
 
     @app.post("/api/leave")
