@@ -124,25 +124,26 @@ def _address(host: str) -> str:
     """Address under which other machines reach a server bound to `host`."""
     if host not in ("0.0.0.0", "::"):
         return host
-    family, outside = {
-        "0.0.0.0": (socket.AF_INET, "192.0.2.1"),  # documentation's addresses, in no network
-        "::": (socket.AF_INET6, "2001:db8::1"),
-    }[host]
+    # Addresses kept for documentation: connecting sends nothing, but chooses the network card.
+    family, outside = (
+        (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    )
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as chosen:
-        chosen.connect((outside, 9))  # sends nothing, and chooses the network card
+        chosen.connect((outside, 9))
         return str(chosen.getsockname()[0])
     return socket.gethostname()
 
 
 def _on_enter(act: Callable[[], None]) -> None:
     """Call `act` in a thread of its own for each line typed in the terminal."""
+    terminal = sys.stdin.fileno()
     if hasattr(signal, "SIGTTIN"):  # reading in the background must not stop the process
         signal.signal(signal.SIGTTIN, signal.SIG_IGN)
 
     def read() -> None:
         # Not sys.stdin, whose lock a thread that waits would hold at the interpreter's end.
         with suppress(OSError):
-            while os.read(0, 1024):
+            while os.read(terminal, 1024):
                 act()
 
     threading.Thread(target=read, daemon=True).start()

@@ -82,8 +82,9 @@ class Questions:
             return Progress("gone", str(gone))
         counts, path = self.store.counts(), self.run.path
         if (path / "result.json").is_file():
-            text = f"The run is over: {counts.answered} comparisons given."
-            return Progress("over", f"{text} It asks no more questions.")
+            given = f"{counts.answered} comparison{'s' * (counts.answered != 1)}"
+            text = f"The run is over: {given} given. It asks no more; you can close this page."
+            return Progress("over", f"{text} What came of it is in {path / 'report.html'}.")
         resume = shlex.join(["rewardmodels", "learn", "--resume", "--out", str(path)])
         held = _is_held(path)
         if held is False:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sqlite3
 import stat
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +23,7 @@ from experiments.labelling import label
 from experiments.labelling.auth import Authentication, Person, is_loopback
 from experiments.labelling.server import make_app
 from experiments.labelling.videos import Videos
-from rewardmodels import Clips, UnreadableFile
+from rewardmodels import Clips, InvalidInput, UnreadableFile
 
 HERE = "http://127.0.0.1:8765"
 ANSWER = {"query": 1, "choice": "left", "seconds": 1.0}
@@ -374,6 +379,60 @@ def test_a_damaged_store_is_refused_before_anything_is_served(run):
 def test_label_refuses_what_it_cannot_serve(run, settings, argument):
     with pytest.raises(ValueError, match=argument):
         label(**{"run": run, **settings})
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Let `label` print, and call `serve.during` with its application in place of serving."""
+    uvicorn = pytest.importorskip("uvicorn")
+
+    def run(server, sockets) -> None:
+        serve.during(server.config.app)
+
+    serve = SimpleNamespace(during=lambda app: None)
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    return serve
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::"])
+def test_printed_links_work_where_the_server_listens(run, serve, capsys, host):
+    def open_link(app: Authentication) -> None:
+        printed = capsys.readouterr()
+        link = printed.out.split()[0]
+        assert "0.0.0.0" not in link
+        assert "[::]" not in link
+        assert ("encrypted" in printed.err) == (host != "127.0.0.1")
+        with TestClient(app, follow_redirects=False) as client:
+            assert client.get(link).status_code == 200
+
+    serve.during = open_link
+    try:
+        label(run, task="Hopper", host=host, port=0)
+    except InvalidInput:
+        if host != "::":
+            raise
+        pytest.skip("no IPv6 here")
+
+
+def test_enter_in_a_terminal_prints_one_more_link(run, serve, capsys, monkeypatch):
+    terminal, end = pytest.importorskip("pty").openpty()
+
+    def press_enter(app: Authentication) -> None:
+        os.write(terminal, b"\n")
+        printed = capsys.readouterr().out
+        for _ in range(500):
+            if printed.count("token=") == 2:
+                break
+            time.sleep(0.01)
+            printed += capsys.readouterr().out
+        assert [line.partition("token=")[2] for line in printed.split()] == app.tokens
+        assert len(app.tokens) == 2
+
+    serve.during = press_enter
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with os.fdopen(end) as stdin, os.fdopen(terminal, "wb"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        label(run, task="Hopper", port=0)
 
 
 def test_loopback_addresses():
