@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from active import Conflict, Missing
-from active.feedback import LEASE_SECONDS
+from active.feedback import LEASE_SECONDS, check_teacher
 from experiments.labelling.auth import Authentication, Person
 from experiments.labelling.questions import Choice, Kind, Questions, RunGone
 from experiments.labelling.videos import Videos, VideoUnavailable
@@ -58,9 +58,7 @@ class _Body(BaseModel):
 
 
 class _Name(_Body):
-    name: str = Field(
-        min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]*\S[^\x00-\x1f\x7f]*$"
-    )
+    name: str = Field(max_length=64)
 
 
 class _Answer(_Body):
@@ -177,6 +175,7 @@ def _add_api(app: FastAPI, authentication: Authentication, videos: Videos) -> No
     @app.post("/api/name")
     async def name(person: _Sender, body: _Name) -> Response:
         person = person._replace(name=body.name.strip())
+        check_teacher(person.name)
         cookie = {"set-cookie": authentication.set_cookie(person)}
         return JSONResponse(await state(person), headers=cookie)
 

@@ -265,7 +265,7 @@ def test_answers_marks_ratings_and_undo_reach_the_store(ann, run):
         ("undo", {"kind": "clips", "id": 1, "receipt": ""}, 422),
         ("name", {"name": " "}, 422),
         ("name", {"name": "x" * 65}, 422),
-        ("name", {"name": "a\nb"}, 422),
+        *(("name", {"name": f"a{c}b"}, 422) for c in "\0\n\x1b\x85\u2028"),
         ("nowhere", {}, 404),
     ],
 )
