@@ -34,12 +34,13 @@ class Progress(NamedTuple):
 
     Attributes:
         state: `waiting` for answers, `running` without open queries, `over`, `paused` (no process
-            holds the run), `gone`, or `unknown` (nothing tells whether a process holds it).
+            holds the run), `gone`, `unknown` (nothing tells whether a process holds it), or
+            `unshown` (its clips can't be drawn here).
         text: What that means for a person.
         command: What to run next in a terminal, or "".
     """
 
-    state: Literal["waiting", "running", "over", "paused", "gone", "unknown"]
+    state: Literal["waiting", "running", "over", "paused", "gone", "unknown", "unshown"]
     text: str
     command: str = ""
 

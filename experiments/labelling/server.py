@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from starlette.exceptions import HTTPException
 from active import Conflict, Missing
 from active.feedback import LEASE_SECONDS, check_teacher
 from experiments.labelling.auth import Authentication, Person
-from experiments.labelling.questions import Choice, Kind, Questions, RunGone
+from experiments.labelling.questions import Choice, Kind, Progress, Questions, RunGone
 from experiments.labelling.videos import Videos, VideoUnavailable
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import RewardModelsError, UnreadableFile
@@ -125,7 +126,9 @@ def make_app(
             app.state.best_checkpoint = []
             videos.start()
             videos.prefetch(await _call(app, Questions.first_clips))
+            warning = asyncio.create_task(_warn(videos))
             yield
+            warning.cancel()
             await videos.stop()
             await _call(app, lambda questions: questions.store.close())
 
@@ -135,6 +138,11 @@ def make_app(
     _add_api(app, authentication, videos)
     _add_error_handlers(app)
     return authentication
+
+
+async def _warn(videos: Videos) -> None:
+    if reason := await videos.obstacle():
+        print(f"Warning: no clip can be shown here: {reason}", file=sys.stderr, flush=True)
 
 
 def _add_files(app: FastAPI, run: Path, videos: Videos) -> None:
@@ -181,9 +189,13 @@ def _add_api(app: FastAPI, authentication: Authentication, videos: Videos) -> No
 
     @app.post("/api/next")
     async def next_(person: _Sender) -> dict[str, Any]:
-        if person.name:
+        progress = await _call(app, Questions.progress)
+        if progress.state not in ("over", "gone") and (reason := await videos.obstacle()):
+            text = f"No clip can be shown here, so that there is nothing to compare. {reason}"
+            progress = Progress("unshown", text)
+        elif person.name:
             return await state(person)
-        return {"name": "", "run": (await _call(app, Questions.progress))._asdict()}
+        return {"name": person.name, "run": progress._asdict()}
 
     @app.post("/api/answer")
     async def answer(person: _Sender, body: _Answer) -> dict[str, Any]:

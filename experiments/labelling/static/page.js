@@ -81,6 +81,7 @@ function storeUndoable() {
 function update(state) {
   if (!state) return post("next").then(update);
   run = state.run;
+  if ($("status").textContent === "Loading…") showStatus("");
   const ended = ["over", "gone", "unshown"].includes(run.state);
   const ask = state.name === "" && !ended;
   $("welcome").hidden = !ask;

@@ -22,7 +22,7 @@ from active import Counts, FeedbackStore, all_pairs
 from experiments.labelling import label
 from experiments.labelling.auth import Authentication, Person, is_loopback
 from experiments.labelling.server import make_app
-from experiments.labelling.videos import Videos
+from experiments.labelling.videos import Videos, VideoUnavailable
 from rewardmodels import Clips, InvalidInput, UnreadableFile
 
 HERE = "http://127.0.0.1:8765"
@@ -469,6 +469,22 @@ def test_a_run_that_is_over_offers_no_questions_and_keeps_the_answer_being_given
     assert "1 comparison" in reply.json()["run"]["text"]
     assert progress(ann) == ("over", [])
     assert ann.post("/api/undo", json=receipt_of(reply.json())).status_code == 200
+
+
+def test_without_pictures_the_page_says_so_before_it_asks(run, monkeypatch, capsys):
+    async def get(self, job):
+        raise VideoUnavailable("no OpenGL library.")
+
+    monkeypatch.setattr(InstantVideos, "get", get)
+    app = app_of(run)
+    with TestClient(app, base_url=HERE) as client:
+        state = sign_in(client, app).post("/api/next").json()
+        assert state["run"]["state"] == "unshown"
+        assert "no OpenGL library" in state["run"]["text"]
+        assert "queries" not in state
+        assert "no OpenGL library" in capsys.readouterr().err
+        (run / "result.json").write_text("{}")
+        assert progress(client) == ("over", [])
 
 
 def test_nothing_is_accepted_for_a_store_that_is_gone(ann, run):
