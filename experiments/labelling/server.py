@@ -192,6 +192,7 @@ def _add_api(app: FastAPI, authentication: Authentication, videos: Videos) -> No
         progress = await _call(app, Questions.progress)
         if progress.state not in ("over", "gone") and (reason := await videos.obstacle()):
             text = f"No clip can be shown here, so that there is nothing to compare. {reason}"
+            text += " Start `rewardmodels label` again once that is mended."
             progress = Progress("unshown", text)
         elif person.name:
             return await state(person)

@@ -186,16 +186,18 @@ class ClipRenderer:
                 old.unlink()
         return name
 
-    def check(self) -> None:
+    def check(self) -> str | None:
         """Draw the first clip, or the environment's first state if there is none yet.
+
+        Returns:
+            Name of the first clip's video, if there is one.
 
         Raises:
             RenderingUnavailable: No clip can be rendered here.
         """
         try:
             if queries := self.store.queries():
-                self.clip(self.store.shown(queries[0].id)[0])
-                return
+                return self.clip(self.store.shown(queries[0].id)[0])
             with make_env(self.task) as env:
                 seen = env.reset(seed=0)[0]
                 state = simulator_state(env.unwrapped)
@@ -203,6 +205,7 @@ class ClipRenderer:
                 renderer = self._open_renderer()
                 if state is not None:
                     renderer.draw(state[None])
+            return None
         except RewardModelsError:
             raise
         except Exception as error:  # a user's environment may raise anything
@@ -276,10 +279,10 @@ def main() -> None:
             job = json.loads(line)
             try:
                 if job == "check":
-                    renderer.check()
-                    reply = {"file": None}
+                    file = renderer.check()
                 else:
-                    reply = {"file": renderer.best() if job == "best" else renderer.clip(job)}
+                    file = renderer.best() if job == "best" else renderer.clip(job)
+                reply = {"file": file}
             except (RewardModelsError, OSError, ValueError, KeyError) as error:
                 reply = {"error": str(error)}
             print(json.dumps(reply), file=replies, flush=True)
