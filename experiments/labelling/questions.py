@@ -212,13 +212,13 @@ class Questions:
 
 
 def _is_held(run: Path) -> bool | None:
-    """Return whether a process holds a run's lock file; None if there is none, or no right."""
-    for lock in run.glob("*.lock"):
-        try:
-            with FileLock(lock, timeout=0):
-                return False
-        except Timeout:
-            return True
-        except OSError:
-            break
-    return None
+    """Return whether a process holds a run's lock; None if it has no lock file, or no right."""
+    try:
+        if not (run / ".lock").is_file():
+            return None
+        with FileLock(run / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return None

@@ -159,7 +159,7 @@ def test_the_page_tells_what_becomes_of_the_run(tmp_path, browser, monkeypatch):
     put_queries(tmp_path, "HalfCheetah", 3, clips=6)
     (tmp_path / "config.yaml").write_text("task: HalfCheetah\ncomparisons: 3\n")
     (tmp_path / "metrics.csv").write_text("step,comparisons,task_return\n0,0,-300\n3000,3,90\n")
-    lock = FileLock(tmp_path / "learn.lock")
+    lock = FileLock(tmp_path / ".lock")
 
     def told(state: str, name: str) -> None:
         wait_until(page, f"run.state === '{state}'")

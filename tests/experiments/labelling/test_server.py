@@ -447,7 +447,7 @@ def progress(client: TestClient) -> tuple[str, list[int]]:
 
 def test_the_page_knows_whether_the_run_goes_on(ann, run):
     assert progress(ann) == ("unknown", [1, 2, 3])
-    lock = FileLock(run / "learn.lock")
+    lock = FileLock(run / ".lock")
     with lock:
         assert progress(ann) == ("waiting", [1, 2, 3])
         with FeedbackStore(run / "answers.sqlite") as store:
