@@ -110,6 +110,9 @@ class _NoVideos(Videos):
     def prefetch(self, jobs: Sequence[Job]) -> None:
         pass
 
+    async def obstacle(self) -> str | None:
+        return None
+
 
 @dataclass
 class _Client:

@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 
 from active import FeedbackStore
 from experiments.envs.rendering import Renderer, RenderingUnavailable, write_video
-from experiments.envs.tasks import find_task
+from experiments.envs.tasks import find_task, make_env, simulator_state
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import RewardModelsError, load
 
-Job = int | Literal["best"]
-"""A clip's id, or the best clip by the learned reward."""
+Job = int | Literal["best", "check"]
+"""A clip's id, the best clip by the learned reward, or a check that clips can be drawn at all."""
 
 SIZE_PX: Final = 320  # width and height
 FPS: Final = 25
@@ -91,6 +91,14 @@ class Videos:
         if job != "best" and not self._results[job].done():  # the best takes long; it can wait
             self._queue.put_nowait((0, next(self._numbers), job))
         return await asyncio.shield(self._results[job])
+
+    async def obstacle(self) -> str | None:
+        """Return the reason why no clip of the run can be shown here; None if they can."""
+        try:
+            await self.get("check")
+        except VideoUnavailable as error:
+            return str(error)
+        return None
 
     def forget(self, job: Job) -> None:
         """Drop a finished job's result, so that the next request draws it again."""
@@ -158,7 +166,7 @@ class ClipRenderer:
         shown, states = clip.observations[0].numpy(), clip.states
         if states is not None:
             shown = states[0].numpy()
-        elif shown.dtype != np.uint8 or shown.shape[3:] != (3,):
+        elif not _is_image(shown[0]):
             raise RenderingUnavailable(
                 f"clip {id}: expected simulator states or images as observations, got neither, "
                 f"since {self.task.name} has no state that can be set."
@@ -178,21 +186,56 @@ class ClipRenderer:
                 old.unlink()
         return name
 
+    def check(self) -> str | None:
+        """Draw the first clip, or the environment's first state if there is none yet.
+
+        Returns:
+            Name of the first clip's video, if there is one.
+
+        Raises:
+            RenderingUnavailable: No clip can be rendered here.
+        """
+        try:
+            if queries := self.store.queries():
+                return self.clip(self.store.shown(queries[0].id)[0])
+            with make_env(self.task) as env:
+                seen = env.reset(seed=0)[0]
+                state = simulator_state(env.unwrapped)
+            if not _is_image(np.asarray(seen)):
+                renderer = self._open_renderer()
+                if state is not None:
+                    renderer.draw(state[None])
+            return None
+        except RewardModelsError:
+            raise
+        except Exception as error:  # a user's environment may raise anything
+            raise RenderingUnavailable(
+                f"task: expected an environment that can be drawn with render_mode='rgb_array', "
+                f"got {self.task.name}, which fails with {type(error).__name__}: {error}."
+            ) from error
+
     def close(self) -> None:
         """Close the store and the renderer."""
         self.store.close()
         if self._renderer is not None:
             self._renderer.close()
 
+    def _open_renderer(self) -> Renderer:
+        if self._renderer is None:
+            self._renderer = Renderer(self.task, SIZE_PX, SIZE_PX, smooth=False)
+        return self._renderer
+
     def _write(self, name: str, shown: NDArray[Any], drawn: bool = False) -> str:
         """Write states, or images that are drawn already, to a file unless it exists."""
         if not (self.folder / name).exists():
             if not drawn:
-                if self._renderer is None:
-                    self._renderer = Renderer(self.task, SIZE_PX, SIZE_PX, smooth=False)
-                shown = self._renderer.draw(shown)
+                shown = self._open_renderer().draw(shown)
             write_video(shown, self.folder / name, FPS)
         return name
+
+
+def _is_image(observation: NDArray[Any]) -> bool:
+    return observation.dtype == np.uint8 and observation.shape[2:] == (3,)
 
 
 def best_clip(run: Path, frames: int = BEST_FRAMES) -> NDArray[np.floating[Any]] | None:
@@ -235,7 +278,11 @@ def main() -> None:
         for line in sys.stdin:
             job = json.loads(line)
             try:
-                reply = {"file": renderer.best() if job == "best" else renderer.clip(job)}
+                if job == "check":
+                    file = renderer.check()
+                else:
+                    file = renderer.best() if job == "best" else renderer.clip(job)
+                reply = {"file": file}
             except (RewardModelsError, OSError, ValueError, KeyError) as error:
                 reply = {"error": str(error)}
             print(json.dumps(reply), file=replies, flush=True)

@@ -117,6 +117,25 @@ def test_a_clip_without_states_or_images_is_refused(tmp_path):
     renderer.close()
 
 
+def test_a_check_finds_what_keeps_clips_from_being_drawn(lamp, tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in ("bare", "empty", "blind", "images")]
+    for folder in folders:
+        folder.mkdir()
+    bare = Clips(torch.rand(2, 4, 2), torch.rand(2, 4, 1))
+    renderers = [renderer_of(folders[0], bare), *(ClipRenderer(f, lamp) for f in folders[1:])]
+    with pytest.raises(RenderingUnavailable, match="clip 1: "):
+        renderers[0].check()
+    renderers[1].check()
+    monkeypatch.setattr(Lamp, "render", lambda self: None)
+    with pytest.raises(RenderingUnavailable, match="task: "):
+        renderers[2].check()
+    monkeypatch.setattr(Lamp, "reset", lambda self, **_: (np.zeros((8, 8, 3), np.uint8), {}))
+    monkeypatch.setattr(Lamp, "observation_space", gym.spaces.Box(0, 255, (8, 8, 3), np.uint8))
+    renderers[3].check()
+    for renderer in renderers:
+        renderer.close()
+
+
 def test_a_requested_video_overtakes_prefetched_ones(tmp_path):
     async def order() -> list[Any]:
         videos, drawn = Videos(tmp_path, "Hopper"), []
