@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -125,6 +125,18 @@ class RewardWrapper(VecEnvWrapper):
         fit(model, comparisons, **options)
         self.reward = LearnedReward(model, pessimism).rescaled(clips, *moments)
 
+    def progress(self) -> dict[str, Any]:
+        """Tensors and numbers from which `resume` goes on, with the same `clip_buffer`."""
+        episodes = self.venv.episodes() if hasattr(self.venv, "episodes") else []
+        return {"episodes": episodes, "returns": torch.from_numpy(self._sums.copy())}
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Go on where `progress` was taken, by repeating the current episodes."""
+        self._sums[:] = progress["returns"].numpy()
+        venv: Any = self.venv
+        if any(progress["episodes"]):
+            venv.resume(progress["episodes"], self.clip_buffer.current_actions())
+
     def reset(self) -> Any:
         self._sums[:] = 0
         self.clip_buffer.end_episodes()
@@ -135,7 +147,8 @@ class RewardWrapper(VecEnvWrapper):
         kind = np.int64 if isinstance(self.action_space, spaces.Discrete) else np.float32
         self._action: NDArray[np.floating | np.integer] = np.array(actions, dtype=kind)
         self._states = self.venv.states() if hasattr(self.venv, "states") else None
-        self.venv.step_async(actions)
+        # As it is recorded, so that `resume` repeats it to the last bit.
+        self.venv.step_async(self._action.astype(self.action_space.dtype, copy=False))
 
     def step_wait(self) -> VecEnvStepReturn:
         observations, task_rewards, ends, infos = self.venv.step_wait()

@@ -16,8 +16,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,10 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 import yaml
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from experiments.registry import describe_settings
+from experiments.registry import describe_settings, foreign_imports
 from rewardmodels.errors import InvalidInput, UnreadableFile
 from rewardmodels.saving import atomic_path, write_text_atomically
 
@@ -141,6 +142,26 @@ class RunDirectory:
                 )
         _ = self.settings, self.result, self.metrics, self.frames
 
+    def check_trusted(self, *, only: Sequence[str] = (), given: Any = None) -> None:
+        """Raise if the run's settings name something to import that may be a stranger's.
+
+        Args:
+            only: Settings that are used; all if there are none.
+            given: Settings that the user gave, whose names are trusted.
+
+        Raises:
+            InvalidInput: There is such a name.
+            UnreadableFile: The settings are damaged.
+        """
+        settings = self.settings
+        used = {name: settings.get(name) for name in only} if only else settings
+        if foreign := sorted({*foreign_imports(used)} - {*foreign_imports(given)}):
+            raise InvalidInput(
+                f"trust: expected settings that name only classes of rewardmodels, got "
+                f"{self.settings_file}, for which {', '.join(map(repr, foreign))} would be "
+                "imported, and could run any code. Pass --trust if you trust who wrote it."
+            )
+
     def check_writable(self, config: Any, *, resume: bool) -> None:
         """Raise unless a run with these settings can be started or resumed here.
 
@@ -176,6 +197,39 @@ class RunDirectory:
                 f"out: expected a directory that can be written to, got {self.path}: {above} "
                 "isn't one."
             )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working on the run; a killed one leaves no lock.
+
+        The directory is made, and removed again unless the run is started in the block.
+
+        Raises:
+            InvalidInput: Another process works on the run, or the directory can't be made.
+        """
+        new = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        lock = FileLock(self.path / ".lock")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise InvalidInput(
+                f"out: expected a run that no other process works on, got {self.path}. Wait for "
+                "that process or stop it, or pass another --out."
+            ) from error
+        except OSError as error:
+            raise InvalidInput(
+                f"out: expected a directory that can be written to, got {self.path}: {error}."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+            if new and not self.exists:
+                (self.path / ".lock").unlink(missing_ok=True)
+                with suppress(OSError):  # something else is in it by now
+                    for folder in new:
+                        folder.rmdir()
 
     def start(self, config: Any) -> None:
         """Make the directory and its `config.yaml`; an existing one stays as it is."""
@@ -226,13 +280,14 @@ class RunDirectory:
         if not (found := self.checkpoints):
             return
         newest = found[-1]
+        check_pickled(newest)
         try:
             self.rows = json.loads((newest / "rows.json").read_text())
             read(newest, int(newest.name))
         except Exception as error:
             raise UnreadableFile(
-                f"{newest}: expected a whole checkpoint, got a damaged one ({error}). Delete this "
-                "directory to go on from the one before; no comparison is lost by that."
+                f"{newest}: expected a whole checkpoint, got a damaged one ({in_short(error)}). "
+                "Delete this directory to go on from the one before; no comparison is lost by that."
             ) from error
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -249,12 +304,28 @@ class RunDirectory:
             if not isinstance(content, Mapping | pd.DataFrame):
                 raise TypeError(f"it holds a {type(content).__name__}, and no names with values")
         except _DAMAGED as error:
-            reason = " ".join(str(error).split())
+            reason = in_short(error)
             hint = " Delete it to resume from the last checkpoint." if name == "result.json" else ""
             raise UnreadableFile(
                 f"{file}: expected a file of a run, got a damaged one ({reason}).{hint}"
             ) from error
         return content
+
+
+def in_short(error: Exception) -> str:
+    """Say in one line what was wrong: the first sentence of an error that may have pages."""
+    return " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
+
+
+def check_pickled(checkpoint: Path) -> None:
+    """Raise UnreadableFile for a checkpoint of an earlier version, whose files could run code."""
+    for name in ("agent.zip", "normalise.pkl", "replay.pkl"):
+        if (checkpoint / name).exists():
+            raise UnreadableFile(
+                f"{checkpoint}: expected a checkpoint without code, got one of an earlier version, "
+                f"whose {name} could run any when it is read. Start a new run: `rewardmodels learn "
+                f"--config {checkpoint.parents[1] / 'config.yaml'} --out NEW`."
+            )
 
 
 def versions() -> dict[str, str]:

@@ -94,7 +94,7 @@ def test_clips_are_consecutive_frames_of_the_task(finished):
 def test_the_policys_reward_is_the_models(finished):
     learner = Learner(tiny(finished), RunDirectory(finished))
     assert learner.rounds_done == ROUNDS
-    learner.seed(ROUNDS)
+    learner.seed(ROUNDS, "train")
     model = load(finished / "model.safetensors")
     scale, shift = json.loads((learner.run.checkpoints[-1] / "reward.json").read_text())
     assert scale > 0
@@ -271,7 +271,7 @@ def test_an_off_policy_algorithm_learns_resumes_and_relabels(tmp_path):
     learner = Learner(config, RunDirectory(config.out))
     buffer = learner.agent.replay_buffer
     assert buffer.size() == 3000
-    learner.seed(ROUNDS)
+    learner.seed(ROUNDS, "train")
     relabel(learner.agent, learner.env.reward)
     model = load(config.out / "model.safetensors")
     for row in (0, 1500, 2999):
@@ -296,7 +296,7 @@ def test_warm_up_splits_the_initial_comparisons(tmp_path):
 
 def test_a_schedule_may_depend_on_the_posterior_of_the_latest_clips(finished):
     learner = Learner(tiny(finished), RunDirectory(finished))
-    learner.seed(0)
+    learner.seed(0, "ask")
     first, tenth = COMPARISONS // 4, math.floor(COMPARISONS / 10 + 0.5)
     for level, more in ((0.0, tenth), (math.log(2), 0)):
         learner.schedule = WhenUnsure(level)
@@ -308,7 +308,7 @@ def test_a_schedule_may_depend_on_the_posterior_of_the_latest_clips(finished):
 def test_a_random_agent_is_reset_after_start_over_steps(tmp_path):
     config = tiny(tmp_path / "run", start_over=100)
     learner = Learner(config, RunDirectory(config.out))
-    learner.seed(0)
+    learner.seed(0, "ask")
     learner._act_at_random()
     first = learner.clip_buffer.sample(40, 10_000, learner.rng)
     # 40 frames inside stretches of 100, in each of 32 copies of `latest` steps.
@@ -330,7 +330,7 @@ def test_clips_are_weighted_by_rank_in_optimistic_return(finished, focus):
     strategy = Remembers()
     learner = Learner(tiny(finished), RunDirectory(finished))
     learner.config.strategy, learner.config.focus = strategy, focus
-    learner.seed(0)
+    learner.seed(0, "ask")
     learner._choose(learner._latest_clips(20), 5)
     order = np.argsort(strategy.hope.numpy())
     np.testing.assert_allclose(strategy.weights[order], (np.arange(1, 21) / 20) ** focus, rtol=1e-6)
