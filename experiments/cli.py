@@ -110,8 +110,8 @@ def _learn(words: str, arguments: list[str]) -> None:
                 f"resume: expected a run to go on with, got {run.path}, which has none. Leave "
                 "--resume out to start one."
             )
-        if not settings.trust:
-            run.check_trusted(given=yaml.safe_load(parser.dump(settings)))
+        given = run.settings if settings.trust else yaml.safe_load(parser.dump(settings))
+        run.check_trusted(given=given)
         settings = _parse(parser, ["--config", str(run.settings_file), *arguments])
     resume = settings.resume
     values = parser.instantiate(settings)

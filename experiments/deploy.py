@@ -173,6 +173,8 @@ def _check_finished(run: RunDirectory) -> None:
             f"run: expected a run with a reward model, got {run.path}, which has none: its reward "
             "wasn't learned, or there were no comparisons."
         )
+    for name in {"task", "algorithm"} - run.settings.keys():
+        raise UnreadableFile(f"{run.settings_file}: expected settings of a run, got no {name}.")
     check_pickled(run.checkpoints[-1])
     file = run.checkpoints[-1] / AGENT_FILE
     if not file.is_file():

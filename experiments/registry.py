@@ -151,7 +151,10 @@ def foreign_imports(settings: Any) -> list[str]:
     """
     if settings is None or isinstance(settings, bool | int | float):
         return []
-    if isinstance(settings, Mapping):  # a teacher's `file` is only read
+    if isinstance(settings, Mapping):
+        if "config" in settings:  # another file, of which the parser would read all
+            return ["config"]
+        # A teacher's `file` is only read.
         parts = [x for k, x in settings.items() if not (k == "file" and isinstance(x, str))]
     elif isinstance(settings, list | tuple):
         parts = list(settings)

@@ -37,7 +37,8 @@ def make_vec_env(
     Args:
         task: From `TASKS` or `find_task`.
         n_envs: Number of copies.
-        seed: Copy `i` starts from `seed + i`. The backends draw different initial states.
+        seed: Copy `i` starts from `seed + i`, and each later episode of Gymnasium's from a seed
+            derived from that. The backends draw different initial states.
         backend: `"auto"` takes EnvPool where it is installed and can hold the task's horizon.
             Gymnasium's copies step one after the other in this process: on two cores that was
             2.6 times as fast as Stable-Baselines3's `SubprocVecEnv`.

@@ -44,7 +44,10 @@ METRICS = (
     *("mean_information", "seconds"),
 )
 
-_DAMAGED = (ValueError, TypeError, KeyError, OSError, EOFError, BadZipFile, yaml.YAMLError)
+_DAMAGED = (
+    *(ValueError, TypeError, KeyError, OSError, EOFError, RecursionError, BadZipFile),
+    yaml.YAMLError,
+)
 _RUN_FILES = ("config.yaml", "result.json", "answers.sqlite", "checkpoints", "metrics.csv")
 
 
@@ -75,12 +78,12 @@ class RunDirectory:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that the run was started with; empty if none was."""
-        return self._read("config.yaml", lambda file: yaml.safe_load(file.read_text("utf-8"))) or {}
+        return self._read("config.yaml", _read_settings) or {}
 
     @property
     def result(self) -> dict[str, Any] | None:
         """Content of `result.json`, or None while the run is incomplete."""
-        return self._read("result.json", lambda file: json.loads(file.read_text("utf-8")))
+        return self._read("result.json", _read_result)
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -351,6 +354,34 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix.rstrip(".") if name == "class_path" else prefix + name] = value
     return flat
+
+
+def _read_settings(file: Path) -> Any:
+    found = yaml.safe_load(file.read_text("utf-8"))
+    for name in ("task", "reward", "algorithm"):
+        if isinstance(found, Mapping) and not isinstance(found.get(name, ""), str):
+            raise ValueError(f"{name} is {found[name]!r}, and no text")
+    return found
+
+
+def _read_result(file: Path) -> Any:
+    found = json.loads(file.read_text("utf-8"))
+    if not isinstance(found, Mapping):
+        return found
+    needed = ["task", "reward", "steps", "comparisons", "final_return"]
+    needed += [n.removesuffix("_per_1000_steps") for n in found if n.endswith("_per_1000_steps")]
+    for name in {**dict.fromkeys(needed), **found}:
+        value = found.get(name)
+        if name in ("task", "reward", "algorithm", "video_note"):
+            valid = isinstance(value, str)
+        elif name == "versions":
+            valid = isinstance(value, Mapping)
+        else:
+            numbers = value if isinstance(value, list) else [value]
+            valid = bool(numbers) and all(isinstance(x, int | float) for x in numbers)
+        if not valid and (value is not None or name in needed):
+            raise ValueError(f"{name} is {value!r:.50}")
+    return found
 
 
 def _read_frames(file: Path) -> dict[str, Floats]:

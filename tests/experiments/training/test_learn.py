@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from active import Constant, FeedbackStore, QueryStrategy, WhenUnsure
+from experiments.benchmarks.page import outcome
 from experiments.cli import main
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner, learn, score_reward
 from experiments.training.rewards import relabel
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import Clips, SampledPosterior, load
+from rewardmodels import Clips, DeepEnsemble, SampledPosterior, load
 
 from ..studying import TINY, tiny
 
@@ -154,6 +155,18 @@ def compared(out):
         return {q.id: q.preference for q in answers.queries() if q.teacher is not None}
 
 
+def check_identical(out, finished):
+    """All but the time taken is the same, to the last bit."""
+    assert outcome(out) == outcome(finished)
+    one, other = (
+        pd.read_csv(run / "metrics.csv").drop(columns="seconds") for run in (out, finished)
+    )
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+    for file in ("model.safetensors", "frames.npz"):
+        if (finished / file).exists():
+            assert (out / file).read_bytes() == (finished / file).read_bytes()
+
+
 def check_kills(finished, out, start, kills, last, seed):
     """Kill a run at random moments, resume it, and compare it with an uninterrupted one."""
     luck, before = random.Random(seed), {}
@@ -165,11 +178,10 @@ def check_kills(finished, out, start, kills, last, seed):
         now = compared(out)
         assert before.items() <= now.items(), "no comparison is lost or changed"
         before = now
-        assert RunDirectory(out).exists or not list(out.glob("[!c]*"))
+        assert RunDirectory(out).exists or not list(out.glob("[!.c]*"))
     assert main(command(out)) == 0
     assert before.items() <= compared(out).items()
-    counted = ("step", "comparisons", "queries", "skipped")
-    assert metrics(out, *counted) == metrics(finished, *counted)
+    check_identical(out, finished)
     with sqlite3.connect(out / "answers.sqlite") as db:
         rounds = db.execute("SELECT round, count(*) FROM queries GROUP BY round").fetchall()
         assert rounds == [(r, due(r) - (due(r - 1) if r else 0)) for r in range(ROUNDS)]
@@ -178,9 +190,6 @@ def check_kills(finished, out, start, kills, last, seed):
         ).fetchone()
         assert answers == distinct == COMPARISONS
     db.close()
-    one, other = (json.loads((d / "result.json").read_text()) for d in (out, finished))
-    for name in ("steps", "comparisons", "queries", "skipped", "task", "reward", "seed"):
-        assert one[name] == other[name]
     assert (out / "report.html").exists()
 
 
@@ -213,33 +222,41 @@ def test_a_killed_command_resumes_without_loss(finished, tmp_path):
     check_kills(finished, out, start, kills=8, last=whole + 0.8 * seconds, seed=0)
 
 
-@pytest.mark.usefixtures("_no_report")
-def test_a_round_killed_between_query_and_comparison_is_completed(tmp_path, monkeypatch):
-    out = tmp_path / "run"
+def die_after(patch, cls, name):
+    """Interrupt the process as a method returns."""
+    method = getattr(cls, name)
 
-    def die(*_):
+    def interrupted(*given, **named):
+        method(*given, **named)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(FeedbackStore, "answer", die)
-        words = ["learn", *FLAGS, "--rounds=1", "--steps=2048", "--out", str(out)]
-        assert main(words) == 130
-    with FeedbackStore(out / "answers.sqlite") as answers:
-        assert answers.counts() == (due(0), 0, 0)
-    assert main(["learn", "--resume", "--out", str(out)]) == 0
-    assert metrics(out, "queries", "comparisons") == [[due(0)], [due(0)]]
+    patch.setattr(cls, name, interrupted)
+
+
+@pytest.mark.usefixtures("_no_report")
+def test_a_run_interrupted_at_every_save_point_is_the_same(finished, tmp_path):
+    put, answer = (FeedbackStore, "add_queries"), (FeedbackStore, "answer")
+    save, resume = (Learner, "save_round"), False
+
+    def config():
+        own = {"activation": "leaky_relu", "weight_decay": 0.01}  # the command's, as `finished` has
+        return tiny(tmp_path / "run", model=DeepEnsemble(members=2, hidden=(8,), **own))
+
+    for method in (put, answer, save, put, answer, save, save):
+        with pytest.MonkeyPatch.context() as patch:
+            die_after(patch, *method)
+            with pytest.raises(KeyboardInterrupt):
+                learn(config(), resume=resume, progress=False)
+        resume = True
+    learn(config(), resume=True, progress=False)
+    check_identical(tmp_path / "run", finished)
 
 
 @pytest.mark.usefixtures("_no_report")
 def test_seconds_add_up_across_interruptions(tmp_path, monkeypatch):
-    out, keep = tmp_path / "run", Learner.save_round
-
-    def keep_once(learner, *args):
-        keep(learner, *args)
-        raise KeyboardInterrupt
-
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "save_round", keep_once)
+        die_after(patch, Learner, "save_round")
         patch.setattr(time, "monotonic", lambda: 0.0)
         with pytest.raises(KeyboardInterrupt):
             learn(tiny(out, reward="zero"), progress=False)
@@ -255,19 +272,16 @@ def test_seconds_add_up_across_interruptions(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_an_off_policy_algorithm_learns_resumes_and_relabels(tmp_path):
     config = tiny(tmp_path / "run", algorithm="SAC", steps=3000, comparisons=12)
-    keep = Learner.save_round
-
-    def keep_once(learner, *args):
-        keep(learner, *args)
-        raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "save_round", keep_once)
+        die_after(patch, Learner, "save_round")
         with pytest.raises(KeyboardInterrupt):
             learn(config, progress=False)
     result = learn(config, resume=True, progress=False)
     assert result["steps"] == 3000
     assert result["comparisons"] == 12
+    unkilled = tiny(tmp_path / "unkilled", algorithm="SAC", steps=3000, comparisons=12)
+    learn(unkilled, progress=False)
+    check_identical(config.out, unkilled.out)
     learner = Learner(config, RunDirectory(config.out))
     buffer = learner.agent.replay_buffer
     assert buffer.size() == 3000
