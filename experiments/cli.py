@@ -212,7 +212,12 @@ def _call(path: str, *, positional: bool = False, config: str = "") -> Command:
             parser.add_class_arguments(cls, as_positional=positional)
         else:
             parser.add_function_arguments(function, as_positional=positional, skip=skip)
-        settings = _parse(parser, arguments)
+        off = {f"--{a.dest}" for a in parser._actions if a.default is False and a.nargs != 0}
+        values = [*arguments[1:], ""]
+        settings = _parse(parser, [
+            f"{word}=true" if word in off and value not in ("true", "false") else word
+            for word, value in zip(arguments, values, strict=False)
+        ])  # fmt: skip
         again = shlex.join(["rewardmodels", *words.split(), *arguments])
         with _interruptible(lambda: f"The same command goes on: {again}"):
             function(cls(**settings)) if config else function(**settings)

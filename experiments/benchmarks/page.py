@@ -289,7 +289,7 @@ def outcome(run: Path) -> tuple[dict[str, Any], tuple[int, str]]:
 
 
 def _learn(out: Path) -> None:
-    config = LearnConfig("Reacher", 60, 30_000, rounds=6, epochs=10, video=False, out=out)
+    config = LearnConfig("Reacher", 40, 8_192, rounds=4, epochs=10, video=False, out=out)
     learn(config, resume=RunDirectory(out).exists, progress=False)
 
 

@@ -3,7 +3,7 @@
 - `config.yaml`: settings, as `rewardmodels learn --config` takes them
 - `metrics.csv`: a row for each round (also in `tensorboard/`)
 - `answers.sqlite`: queries and comparisons (`active.FeedbackStore`)
-- `checkpoints/0007/`: state from which the next round starts
+- `checkpoints/0007/`: state from which the next round starts; no file of it runs code when read
 - `result.json`: evaluation of the final policy; marks the run as complete
 - `frames.npz`: predicted and true reward of frames that the final policy visits
 - `model.safetensors`: the reward model

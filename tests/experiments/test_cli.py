@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from active import FeedbackStore, all_pairs
+from experiments import deploy
 from experiments.cli import main
 from experiments.registry import describe_settings
 from experiments.training import learn as learning
@@ -351,6 +352,14 @@ def test_ones_own_settings_are_imported(given, unfinished, monkeypatch):
     assert type(seen[0].strategy).__name__ == "FirstFew"
 
 
+@pytest.mark.parametrize("words", ["--trust run", "run --trust", "run --trust true"])
+def test_a_setting_that_is_off_is_switched_on_by_its_flag(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(deploy, "guard_run", seen.append)
+    assert main(["guard", *words.split()]) == 0
+    assert (seen[0].run, seen[0].trust, seen[0].again) == (Path("run"), True, False)
+
+
 def _hold(out, ready):
     with RunDirectory(out).locked():
         ready.set()
@@ -387,6 +396,7 @@ def test_a_resumed_run_has_the_answers_that_it_knows(change, unfinished, capsys)
                 store.answer(query, 1.0, "SyntheticTeacher")
         store.close()
     found = {"deleted": "0 of them", "emptied": "0 of them", "swapped": "others"}[change]
+    # Nothing is made in place of a file that is missing.
     line = refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
     assert f"expected the 2 answers that {unfinished / 'checkpoints' / '0000'} was made" in line
     assert found in line
