@@ -356,7 +356,8 @@ class Learner:
 
     def _write(self, folder: Path) -> None:
         agent = training_state(self.agent, self.normalised)
-        torch.save({**agent, "env": self.env.progress()}, folder / AGENT_FILE)
+        with (folder / AGENT_FILE).open("wb") as file:  # a full disk is then an OSError
+            torch.save({**agent, "env": self.env.progress()}, file)
         (folder / "answers.json").write_text(json.dumps(self.answers))
         self.clip_buffer.save(folder / "clip_buffer.npz")
         if isinstance(self.agent, OffPolicyAlgorithm):
