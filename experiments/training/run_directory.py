@@ -326,8 +326,7 @@ def check_pickled(checkpoint: Path) -> None:
         if (checkpoint / name).exists():
             raise UnreadableFile(
                 f"{checkpoint}: expected a checkpoint without code, got one of an earlier version, "
-                f"whose {name} could run any when it is read. Start a new run: `rewardmodels learn "
-                f"--config {checkpoint.parents[1] / 'config.yaml'} --out NEW`."
+                f"whose {name} could run any when it is read. Start a new run in another --out."
             )
 
 
@@ -368,18 +367,21 @@ def _read_result(file: Path) -> Any:
     found = json.loads(file.read_text("utf-8"))
     if not isinstance(found, Mapping):
         return found
-    needed = ["task", "reward", "steps", "comparisons", "final_return"]
-    needed += [n.removesuffix("_per_1000_steps") for n in found if n.endswith("_per_1000_steps")]
+    counts = [n.removesuffix("_per_1000_steps") for n in found if n.endswith("_per_1000_steps")]
+    needed = ["task", "reward", "steps", "comparisons", "final_return", *counts]
+    lists = ["final_returns", *counts]
     for name in {**dict.fromkeys(needed), **found}:
         value = found.get(name)
         if name in ("task", "reward", "algorithm", "video_note"):
             valid = isinstance(value, str)
         elif name == "versions":
             valid = isinstance(value, Mapping)
+        elif name in lists:
+            valid = isinstance(value, list) and value != []
+            valid = valid and all(isinstance(x, int | float) for x in value or ())
         else:
-            numbers = value if isinstance(value, list) else [value]
-            valid = bool(numbers) and all(isinstance(x, int | float) for x in numbers)
-        if not valid and (value is not None or name in needed):
+            valid = isinstance(value, int | float)
+        if not valid and (value is not None or name in [*needed, *lists, "versions"]):
             raise ValueError(f"{name} is {value!r:.50}")
     return found
 

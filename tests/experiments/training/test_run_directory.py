@@ -162,7 +162,10 @@ def test_a_result_is_read_back(tmp_path):
     run.write_result(result)
     assert RunDirectory(run.path).result == result
     flips = {**result, "backflips_per_1000_steps": 0.5}  # and no `backflips`
-    for damaged in ({**result, "final_returns": "-4"}, {**result, "aurc": {}}, flips, {}):
+    for damaged in (
+        *({**result, "final_returns": "-4"}, {**result, "final_returns": None}, flips, {}),
+        *({**result, "aurc": {}}, {**result, "steps": [9]}, {**result, "versions": 3}),
+    ):
         run.write_result(damaged)
         with pytest.raises(UnreadableFile, match=r"result\.json"):
             _ = run.result
