@@ -358,6 +358,18 @@ class FeedbackStore:
                  WHERE repeats IS NULL"""
         return Counts(*self._file.rows(sql)[0])
 
+    def digest(self, n: int = -1) -> tuple[int, str]:
+        """Number and SHA-256 of the first n answers, or of all, with the clips that they compare.
+
+        Answers are only ever added, so that a store that has others isn't the same one.
+        """
+        sql = """SELECT query, preference, teacher, declined, one.sha256, other.sha256
+                 FROM answers JOIN queries ON queries.id = query
+                 JOIN clips AS one ON one.id = first JOIN clips AS other ON other.id = second
+                 ORDER BY answers.id LIMIT ?"""
+        rows = self._file.rows(sql, (n,))
+        return len(rows), hashlib.sha256(repr(rows).encode()).hexdigest()
+
     def close(self) -> None:
         """Close the file; closing twice does no harm."""
         self._db.close()

@@ -86,6 +86,9 @@ def _run(arguments: list[str]) -> None:
 
 def _learn(words: str, arguments: list[str]) -> None:
     # Each command imports its own modules when it runs: Lightning alone takes seconds.
+    import yaml
+
+    from experiments.registry import describe_settings, foreign_imports
     from experiments.training.config import LearnConfig
     from experiments.training.learn import learn
     from experiments.training.run_directory import RunDirectory
@@ -95,6 +98,8 @@ def _learn(words: str, arguments: list[str]) -> None:
     parser = _parser(words)
     parser.add_argument("--config", action="config", help="YAML with any of these settings")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    trust = "import what the settings of the run to resume name, though you haven't named it"
+    parser.add_argument("--trust", action="store_true", help=trust)
     parser.add_class_arguments(LearnConfig)
     parser.set_defaults(_DEFAULTS)
     settings = _parse(parser, arguments)
@@ -105,13 +110,22 @@ def _learn(words: str, arguments: list[str]) -> None:
                 f"resume: expected a run to go on with, got {run.path}, which has none. Leave "
                 "--resume out to start one."
             )
+        given = run.settings if settings.trust else yaml.safe_load(parser.dump(settings))
+        run.check_trusted(given=given)
         settings = _parse(parser, ["--config", str(run.settings_file), *arguments])
+    resume = settings.resume
     values = parser.instantiate(settings)
-    resume = values.pop("resume")
-    values.pop("config")
+    for name in ("resume", "config", "trust"):
+        values.pop(name)
+    values["out"] = run.path  # a run's settings may name another
     config = LearnConfig(**values)
-    again = shlex.join(["rewardmodels", "learn", "--resume", "--out", str(run.path)])
-    with _interruptible(lambda: f"To go on: {again}" if run.exists else "Nothing was started."):
+
+    def how_to_resume() -> str:
+        trust = ["--trust"] if foreign_imports(describe_settings(config)) else []
+        again = ["rewardmodels", "learn", "--resume", *trust, "--out", str(run.path)]
+        return f"To go on: {shlex.join(again)}" if run.exists else "Nothing was started."
+
+    with _interruptible(how_to_resume):
         result = learn(config, resume=resume)
     print(
         f"{result['task']}, {result['reward']} reward, {result['comparisons']} comparisons: true "
@@ -198,7 +212,12 @@ def _call(path: str, *, positional: bool = False, config: str = "") -> Command:
             parser.add_class_arguments(cls, as_positional=positional)
         else:
             parser.add_function_arguments(function, as_positional=positional, skip=skip)
-        settings = _parse(parser, arguments)
+        off = {f"--{a.dest}" for a in parser._actions if a.default is False and a.nargs != 0}
+        values = [*arguments[1:], ""]
+        settings = _parse(parser, [
+            f"{word}=true" if word in off and value not in ("true", "false") else word
+            for word, value in zip(arguments, values, strict=False)
+        ])  # fmt: skip
         again = shlex.join(["rewardmodels", *words.split(), *arguments])
         with _interruptible(lambda: f"The same command goes on: {again}"):
             function(cls(**settings)) if config else function(**settings)
@@ -230,7 +249,7 @@ def _interruptible(how_to_resume: Callable[[], str]) -> Iterator[None]:
         raise _Exit(f"\nrewardmodels: interrupted. {how_to_resume()}", 130) from None
 
 
-_NO_SETTINGS = ("help", "config", "resume", "print_config", "print_shtab")
+_NO_SETTINGS = ("help", "config", "resume", "trust", "print_config", "print_shtab")
 _TYPES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
     "Sequence": "a list", "NoneType": "none",
@@ -293,7 +312,7 @@ def _unknown_flag(flag: str, parser: ArgumentParser) -> str:
     if not flag.startswith("-"):
         return f"arguments: expected flags, such as --seed 1, got {flag!r}."
     name = flag.split("=")[0].lstrip("-")
-    known = [*_settings(parser), "config", "resume", "print_config"]
+    known = [*_settings(parser), *_NO_SETTINGS]
     close = get_close_matches(name, known, n=1)
     hint = f"Did you mean --{close[0]}?" if close else f"`{parser.prog} --help` lists them."
     return f"--{name}: expected a flag of `{parser.prog}`, got an unknown one. {hint}"

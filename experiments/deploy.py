@@ -9,19 +9,18 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-import stable_baselines3
 import torch
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 
 from experiments.envs.perturbations import Severity, perturb
 from experiments.envs.rollout import Policy, play
-from experiments.envs.tasks import find_task, make_env
+from experiments.envs.tasks import Task, find_task, make_env
 from experiments.envs.vector import make_vec_env
 from experiments.registry import find_class, make_detector
 from experiments.studies import check_least
-from experiments.training.agents import exploring_policy
-from experiments.training.run_directory import RunDirectory
+from experiments.training.agents import AGENT_FILE, exploring_policy, make_agent, resume_policy
+from experiments.training.run_directory import RunDirectory, check_pickled, in_short
 from ood import (
     AlarmResponse,
     EventLog,
@@ -57,6 +56,7 @@ class GuardConfig:
         severity: Of the shift.
         onset: Steps before the shift; None for half of the episode.
         again: Replace the guard that was kept by a new one.
+        trust: Import what the run's settings name, which may be a stranger's code.
         seed: Of the episodes and of the detector.
 
     Raises:
@@ -75,6 +75,7 @@ class GuardConfig:
     severity: Severity = "middle"
     onset: int | None = None
     again: bool = False
+    trust: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,6 +110,8 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     run = RunDirectory(config.run)
     _check_finished(run)
+    if not config.trust:
+        run.check_trusted(only=("task", "model"))
     task, seed = find_task(run.settings["task"]), config.seed
     model: RewardModel = load(run.path / "model.safetensors")
     scorer = model.frame_scorer()
@@ -122,9 +125,9 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
         return perturb(env, config.shift, config.severity, onset, seed, observation_std=std)
 
     make_shifted(np.ones(size))  # refuses an unknown shift before any work
-    act = _load_agent(run)
+    act = _load_agent(run, task)
     file = run.path / "guard.safetensors"
-    fingerprint = agent_fingerprint(*_agent_files(run))
+    fingerprint = agent_fingerprint(run.checkpoints[-1] / AGENT_FILE)
     monitor = Monitor(
         make_detector(config.detector, size, seed), find_class("statistic", config.statistic)()
     )
@@ -170,22 +173,25 @@ def _check_finished(run: RunDirectory) -> None:
             f"run: expected a run with a reward model, got {run.path}, which has none: its reward "
             "wasn't learned, or there were no comparisons."
         )
-    for file in _agent_files(run):
-        if not file.is_file():
-            raise UnreadableFile(f"{file}: expected the agent of a finished run, got no such file.")
+    for name in {"task", "algorithm"} - run.settings.keys():
+        raise UnreadableFile(f"{run.settings_file}: expected settings of a run, got no {name}.")
+    check_pickled(run.checkpoints[-1])
+    file = run.checkpoints[-1] / AGENT_FILE
+    if not file.is_file():
+        raise UnreadableFile(f"{file}: expected the agent of a finished run, got no such file.")
 
 
-def _agent_files(run: RunDirectory) -> list[Path]:
-    return [run.checkpoints[-1] / name for name in ("agent.zip", "normalise.pkl")]
-
-
-def _load_agent(run: RunDirectory) -> Policy:
-    agent_file, normalise_file = _agent_files(run)
-    cls: Any = getattr(stable_baselines3, run.settings["algorithm"])
-    task = find_task(run.settings["task"])
-    with isolated_randomness(0), closing(make_vec_env(task, 1, 0)) as venv:
-        normalised = VecNormalize.load(str(normalise_file), venv)
-        agent = cls.load(agent_file, device="cpu")
+def _load_agent(run: RunDirectory, task: Task) -> Policy:
+    file = run.checkpoints[-1] / AGENT_FILE
+    with isolated_randomness(0), closing(VecNormalize(make_vec_env(task, 1, 0))) as normalised:
+        agent = make_agent(run.settings["algorithm"], normalised, task, 0)
+        try:
+            resume_policy(agent, normalised, torch.load(file, weights_only=True))
+        except Exception as error:  # of whatever its bytes may be taken for
+            raise UnreadableFile(
+                f"{file}: expected the agent of a finished run, got a damaged file or another's "
+                f"({in_short(error)})."
+            ) from error
     return exploring_policy(agent, normalised)
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,41 @@ def _keyword_arguments(kind: str, name: str) -> dict[str, Any]:
         f"{kind}: expected a name with plain keyword arguments, such as Name(share=0.2), got "
         f"{name}."
     )
+
+
+def foreign_imports(settings: Any) -> list[str]:
+    """List texts in settings, read from YAML, for which anything but our own may be imported.
+
+    Example:
+        >>> foreign_imports({"model": {"class_path": "rewardmodels.DeepEnsemble"}, "seed": 1})
+        []
+        >>> foreign_imports({"strategy": {"class_path": "theirs.Mine"}, "task": "theirs:Env-v0"})
+        ['theirs.Mine', 'theirs:Env-v0']
+    """
+    if settings is None or isinstance(settings, bool | int | float):
+        return []
+    if isinstance(settings, Mapping):
+        if "config" in settings:  # another file, of which the parser would read all
+            return ["config"]
+        # A teacher's `file` is only read.
+        parts = [x for k, x in settings.items() if not (k == "file" and isinstance(x, str))]
+    elif isinstance(settings, list | tuple):
+        parts = list(settings)
+    else:
+        return [] if _is_ours(str(settings)) else [str(settings)]
+    return sorted({name for part in parts for name in foreign_imports(part)})
+
+
+def _is_ours(text: str) -> bool:
+    if re.fullmatch(r"[\w /+-]*", text):  # a name without a module; what else might be YAML again
+        return True
+    module, _, name = text.rpartition(".")
+    if module.partition(".")[0] not in _OWN_PACKAGES or not name.isidentifier():
+        return False
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _concrete_subclasses(base: type) -> dict[str, type]:

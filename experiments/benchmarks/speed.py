@@ -100,7 +100,7 @@ def measure_throughput(rollouts: int) -> dict[str, float]:
             learners[arm] = Learner(config, RunDirectory(config.out))
             learners[arm].agent.learn(PPO_ROLLOUT)
         learned = learners["learned"]
-        learned.seed(0)
+        learned.seed(0, "train")
         clips = learned.clip_buffer.sample(50, 200, learned.rng)
         pairs = torch.arange(200).view(100, 2)
         better = (clips.returns[pairs[:, 1]] > clips.returns[pairs[:, 0]]).float()

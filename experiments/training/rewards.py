@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
@@ -63,6 +65,18 @@ class RewardWrapper(VecLearnedReward):
         moments = old.moments(clips) if isinstance(old, LearnedReward) else (0.0, 1.0)
         fit(model, comparisons, **options)
         self.reward = LearnedReward(model, pessimism).rescaled(clips, *moments)
+
+    def progress(self) -> dict[str, Any]:
+        """Tensors and numbers from which `resume` goes on, with the same `clip_buffer`."""
+        episodes = self.venv.episodes() if hasattr(self.venv, "episodes") else []
+        return {"episodes": episodes, "returns": torch.from_numpy(self._sums.copy())}
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Go on where `progress` was taken, by repeating the current episodes."""
+        self._sums[:] = progress["returns"].numpy()
+        venv: Any = self.venv
+        if any(progress["episodes"]):
+            venv.resume(progress["episodes"], self.clip_buffer.current_actions())
 
     def reset(self) -> Any:
         self._sums[:] = 0

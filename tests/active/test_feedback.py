@@ -130,6 +130,23 @@ def test_a_clip_is_stored_once_for_all_queries_and_paddings(path):
         assert_same_clip(again[0], shown[2])
 
 
+def test_the_digest_of_the_first_answers_stays(tmp_path):
+    def answered(name, *preferences):
+        with FeedbackStore(tmp_path / name) as store:
+            for query, preference in zip(
+                store.add_queries(some_clips(), all_pairs(5)[:3], round=0), preferences, strict=True
+            ):
+                store.answer(query, preference, "ann")
+            return [store.digest(n) for n in (0, 2, -1)]
+
+    none, two, every = answered("one", 1.0, None, 0.5)
+    assert [n for n, _ in (none, two, every)] == [0, 2, 3]
+    assert answered("same", 1.0, None, 0.5) == [none, two, every]
+    assert answered("other", 1.0, None, 0.0)[:2] == [none, two]
+    assert answered("other 3", 1.0, None, 0.0)[2] != every
+    assert answered("other 1", 0.0, None, 0.5)[1] != two
+
+
 def test_two_clips_of_the_same_frames_can_be_compared(path):
     still = Clips(torch.zeros(2, 4, 3), torch.zeros(2, 4, 1))
     with FeedbackStore(path) as store:
