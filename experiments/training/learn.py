@@ -103,7 +103,7 @@ class Learner:
 
     def __init__(self, config: LearnConfig, run: RunDirectory) -> None:
         self.config, self.run = config, run
-        self.task = find_task(config.task)
+        self.task = find_task(config.task, config.horizon)
         self.model = config.model
         self.rounds_done, self.seconds = 0, 0.0
         settings: Any = config  # LearnConfig.__post_init__ has filled in what was None
