@@ -6,9 +6,9 @@ import json
 import re
 import shlex
 import sys
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
@@ -16,9 +16,9 @@ from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 if TYPE_CHECKING:
     from rewardmodels.errors import RewardModelsError
@@ -86,10 +86,11 @@ def _run(arguments: list[str]) -> None:
 
 def _learn(words: str, arguments: list[str]) -> None:
     # Each command imports its own modules when it runs: Lightning alone takes seconds.
+    from experiments.registry import describe_settings
     from experiments.training.config import LearnConfig
     from experiments.training.learn import learn
     from experiments.training.run_directory import RunDirectory
-    from rewardmodels.errors import InvalidInput
+    from rewardmodels.errors import InvalidInput, RewardModelsError
 
     arguments = _expand_classes(arguments)
     parser = _parser(words)
@@ -97,6 +98,12 @@ def _learn(words: str, arguments: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_class_arguments(LearnConfig)
     parser.set_defaults(_DEFAULTS)
+    if {"-h", "--help"} & {*arguments}:
+        task = re.search(r"--task[= ](\S+)", " ".join(arguments))
+        with suppress(RewardModelsError):  # help is shown for an unknown task too
+            taken = describe_settings(LearnConfig(task[1]) if task else LearnConfig())
+            unset = [name for name in taken if parser.get_default(name) is None]
+            parser.set_defaults({name: taken[name] for name in unset})
     settings = _parse(parser, arguments)
     run = RunDirectory(settings.out)
     if settings.resume:
@@ -163,12 +170,13 @@ def _expand_classes(arguments: Sequence[str]) -> list[str]:
     for word in arguments:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         flag = flag or (expanded[-1] if expanded else "")
-        kind = KINDS.get(flag.removeprefix("--"))
-        if kind is None or value.partition("(")[0] not in kind.classes():
+        name = flag.removeprefix("--").removesuffix(".help")
+        asks = flag.endswith(".help") and flag != word
+        if name not in KINDS or not (asks or value.partition("(")[0] in KINDS[name].classes()):
             expanded.append(word)
             continue
-        found = find_class(flag.removeprefix("--"), value)
-        keywords = getattr(found, "keywords", {})
+        found = find_class(name, value)
+        keywords = {} if asks else getattr(found, "keywords", {})
         found = getattr(found, "func", found)
         path = f"{found.__module__}.{found.__qualname__}"
         expanded.append(f"{flag}={path}" if equals else path)
@@ -206,8 +214,28 @@ def _call(path: str, *, positional: bool = False, config: str = "") -> Command:
     return command
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Help with the names of our classes, and without those of PyTorch."""
+
+    def add_argument(self, action: Action) -> None:
+        if not action.dest.endswith(".network.help"):  # of all of PyTorch's modules
+            super().add_argument(action)
+
+    def _expand_help(self, action: Action) -> str:
+        from experiments.registry import KINDS
+
+        kind = KINDS.get(action.dest.rpartition(".")[2])
+        known = f"; one of {', '.join(kind.classes())}, or an import path" if kind else ""
+        return re.sub(r", known subclasses: [^)]*", known, super()._expand_help(action))
+
+
+class _Parser(ArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _HelpFormatter, **options})
+
+
 def _parser(words: str) -> ArgumentParser:
-    return ArgumentParser(
+    return _Parser(
         prog=f"rewardmodels {words}", description=_COMMANDS[words][0], exit_on_error=False
     )
 

@@ -1,5 +1,6 @@
 """Unusable input ends in one line, before anything is written; settings are read back."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 import yaml
 
 from experiments.cli import main
-from experiments.registry import describe_settings
+from experiments.registry import constructor_arguments, describe_settings
 from experiments.training import learn as learning
+from experiments.training.config import LearnConfig
 from rewardmodels.errors import InvalidInput
 
 pytestmark = pytest.mark.usefixtures("_short_updates")
@@ -186,6 +188,53 @@ def test_every_command_has_help(command, capsys):
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert f"usage: rewardmodels {command}" in capsys.readouterr().out
+
+
+def helped(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        main(["learn", *words])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "path"),
+    [
+        ("teacher", "human", "active.HumanTeacher"),
+        ("teacher", "stochastic", "active.SyntheticTeacher"),
+        ("model", "GPHead", "rewardmodels.GPHead"),
+        ("strategy", "BALD", "active.BALD"),
+        ("schedule", "WhenUnsure", "active.WhenUnsure"),
+        ("strategy", "my_cli_classes.FirstFew", "my_cli_classes.FirstFew"),
+    ],
+)
+def test_a_class_has_help_by_name_and_path_with_its_own_settings_alone(kind, name, path, capsys):
+    by_name, joined, by_path = (
+        helped(capsys, *words)
+        for words in (
+            [f"--{kind}.help", name],
+            [f"--{kind}.help={name}"],
+            [f"--{kind}.help={path}"],
+        )
+    )
+    assert by_name == joined == by_path
+    flags = {line.split()[0] for line in by_name.splitlines() if line.startswith("  --")}
+    arguments = constructor_arguments(
+        getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
+    )
+    assert flags == {f"--{kind}.{argument}" for argument in arguments}
+    assert "torch.nn" not in by_name
+    assert "torch.nn" not in helped(capsys, f"--{kind}.help")
+
+
+@pytest.mark.parametrize("task", ["HalfCheetah", "backflip", "Pendulum"])
+def test_help_shows_what_is_taken_for_the_task(task, capsys):
+    text = " ".join(helped(capsys, "--task", task, "--help").split())
+    taken = LearnConfig(task=task)
+    for name in ("horizon", "comparisons", "steps", "rounds", "warm_up", "start_over"):
+        shown = re.search(rf" --{name} [^(]*\([^)]*default: (\w+)\)", text)[1]
+        assert shown == str(getattr(taken, name))
+    assert "default: null" not in text
 
 
 def printed(capsys, *words):
