@@ -64,6 +64,14 @@ def _run(arguments: list[str]) -> None:
                 return command(words, arguments[len(name) :])
             except RewardModelsError as error:
                 raise _Exit(f"rewardmodels: error: {error}", 2) from error
+            except OSError as error:  # a full disk, a name that is too long, no permission
+                reason = f"{error.filename or 'system'}: {error.strerror or error}"
+                raise _Exit(f"rewardmodels: error: {reason}.", 2) from error
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                    raise
+                reason = "memory: expected settings that this machine has memory for, got too large"
+                raise _Exit(f"rewardmodels: error: {reason} ones ({error}).", 2) from error
     groups = {words.split()[0] for words in _COMMANDS if " " in words}
     group = arguments[0] if arguments and arguments[0] in groups else ""
     rest = arguments[1:] if group else arguments
@@ -241,10 +249,18 @@ def _parser(words: str) -> ArgumentParser:
 
 
 def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    from rewardmodels.errors import InvalidInput
+
+    for before, word in zip(["arguments", *arguments], arguments, strict=False):
+        if word == "" or re.fullmatch("--[^=]+=", word):
+            name = (word or before).strip("-=")
+            raise InvalidInput(f"{name}: expected a value, got an empty one.")
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
         raise _readable_error(str(error), parser) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"config: expected YAML in UTF-8, got other bytes: {error}.") from error
 
 
 @contextmanager

@@ -345,7 +345,10 @@ def _selection(settings: Settings, task: str, seed: int) -> dict[str, Any]:
 def _published(settings: Settings, name: str, detector: str, seed: int) -> list[dict[str, Any]]:
     """Frame-wise scores beside the published ones, for each disturbance."""
     assert settings.published is not None
-    table = pd.read_csv(settings.published)
+    try:
+        table = pd.read_csv(settings.published)
+    except ValueError as error:  # not UTF-8, or an unclosed quote
+        raise InvalidInput(f"published: expected a CSV file, got a damaged one: {error}") from error
     task = replace(find_task(name), horizon=1000)
     act, first = load_policy(task, settings.agent(name)), 90
     usual = play(lambda: make_env(task), act, first, seed).features()

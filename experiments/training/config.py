@@ -158,14 +158,15 @@ class LearnConfig:
             ("steps", "warm_up", "start_over", "rounds", "clip_length", "epochs", "evaluate",
              "threads"), 1
         ) | {"comparisons": 8, "candidates": 2, "pessimism": 0, "focus": 0, "seed": 0}  # fmt: skip
+        most = {"pessimism": 1e6, "seed": MAX_SEED, "threads": 1024, "candidates": 10_000}
         for name, bound in least.items():
             value = getattr(self, name)
-            if not value >= bound:
-                raise InvalidInput(f"{name}: expected a number of at least {bound}, got {value}.")
-            if value == math.inf:
-                raise InvalidInput(f"{name}: expected a finite number, got inf.")
-        if self.seed > MAX_SEED:
-            raise InvalidInput(f"seed: expected at most {MAX_SEED:,}, got {self.seed}.")
+            if not bound <= value < math.inf:
+                raise InvalidInput(
+                    f"{name}: expected a finite number of at least {bound}, got {value}."
+                )
+            if value > (limit := most.get(name, math.inf if name == "focus" else 10**10)):
+                raise InvalidInput(f"{name}: expected at most {limit:,}, got {value}.")
         assert self.comparisons is not None
         if self.candidates * (self.candidates - 1) // 2 < self.comparisons:
             raise InvalidInput(

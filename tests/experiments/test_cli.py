@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from experiments.cli import main
-from experiments.registry import constructor_arguments, describe_settings
+from experiments.registry import constructor_arguments, describe_settings, find_class
 from experiments.training import learn as learning
 from experiments.training.config import LearnConfig
 from rewardmodels.errors import InvalidInput
@@ -53,6 +53,7 @@ def _folder(tmp_path, monkeypatch):
     (tmp_path / "my_cli_classes.py").write_text(MINE)
     (tmp_path / "list.yaml").write_text("- steps\n")
     (tmp_path / "open.yaml").write_text("steps: [\n")
+    (tmp_path / "bytes.yaml").write_bytes(b"steps: \xff\n")
     (tmp_path / "other.yaml").write_text("stepps: 3\n")
     (tmp_path / "text.yaml").write_text("steps: many\n")
     (tmp_path / "deep.yaml").write_text(
@@ -108,8 +109,10 @@ UNUSABLE = {
             "start_over",
         )
     },
-    "candidates": ["learn --candidates 10 --comparisons 46"],
-    "pessimism": [f"learn --pessimism {value}" for value in ("x", ".nan", ".inf", "-0.1")],
+    "candidates": [
+        *("learn --candidates 10 --comparisons 46", "learn --candidates 10001"),
+    ],
+    "pessimism": [f"learn --pessimism {value}" for value in ("x", ".nan", ".inf", "1e308", "-0.1")],
     "focus": ["learn --focus .inf"],
     "video": ["learn --video maybe"],
     "reward": ["learn --reward lerned"],
@@ -139,10 +142,10 @@ UNUSABLE = {
     "model.network": ["learn --model.network nope.make", "learn --model.network math.tau"],
     "config": [
         *("learn --config none.yaml", "learn --config list.yaml", "learn --config open.yaml"),
-        "learn --config other.yaml",
+        *("learn --config other.yaml", "learn --config bytes.yaml"),
     ],
     "resume": ["learn --resume --out none"],
-    "out": ["learn --out list.yaml/run"],
+    "out": ["learn --out list.yaml/run", "learn --out=", "demo --out="],
     "jobs": ["study marks --jobs 0"],
     "json": [
         *("study marks --quick --json none/a.json", "benchmark page --json none/a.json"),
@@ -219,9 +222,7 @@ def test_a_class_has_help_by_name_and_path_with_its_own_settings_alone(kind, nam
     )
     assert by_name == joined == by_path
     flags = {line.split()[0] for line in by_name.splitlines() if line.startswith("  --")}
-    arguments = constructor_arguments(
-        getattr(import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
-    )
+    arguments = constructor_arguments(find_class(kind, path))
     assert flags == {f"--{kind}.{argument}" for argument in arguments}
     assert "torch.nn" not in by_name
     assert "torch.nn" not in helped(capsys, f"--{kind}.help")
@@ -356,6 +357,28 @@ def test_ctrl_c_prints_the_command_that_resumes(kind, capsys, monkeypatch):
     assert err.strip() == (
         "rewardmodels: interrupted. To go on: rewardmodels learn --resume --out 'a run'"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/proc/x"), "/proc/x"),
+        (OSError(28, "No space left on device"), "No space"),
+        (MemoryError("9 GiB"), "memory"),
+        (RuntimeError("can't allocate memory"), "memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(error, reason, capsys, monkeypatch):
+    def learn(config, resume):
+        raise error
+
+    monkeypatch.setattr(learning, "learn", learn)
+    assert reason in refused(capsys, ["learn"])
+
+
+def test_too_many_threads_are_refused(capsys):
+    assert refused(capsys, ["learn", "--threads", "100000"]).startswith("threads: expected at most")
+    assert refused(capsys, ["learn", "--out", ""]).startswith("out: expected ")
 
 
 def test_an_error_while_running_is_one_line(capsys, monkeypatch):
