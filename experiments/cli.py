@@ -6,9 +6,9 @@ import json
 import re
 import shlex
 import sys
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
@@ -16,9 +16,9 @@ from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 if TYPE_CHECKING:
     from rewardmodels.errors import RewardModelsError
@@ -64,6 +64,14 @@ def _run(arguments: list[str]) -> None:
                 return command(words, arguments[len(name) :])
             except RewardModelsError as error:
                 raise _Exit(f"rewardmodels: error: {error}", 2) from error
+            except OSError as error:  # a full disk, a name that is too long, no permission
+                reason = f"{error.filename or 'system'}: {error.strerror or error}"
+                raise _Exit(f"rewardmodels: error: {reason}.", 2) from error
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                    raise
+                reason = "memory: expected settings that this machine has memory for, got too large"
+                raise _Exit(f"rewardmodels: error: {reason} ones ({error}).", 2) from error
     groups = {words.split()[0] for words in _COMMANDS if " " in words}
     group = arguments[0] if arguments and arguments[0] in groups else ""
     rest = arguments[1:] if group else arguments
@@ -92,7 +100,7 @@ def _learn(words: str, arguments: list[str]) -> None:
     from experiments.training.config import LearnConfig
     from experiments.training.learn import learn
     from experiments.training.run_directory import RunDirectory
-    from rewardmodels.errors import InvalidInput
+    from rewardmodels.errors import InvalidInput, RewardModelsError
 
     arguments = _expand_classes(arguments)
     parser = _parser(words)
@@ -102,6 +110,12 @@ def _learn(words: str, arguments: list[str]) -> None:
     parser.add_argument("--trust", action="store_true", help=trust)
     parser.add_class_arguments(LearnConfig)
     parser.set_defaults(_DEFAULTS)
+    if {"-h", "--help"} & {*arguments}:
+        task = re.search(r"--task[= ](\S+)", " ".join(arguments))
+        with suppress(RewardModelsError):  # help is shown for an unknown task too
+            taken = describe_settings(LearnConfig(task[1]) if task else LearnConfig())
+            unset = [name for name in taken if parser.get_default(name) is None]
+            parser.set_defaults({name: taken[name] for name in unset})
     settings = _parse(parser, arguments)
     run = RunDirectory(settings.out)
     if settings.resume:
@@ -177,12 +191,13 @@ def _expand_classes(arguments: Sequence[str]) -> list[str]:
     for word in arguments:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         flag = flag or (expanded[-1] if expanded else "")
-        kind = KINDS.get(flag.removeprefix("--"))
-        if kind is None or value.partition("(")[0] not in kind.classes():
+        name = flag.removeprefix("--").removesuffix(".help")
+        asks = flag.endswith(".help") and flag != word
+        if name not in KINDS or not (asks or value.partition("(")[0] in KINDS[name].classes()):
             expanded.append(word)
             continue
-        found = find_class(flag.removeprefix("--"), value)
-        keywords = getattr(found, "keywords", {})
+        found = find_class(name, value)
+        keywords = {} if asks else getattr(found, "keywords", {})
         found = getattr(found, "func", found)
         path = f"{found.__module__}.{found.__qualname__}"
         expanded.append(f"{flag}={path}" if equals else path)
@@ -225,17 +240,45 @@ def _call(path: str, *, positional: bool = False, config: str = "") -> Command:
     return command
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Help with the names of our classes, and without those of PyTorch."""
+
+    def add_argument(self, action: Action) -> None:
+        if not action.dest.endswith(".network.help"):  # of all of PyTorch's modules
+            super().add_argument(action)
+
+    def _expand_help(self, action: Action) -> str:
+        from experiments.registry import KINDS
+
+        kind = KINDS.get(action.dest.rpartition(".")[2])
+        known = f"; one of {', '.join(kind.classes())}, or an import path" if kind else ""
+        return re.sub(r", known subclasses: [^)]*", known, super()._expand_help(action))
+
+
+class _Parser(ArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _HelpFormatter, **options})
+
+
 def _parser(words: str) -> ArgumentParser:
-    return ArgumentParser(
+    return _Parser(
         prog=f"rewardmodels {words}", description=_COMMANDS[words][0], exit_on_error=False
     )
 
 
 def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    from rewardmodels.errors import InvalidInput
+
+    for before, word in zip(["arguments", *arguments], arguments, strict=False):
+        if word == "" or re.fullmatch("--[^=]+=", word):
+            name = (word or before).strip("-=")
+            raise InvalidInput(f"{name}: expected a value, got an empty one.")
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
         raise _readable_error(str(error), parser) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"config: expected YAML in UTF-8, got other bytes: {error}.") from error
 
 
 @contextmanager

@@ -442,7 +442,12 @@ def _rebuild(about: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> OO
         settings["detectors"] = [
             _rebuild(inner, f"{prefix}{i}.", arrays) for i, inner in enumerate(about["detectors"])
         ]
-    detector = DETECTORS[about["class"]](**settings)
+    if (name := about["class"]) not in DETECTORS:
+        raise UnreadableFile(
+            f"detector: expected one of ood.DETECTORS, got a guard's {name}. Import its module, "
+            "which registers it; on the command line pass the guard's own --detector."
+        )
+    detector = DETECTORS[name](**settings)
     own = {
         name.removeprefix(prefix): value
         for name, value in arrays.items()

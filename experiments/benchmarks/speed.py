@@ -24,7 +24,7 @@ from active import GreedyInformation, KCenter, QueryStrategy, all_pairs, mutual_
 from experiments.analysis.page import check_json, publish
 from experiments.envs.rollout import Policy, play
 from experiments.envs.tasks import Task, find_task, make_env
-from experiments.registry import make_detector
+from experiments.registry import make_named
 from experiments.training.agents import PPO_ROLLOUT, load_policy, train_agent
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner
@@ -79,7 +79,7 @@ def benchmark_speed(quick: bool = False, json: Path | None = None) -> dict[str, 
     }
     for name in _MONITORS:
         short = "(steps=1000)" if quick and name == "DynamicsEnsemble" else ""
-        make = partial(make_detector, name + short, _OBSERVATION, seed=0)
+        make = partial(make_named, "detector", name + short, observation_size=_OBSERVATION, seed=0)
         for key, value in detector_scale(make, 10**5 if quick else 10**6).items():
             numbers[f"{key}.{name}"] = value
             if name == _DEFAULT:
@@ -216,7 +216,7 @@ def _monitor(task: Task, act: Policy, name: str) -> Monitor:
     played = play(lambda: make_env(task), act, _FAMILIAR + _CALIBRATION, seed=0)
     episodes = played.features(features)
     size = make_env(task).observation_space.shape[0]  # type: ignore[index]
-    detector = make_detector(detector_name, size, seed=0)
+    detector = make_named("detector", detector_name, observation_size=size, seed=0)
     monitor = Monitor(detector.fit(torch.cat(episodes[:_FAMILIAR])), statistic)
     threshold = monitor.calibrate(episodes[_FAMILIAR:], alpha=0.1)
     # So high that it never halts, and without a promise.

@@ -45,6 +45,7 @@ def label(
         InvalidInput: There is no run or no task, the address can't be listened at, or the extra
             `label` isn't installed.
         UnreadableFile: The feedback store is damaged; it is left unchanged.
+        RenderingUnavailable: Clips of the task can't be shown here.
     """
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise InvalidInput(
@@ -53,6 +54,7 @@ def label(
         )
     import uvicorn
 
+    from experiments.envs.rendering import check_renderable
     from experiments.labelling.auth import is_loopback
     from experiments.labelling.server import make_app
     from experiments.labelling.videos import Videos
@@ -71,7 +73,7 @@ def label(
     task = task or RunDirectory(run).task
     if task is None:
         raise InvalidInput(f"task: expected --task, since {run} has no config.yaml that names it.")
-    find_task(task)
+    check_renderable(find_task(task, RunDirectory(run).settings.get("horizon")))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from active import FeedbackStore
 from experiments.envs.rendering import Renderer, RenderingUnavailable, write_video
 from experiments.envs.tasks import find_task, make_env, simulator_state
+from experiments.registry import load_model
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import RewardModelsError, load
+from rewardmodels import RewardModelsError
 
 Job = int | Literal["best", "check"]
 """A clip's id, the best clip by the learned reward, or a check that clips can be drawn at all."""
@@ -150,7 +151,7 @@ class ClipRenderer:
     """
 
     def __init__(self, run: Path, task: str) -> None:
-        self.run, self.task = run, find_task(task)
+        self.run, self.task = run, find_task(task, RunDirectory(run).settings.get("horizon"))
         self.store = FeedbackStore(run / "answers.sqlite")
         self.folder = run / "videos"
         self.folder.mkdir(exist_ok=True)
@@ -177,7 +178,8 @@ class ClipRenderer:
 
     def best(self) -> str | None:
         """Render the agent's best recent clip by the learned reward; None before there is one."""
-        states = best_clip(self.run)
+        # The buffer holds a horizon's steps at least, and so half of an episode without a break.
+        states = best_clip(self.run, min(BEST_FRAMES, -(-self.task.horizon // 2)))
         if states is None:
             return None
         name = self._write(f"best-{hashlib.sha256(states.tobytes()).hexdigest()}.mp4", states)
@@ -254,7 +256,7 @@ def best_clip(run: Path, frames: int = BEST_FRAMES) -> NDArray[np.floating[Any]]
         return None
     newest = checkpoints[-1]
     try:
-        model = load(newest / "model.safetensors")
+        model = load_model(newest / "model.safetensors", RunDirectory(run).settings)
         buffer = ClipBuffer.load(newest / "clip_buffer.npz")
     except FileNotFoundError:
         return None

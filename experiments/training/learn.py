@@ -133,7 +133,7 @@ class Learner:
 
     def __init__(self, config: LearnConfig, run: RunDirectory) -> None:
         self.config, self.run = config, run
-        self.task = find_task(config.task)
+        self.task = find_task(config.task, config.horizon)
         self.model = config.model
         self.rounds_done, self.seconds = 0, 0.0
         self.answers = (0, "")  # at the checkpoint: their number and digest

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import pickle
+import re
 import shutil
 import sys
 import time
@@ -17,8 +18,9 @@ import yaml
 from active import FeedbackStore, all_pairs
 from experiments import deploy
 from experiments.cli import main
-from experiments.registry import describe_settings
+from experiments.registry import constructor_arguments, describe_settings, find_class
 from experiments.training import learn as learning
+from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import Clips
@@ -63,6 +65,7 @@ def _folder(tmp_path, monkeypatch):
     (tmp_path / "my_cli_classes.py").write_text(MINE)
     (tmp_path / "list.yaml").write_text("- steps\n")
     (tmp_path / "open.yaml").write_text("steps: [\n")
+    (tmp_path / "bytes.yaml").write_bytes(b"steps: \xff\n")
     (tmp_path / "other.yaml").write_text("stepps: 3\n")
     (tmp_path / "text.yaml").write_text("steps: many\n")
     (tmp_path / "deep.yaml").write_text(
@@ -118,8 +121,10 @@ UNUSABLE = {
             "start_over",
         )
     },
-    "candidates": ["learn --candidates 10 --comparisons 46"],
-    "pessimism": [f"learn --pessimism {value}" for value in ("x", ".nan", ".inf", "-0.1")],
+    "candidates": [
+        *("learn --candidates 10 --comparisons 46", "learn --candidates 10001"),
+    ],
+    "pessimism": [f"learn --pessimism {value}" for value in ("x", ".nan", ".inf", "1e308", "-0.1")],
     "focus": ["learn --focus .inf"],
     "video": ["learn --video maybe"],
     "reward": ["learn --reward lerned"],
@@ -149,10 +154,10 @@ UNUSABLE = {
     "model.network": ["learn --model.network nope.make", "learn --model.network math.tau"],
     "config": [
         *("learn --config none.yaml", "learn --config list.yaml", "learn --config open.yaml"),
-        "learn --config other.yaml",
+        *("learn --config other.yaml", "learn --config bytes.yaml"),
     ],
     "resume": ["learn --resume --out none"],
-    "out": ["learn --out list.yaml/run"],
+    "out": ["learn --out list.yaml/run", "learn --out=", "demo --out="],
     "jobs": ["study marks --jobs 0"],
     "json": [
         *("study marks --quick --json none/a.json", "benchmark page --json none/a.json"),
@@ -198,6 +203,51 @@ def test_every_command_has_help(command, capsys):
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert f"usage: rewardmodels {command}" in capsys.readouterr().out
+
+
+def helped(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        main(["learn", *words])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "path"),
+    [
+        ("teacher", "human", "active.HumanTeacher"),
+        ("teacher", "stochastic", "active.SyntheticTeacher"),
+        ("model", "GPHead", "rewardmodels.GPHead"),
+        ("strategy", "BALD", "active.BALD"),
+        ("schedule", "WhenUnsure", "active.WhenUnsure"),
+        ("strategy", "my_cli_classes.FirstFew", "my_cli_classes.FirstFew"),
+    ],
+)
+def test_a_class_has_help_by_name_and_path_with_its_own_settings_alone(kind, name, path, capsys):
+    by_name, joined, by_path = (
+        helped(capsys, *words)
+        for words in (
+            [f"--{kind}.help", name],
+            [f"--{kind}.help={name}"],
+            [f"--{kind}.help={path}"],
+        )
+    )
+    assert by_name == joined == by_path
+    flags = {line.split()[0] for line in by_name.splitlines() if line.startswith("  --")}
+    arguments = constructor_arguments(find_class(kind, path))
+    assert flags == {f"--{kind}.{argument}" for argument in arguments}
+    assert "torch.nn" not in by_name
+    assert "torch.nn" not in helped(capsys, f"--{kind}.help")
+
+
+@pytest.mark.parametrize("task", ["HalfCheetah", "backflip", "Pendulum"])
+def test_help_shows_what_is_taken_for_the_task(task, capsys):
+    text = " ".join(helped(capsys, "--task", task, "--help").split())
+    taken = LearnConfig(task=task)
+    for name in ("horizon", "comparisons", "steps", "rounds", "warm_up", "start_over"):
+        shown = re.search(rf" --{name} [^(]*\([^)]*default: (\w+)\)", text)[1]
+        assert shown == str(getattr(taken, name))
+    assert "default: null" not in text
 
 
 def printed(capsys, *words):
@@ -463,6 +513,28 @@ def test_ctrl_c_prints_the_command_that_resumes(kind, capsys, monkeypatch):
     assert err.strip() == (
         "rewardmodels: interrupted. To go on: rewardmodels learn --resume --out 'a run'"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/proc/x"), "/proc/x"),
+        (OSError(28, "No space left on device"), "No space"),
+        (MemoryError("9 GiB"), "memory"),
+        (RuntimeError("can't allocate memory"), "memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(error, reason, capsys, monkeypatch):
+    def learn(config, resume):
+        raise error
+
+    monkeypatch.setattr(learning, "learn", learn)
+    assert reason in refused(capsys, ["learn"])
+
+
+def test_too_many_threads_are_refused(capsys):
+    assert refused(capsys, ["learn", "--threads", "100000"]).startswith("threads: expected at most")
+    assert refused(capsys, ["learn", "--out", ""]).startswith("out: expected ")
 
 
 def test_an_error_while_running_is_one_line(capsys, monkeypatch):

@@ -236,12 +236,3 @@ def test_any_gymnasium_id_is_a_task():
     _, steps = play(venv, 999)
     assert [t for t, step in enumerate(steps, 1) if step[2].any()] == [999]
     assert venv.states().shape == (2, 2)
-
-
-def test_discrete_observations_stay_whole_numbers():
-    venv = make_vec_env(find_task("FrozenLake-v1"), 2, 0)
-    venv.reset()
-    for _ in range(100):
-        observations, _, dones, infos = venv.step(np.array([0, 1]))
-    assert dones.all()
-    assert observations.dtype == infos[0]["terminal_observation"].dtype == np.int64

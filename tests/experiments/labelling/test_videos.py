@@ -182,7 +182,7 @@ def test_the_best_clip_has_the_highest_learned_return(tmp_path, monkeypatch):
         def posterior(self, clips: Clips) -> SampledPosterior:
             return SampledPosterior(clips.observations.sum((1, 2))[None])
 
-    monkeypatch.setattr(module, "load", lambda path: Sum())
+    monkeypatch.setattr(module, "load_model", lambda path, settings: Sum())
     assert best_clip(tmp_path, 5).tolist() == states[17:22, 1].tolist()
     (folder / "model.safetensors").unlink()
     assert best_clip(tmp_path, 5) is None
