@@ -23,6 +23,7 @@ def label(
     repeat_every: int = 10,
     host: str = "127.0.0.1",
     port: int = 8765,
+    trust: bool = False,
 ) -> None:
     """Serve the page on which people compare a run's clips, until Ctrl-C.
 
@@ -40,6 +41,7 @@ def label(
         host: Address to listen at. Any other than this machine's own lets people on the network
             who have a link send answers, over a connection that isn't encrypted.
         port: Port to listen at; 0 for any that is free.
+        trust: Import what the run's settings name, which may be a stranger's code.
 
     Raises:
         InvalidInput: There is no run or no task, the address can't be listened at, or the extra
@@ -70,6 +72,8 @@ def label(
             raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
     if not 0 <= port < 2**16:
         raise InvalidInput(f"port: expected a number from 0 to {2**16 - 1}, got {port}.")
+    if not trust:
+        RunDirectory(run).check_trusted(only=("model",) if task else ("task", "model"))
     task = task or RunDirectory(run).task
     if task is None:
         raise InvalidInput(f"task: expected --task, since {run} has no config.yaml that names it.")
