@@ -12,6 +12,7 @@ import math
 import shlex
 import sqlite3
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -130,6 +131,13 @@ class Conflict(InvalidInput):
     """A write that is too late, or a second one; nothing was changed."""
 
 
+def check_teacher(name: str) -> None:
+    """Raise InvalidInput for a teacher's name that is empty or holds control characters."""
+    require("teacher", bool(name.strip()), "the teacher's name", "an empty one")
+    bad = [c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]
+    require("teacher", not bad, "a name in one line, without control characters", ascii(name))
+
+
 # The store.
 
 
@@ -233,7 +241,8 @@ class FeedbackStore:
         Raises:
             Missing: An unknown query.
             Conflict: A query that has a comparison already, or whose lease has run out.
-            InvalidInput: A preference outside [0, 1], negative seconds, or an empty teacher.
+            InvalidInput: A preference outside [0, 1], negative seconds, or a teacher's name that
+                is empty or holds control characters.
         """
         if preference is not None and math.isnan(preference):
             preference = None
@@ -244,7 +253,7 @@ class FeedbackStore:
         require("seconds", valid, "a number of at least 0", seconds)
         if declined not in get_args(Declined):
             raise UnknownName("declined", declined, get_args(Declined))
-        require("teacher", bool(teacher), "the teacher's name", "an empty one")
+        check_teacher(teacher)
         with self._file.transaction() as db:
             self.shown(query_id)
             sql = "SELECT teacher FROM standing WHERE query = ?"
@@ -389,6 +398,18 @@ class FeedbackStore:
                  FROM queries LEFT JOIN standing ON standing.query = queries.id
                  WHERE repeats IS NULL"""
         return Counts(*self._file.rows(sql)[0])
+
+    def digest(self, n: int = -1) -> tuple[int, str]:
+        """Number and SHA-256 of the first n answers, or of all, with the clips that they compare.
+
+        Answers are only ever added, so that a store that has others isn't the same one.
+        """
+        sql = """SELECT query, preference, teacher, declined, one.sha256, other.sha256
+                 FROM answers JOIN queries ON queries.id = query
+                 JOIN clips AS one ON one.id = first JOIN clips AS other ON other.id = second
+                 ORDER BY answers.id LIMIT ?"""
+        rows = self._file.rows(sql, (n,))
+        return len(rows), hashlib.sha256(repr(rows).encode()).hexdigest()
 
     def close(self) -> None:
         """Close the file; closing twice does no harm."""
@@ -537,8 +558,8 @@ class Marks:
 
         Raises:
             Missing: No such clip.
-            InvalidInput: Frames out of order or below 0, or an empty teacher. The clip's length
-                isn't checked, which would take reading it.
+            InvalidInput: Frames out of order or below 0, or a teacher's name as in `answer`. The
+                clip's length isn't checked, which would take reading it.
         """
         expected = "frames from 0 on with the last not before the first"
         require("first, last", 0 <= first <= last, expected, f"{first} and {last}")
@@ -549,7 +570,7 @@ class Marks:
 
         Raises:
             Missing: No such clip.
-            InvalidInput: A rating outside [0, 1], or an empty teacher.
+            InvalidInput: A rating outside [0, 1], or a teacher's name as in `answer`.
         """
         require("rating", 0 <= rating <= 1, "a number from 0 to 1", rating)
         return self._insert("ratings", clip, teacher, rating=float(rating))
@@ -575,7 +596,7 @@ class Marks:
         return [Mark(i, of, a, b, bool(good), who) for i, of, a, b, good, who in rows]
 
     def _insert(self, table: str, clip: int, teacher: str, **row: float) -> int:
-        require("teacher", bool(teacher), "the teacher's name", "an empty one")
+        check_teacher(teacher)
         with self._db.transaction():
             if not self._db.rows("SELECT 1 FROM clips WHERE id = ?", (clip,)):
                 raise Missing(f"clip: expected a clip in {self._db.path}, got {clip}.")
@@ -641,6 +662,8 @@ Format = Literal["csv", "parquet"]
 _TABLES: Final = ("clips", "queries", "answers", "marks", "ratings", "withdrawals")
 # A clip's digest is text in an export, and its bytes are a file of their own.
 _TYPES: Final = {"INTEGER": "Int64", "REAL": "float64", "TEXT": "string", "BLOB": "string"}
+# A spreadsheet runs a cell that begins so, unless an apostrophe precedes it.
+_FORMULA: Final = r"^('*[=+\-@\t\r\n])"
 Row = tuple[Any, ...]
 
 
@@ -648,7 +671,9 @@ def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
     """Write everything in a feedback store to files that other tools can read.
 
     One table each of clips, queries, answers, marks, ratings and withdrawals, withdrawn rows
-    included; and `clips/`, a safetensors file for each clip, named by its SHA-256.
+    included; and `clips/`, a safetensors file for each clip, named by its SHA-256. The store is
+    only read. In CSV, text that a spreadsheet would run as a formula begins with an apostrophe,
+    which `import_feedback` takes away.
 
     Args:
         store: File of the feedback store.
@@ -657,7 +682,7 @@ def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
 
     Raises:
         InvalidInput: No such store, a folder that isn't empty, or no pyarrow.
-        UnreadableFile: A damaged store.
+        UnreadableFile: A file that is damaged, empty or no feedback store; nothing is written.
 
     Example:
         >>> import tempfile
@@ -673,13 +698,18 @@ def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
         Counts(put=1, answered=1, skipped=0)
     """
     _check_format(format)
-    require("store", store.is_file(), "a feedback store's file", store)
+    expected = "a feedback store's file, such as a run's answers.sqlite"
+    require("store", store.is_file(), expected, store)
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     require("folder", empty, "a new or an empty folder", folder)
-    file = _Database(store)
-    with closing(file.connection) as db, _refuse_damage(store):
+
+    def write(db: sqlite3.Connection) -> None:
+        if _version(db) < _VERSION:  # its tables are added to a copy in memory
+            old, db = db, sqlite3.connect(":memory:", isolation_level=None)
+            old.backup(db)
+            _upgrade(db)
         db.execute("BEGIN")  # a snapshot, whatever is written meanwhile
-        (folder / "clips").mkdir(parents=True)
+        (folder / "clips").mkdir(parents=True, exist_ok=True)
         for digest, blob in db.execute("SELECT DISTINCT sha256, data FROM clips"):
             (folder / "clips" / f"{digest.hex()}.safetensors").write_bytes(blob)
         for table in _TABLES:
@@ -688,10 +718,15 @@ def export_feedback(store: Path, folder: Path, format: Format = "csv") -> None:
             rows = db.execute(f"SELECT {', '.join(chosen)} FROM {table} ORDER BY id").fetchall()
             frame = pd.DataFrame(rows, columns=list(columns)).astype(columns)
             if format == "csv":
-                frame.to_csv(folder / f"{table}.csv", index=False, lineterminator="\n")
+                for name, text in frame.select_dtypes("string").items():
+                    frame[name] = text.str.replace(_FORMULA, r"'\1", regex=True)
+                # By RFC 4180; a lone carriage return in a text would not be quoted otherwise.
+                frame.to_csv(folder / f"{table}.csv", index=False, lineterminator="\r\n")
             else:
                 frame.to_parquet(folder / f"{table}.parquet", index=False)
         db.execute("ROLLBACK")
+
+    _read_only(store, write)
 
 
 def import_feedback(folder: Path, store: Path) -> None:
@@ -763,6 +798,7 @@ def _read(path: Path, columns: dict[str, str]) -> Iterable[Row]:
         frame = pd.read_csv(
             path, usecols=names, dtype="string", keep_default_na=False, na_values=[""]
         )
+        frame = frame.apply(lambda text: text.str.replace(f"^'(?={_FORMULA[1:]})", "", regex=True))
     else:
         frame = pd.read_parquet(path, columns=names)
     frame = frame[names].astype(columns).astype(object)
@@ -886,28 +922,18 @@ class _Database:
         # on the first connection that may write.
         interrupted = path.with_name(path.name + "-journal").exists()
         if path.exists() and path.stat().st_size > 0 and not interrupted:
-            _check_unopened(path)
+            _read_only(path, lambda db: None)
         with _refuse_damage(path):
             self.connection = _open(path, "rwc")
             try:
-                self._upgrade()
+                with self.transaction() as db:  # made or upgraded, all or nothing
+                    _upgrade(db)
                 if interrupted:
                     _check(path, self.connection)
                 self.connection.execute("PRAGMA journal_mode = WAL")
             except BaseException:
                 self.connection.close()
                 raise
-
-    def _upgrade(self) -> None:
-        """Make or upgrade the schema, all or nothing."""
-        with self.transaction() as db:
-            if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                db.execute(f"PRAGMA application_id = {_APPLICATION}")
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version < _VERSION:
-                for statement in (s for step in _STEPS[version:] for s in step):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {_VERSION}")
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -934,6 +960,19 @@ class _Database:
         return int(self.connection.execute(sql, tuple(row.values())).fetchone()[0])
 
 
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _upgrade(db: sqlite3.Connection) -> None:
+    if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+        db.execute(f"PRAGMA application_id = {_APPLICATION}")
+    if (version := _version(db)) < _VERSION:
+        for statement in (s for step in _STEPS[version:] for s in step):
+            db.execute(statement)
+        db.execute(f"PRAGMA user_version = {_VERSION}")
+
+
 @contextmanager
 def _refuse_damage(path: Path) -> Iterator[None]:
     """Raise UnreadableFile for SQLite's errors of a damaged or foreign file."""
@@ -946,28 +985,31 @@ def _refuse_damage(path: Path) -> Iterator[None]:
         raise _damaged(path, str(error)) from error
 
 
-def _check_unopened(path: Path) -> None:
-    """Check a file without writing to it or next to it."""
+def _read_only(path: Path, read: Callable[[sqlite3.Connection], None]) -> None:
+    """Check a file and read from it, without writing to it or next to it.
+
+    `read` is called again if another process began to write meanwhile.
+    """
 
     def state() -> tuple[int, bool]:
         return path.stat().st_mtime_ns, path.with_name(path.name + "-wal").exists()
 
     while True:
         before = state()
+        # Without a log no process has the file open; "immutable" then keeps SQLite from making
+        # files of its own. With one, a transaction of `read` sees one state of the store.
+        log = before[1]
         try:
             with path.open("rb") as file:
                 if file.read(len(_MAGIC)) != _MAGIC:
                     raise _damaged(path, "file is not a database")
-            # Without a log no process has the file open; "immutable" then keeps SQLite from
-            # making files of its own.
-            with (
-                _refuse_damage(path),
-                closing(_open(path, "ro" if before[1] else "ro&immutable=1")) as db,
-            ):
+            mode = "ro" if log else "ro&immutable=1"
+            with _refuse_damage(path), closing(_open(path, mode)) as db:
                 _check(path, db)
-            return
+                read(db)
+            if log or state() == before:
+                return
         except UnreadableFile:
-            # Another process may be writing; if the file has changed, check it again.
             if state() == before:
                 raise
 
@@ -988,8 +1030,7 @@ def _check(path: Path, db: sqlite3.Connection) -> None:
             f"{path}: expected a feedback store, got an SQLite database of another kind "
             f"(application id {application}). It was left as it was; choose another path."
         )
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > _VERSION:
+    if (version := _version(db)) > _VERSION:
         raise UnreadableFile(
             f"{path}: expected schema version {_VERSION} or earlier, got {version}, written by a "
             "newer release. It was left as it was; upgrade the library to read it."

@@ -78,16 +78,20 @@ class Teacher:
         """Add comparisons to the store until those due are there, as far as the teacher has them.
 
         By default let the training loop add the missing queries (`request.propose`), unless it did
-        so before an interruption, and compare the round's open ones by `answer`.
+        so before an interruption, and compare the round's by `answer`: all at once, also where an
+        interruption left only some open, so that the teacher's draws are the same.
         """
         store, round = request.store, request.round
         missing = request.due - store.counts().answered
         if missing > 0 and not store.queries(round):
             request.propose(missing)
-        if unanswered := [query.id for query in store.queries(round, unanswered=True)]:
-            preference = self.answer(*store.clips_of(unanswered), request.generator)
-            for query, value in zip(unanswered, preference.tolist(), strict=True):
-                store.answer(query, value, type(self).__name__)
+        queries = store.queries(round)
+        if any(query.teacher is None for query in queries):
+            ids = [query.id for query in queries]
+            preference = self.answer(*store.clips_of(ids), request.generator)
+            for query, value in zip(queries, preference.tolist(), strict=True):
+                if query.teacher is None:
+                    store.answer(query.id, value, type(self).__name__)
 
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None

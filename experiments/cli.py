@@ -6,9 +6,9 @@ import json
 import re
 import shlex
 import sys
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
@@ -16,9 +16,9 @@ from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 if TYPE_CHECKING:
     from rewardmodels.errors import RewardModelsError
@@ -64,6 +64,14 @@ def _run(arguments: list[str]) -> None:
                 return command(words, arguments[len(name) :])
             except RewardModelsError as error:
                 raise _Exit(f"rewardmodels: error: {error}", 2) from error
+            except OSError as error:  # a full disk, a name that is too long, no permission
+                reason = f"{error.filename or 'system'}: {error.strerror or error}"
+                raise _Exit(f"rewardmodels: error: {reason}.", 2) from error
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+                    raise
+                reason = "memory: expected settings that this machine has memory for, got too large"
+                raise _Exit(f"rewardmodels: error: {reason} ones ({error}).", 2) from error
     groups = {words.split()[0] for words in _COMMANDS if " " in words}
     group = arguments[0] if arguments and arguments[0] in groups else ""
     rest = arguments[1:] if group else arguments
@@ -86,17 +94,28 @@ def _run(arguments: list[str]) -> None:
 
 def _learn(words: str, arguments: list[str]) -> None:
     # Each command imports its own modules when it runs: Lightning alone takes seconds.
+    import yaml
+
+    from experiments.registry import describe_settings, foreign_imports
     from experiments.training.config import LearnConfig
     from experiments.training.learn import learn
     from experiments.training.run_directory import RunDirectory
-    from rewardmodels.errors import InvalidInput
+    from rewardmodels.errors import InvalidInput, RewardModelsError
 
     arguments = _expand_classes(arguments)
     parser = _parser(words)
     parser.add_argument("--config", action="config", help="YAML with any of these settings")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    trust = "import what the settings of the run to resume name, though you haven't named it"
+    parser.add_argument("--trust", action="store_true", help=trust)
     parser.add_class_arguments(LearnConfig)
     parser.set_defaults(_DEFAULTS)
+    if {"-h", "--help"} & {*arguments}:
+        task = re.search(r"--task[= ](\S+)", " ".join(arguments))
+        with suppress(RewardModelsError):  # help is shown for an unknown task too
+            taken = describe_settings(LearnConfig(task[1]) if task else LearnConfig())
+            unset = [name for name in taken if parser.get_default(name) is None]
+            parser.set_defaults({name: taken[name] for name in unset})
     settings = _parse(parser, arguments)
     run = RunDirectory(settings.out)
     if settings.resume:
@@ -105,13 +124,22 @@ def _learn(words: str, arguments: list[str]) -> None:
                 f"resume: expected a run to go on with, got {run.path}, which has none. Leave "
                 "--resume out to start one."
             )
+        given = run.settings if settings.trust else yaml.safe_load(parser.dump(settings))
+        run.check_trusted(given=given)
         settings = _parse(parser, ["--config", str(run.settings_file), *arguments])
+    resume = settings.resume
     values = parser.instantiate(settings)
-    resume = values.pop("resume")
-    values.pop("config")
+    for name in ("resume", "config", "trust"):
+        values.pop(name)
+    values["out"] = run.path  # a run's settings may name another
     config = LearnConfig(**values)
-    again = shlex.join(["rewardmodels", "learn", "--resume", "--out", str(run.path)])
-    with _interruptible(lambda: f"To go on: {again}" if run.exists else "Nothing was started."):
+
+    def how_to_resume() -> str:
+        trust = ["--trust"] if foreign_imports(describe_settings(config)) else []
+        again = ["rewardmodels", "learn", "--resume", *trust, "--out", str(run.path)]
+        return f"To go on: {shlex.join(again)}" if run.exists else "Nothing was started."
+
+    with _interruptible(how_to_resume):
         result = learn(config, resume=resume)
     print(
         f"{result['task']}, {result['reward']} reward, {result['comparisons']} comparisons: true "
@@ -163,12 +191,13 @@ def _expand_classes(arguments: Sequence[str]) -> list[str]:
     for word in arguments:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         flag = flag or (expanded[-1] if expanded else "")
-        kind = KINDS.get(flag.removeprefix("--"))
-        if kind is None or value.partition("(")[0] not in kind.classes():
+        name = flag.removeprefix("--").removesuffix(".help")
+        asks = flag.endswith(".help") and flag != word
+        if name not in KINDS or not (asks or value.partition("(")[0] in KINDS[name].classes()):
             expanded.append(word)
             continue
-        found = find_class(flag.removeprefix("--"), value)
-        keywords = getattr(found, "keywords", {})
+        found = find_class(name, value)
+        keywords = {} if asks else getattr(found, "keywords", {})
         found = getattr(found, "func", found)
         path = f"{found.__module__}.{found.__qualname__}"
         expanded.append(f"{flag}={path}" if equals else path)
@@ -198,7 +227,12 @@ def _call(path: str, *, positional: bool = False, config: str = "") -> Command:
             parser.add_class_arguments(cls, as_positional=positional)
         else:
             parser.add_function_arguments(function, as_positional=positional, skip=skip)
-        settings = _parse(parser, arguments)
+        off = {f"--{a.dest}" for a in parser._actions if a.default is False and a.nargs != 0}
+        values = [*arguments[1:], ""]
+        settings = _parse(parser, [
+            f"{word}=true" if word in off and value not in ("true", "false") else word
+            for word, value in zip(arguments, values, strict=False)
+        ])  # fmt: skip
         again = shlex.join(["rewardmodels", *words.split(), *arguments])
         with _interruptible(lambda: f"The same command goes on: {again}"):
             function(cls(**settings)) if config else function(**settings)
@@ -206,17 +240,45 @@ def _call(path: str, *, positional: bool = False, config: str = "") -> Command:
     return command
 
 
+class _HelpFormatter(DefaultHelpFormatter):
+    """Help with the names of our classes, and without those of PyTorch."""
+
+    def add_argument(self, action: Action) -> None:
+        if not action.dest.endswith(".network.help"):  # of all of PyTorch's modules
+            super().add_argument(action)
+
+    def _expand_help(self, action: Action) -> str:
+        from experiments.registry import KINDS
+
+        kind = KINDS.get(action.dest.rpartition(".")[2])
+        known = f"; one of {', '.join(kind.classes())}, or an import path" if kind else ""
+        return re.sub(r", known subclasses: [^)]*", known, super()._expand_help(action))
+
+
+class _Parser(ArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _HelpFormatter, **options})
+
+
 def _parser(words: str) -> ArgumentParser:
-    return ArgumentParser(
+    return _Parser(
         prog=f"rewardmodels {words}", description=_COMMANDS[words][0], exit_on_error=False
     )
 
 
 def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    from rewardmodels.errors import InvalidInput
+
+    for before, word in zip(["arguments", *arguments], arguments, strict=False):
+        if word == "" or re.fullmatch("--[^=]+=", word):
+            name = (word or before).strip("-=")
+            raise InvalidInput(f"{name}: expected a value, got an empty one.")
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
         raise _readable_error(str(error), parser) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"config: expected YAML in UTF-8, got other bytes: {error}.") from error
 
 
 @contextmanager
@@ -230,7 +292,7 @@ def _interruptible(how_to_resume: Callable[[], str]) -> Iterator[None]:
         raise _Exit(f"\nrewardmodels: interrupted. {how_to_resume()}", 130) from None
 
 
-_NO_SETTINGS = ("help", "config", "resume", "print_config", "print_shtab")
+_NO_SETTINGS = ("help", "config", "resume", "trust", "print_config", "print_shtab")
 _TYPES = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text",
     "Sequence": "a list", "NoneType": "none",
@@ -293,7 +355,7 @@ def _unknown_flag(flag: str, parser: ArgumentParser) -> str:
     if not flag.startswith("-"):
         return f"arguments: expected flags, such as --seed 1, got {flag!r}."
     name = flag.split("=")[0].lstrip("-")
-    known = [*_settings(parser), "config", "resume", "print_config"]
+    known = [*_settings(parser), *_NO_SETTINGS]
     close = get_close_matches(name, known, n=1)
     hint = f"Did you mean --{close[0]}?" if close else f"`{parser.prog} --help` lists them."
     return f"--{name}: expected a flag of `{parser.prog}`, got an unknown one. {hint}"

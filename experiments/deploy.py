@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,20 +11,21 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-import stable_baselines3
 import torch
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 
 from experiments.envs.perturbations import Severity, perturb
 from experiments.envs.rollout import Policy, play
-from experiments.envs.tasks import find_task, make_env
+from experiments.envs.tasks import Task, find_task, make_env
 from experiments.envs.vector import make_vec_env
-from experiments.registry import find_class, make_detector
+from experiments.registry import load_model, make_named
 from experiments.studies import check_least
-from experiments.training.agents import exploring_policy
-from experiments.training.run_directory import RunDirectory
+from experiments.training.agents import AGENT_FILE, exploring_policy, make_agent, resume_policy
+from experiments.training.run_directory import RunDirectory, check_pickled, in_short
 from ood import (
+    DETECTORS,
+    STATISTICS,
     AlarmResponse,
     EventLog,
     Guard,
@@ -32,7 +35,7 @@ from ood import (
     save_monitor,
 )
 from ood.conformal import episodes_needed
-from rewardmodels import Clips, InvalidInput, RewardModel, UnreadableFile, load
+from rewardmodels import Clips, InvalidInput, RewardModel, UnreadableFile
 from rewardmodels.fitting import isolated_randomness
 from rewardmodels.scoring import FrameScorer
 
@@ -57,6 +60,8 @@ class GuardConfig:
         severity: Of the shift.
         onset: Steps before the shift; None for half of the episode.
         again: Replace the guard that was kept by a new one.
+        trust: Import what the run's settings name, which may be a stranger's code.
+        safe_action: What a halted agent does; None for zeros, where an action is a vector.
         seed: Of the episodes and of the detector.
 
     Raises:
@@ -75,6 +80,8 @@ class GuardConfig:
     severity: Severity = "middle"
     onset: int | None = None
     again: bool = False
+    trust: bool = False
+    safe_action: float | list[float] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,7 +108,8 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
 
     Raises:
         InvalidInput: A directory that isn't a run's, a run that isn't finished or has no model, a
-            guard of other settings, or a shift that doesn't change the task.
+            guard of other settings, a detector or statistic that can't be kept in a file, an action
+            that isn't the environment's, or a shift that doesn't change the task.
         UnknownName: No such detector, statistic or shift.
         UnreadableFile: A damaged guard, or a missing agent.
         StaleThreshold: A guard of another agent, such as this one before more training.
@@ -109,10 +117,14 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     run = RunDirectory(config.run)
     _check_finished(run)
-    task, seed = find_task(run.settings["task"]), config.seed
-    model: RewardModel = load(run.path / "model.safetensors")
+    if not config.trust:
+        run.check_trusted(only=("task", "model"))
+    task, seed = _task(run), config.seed
+    model: RewardModel = load_model(run.path / "model.safetensors", run.settings)
     scorer = model.frame_scorer()
-    (size,) = make_env(task).observation_space.shape or (0,)
+    with make_env(task) as usual_env:
+        size = math.prod(usual_env.observation_space.shape or ())
+        safe_action = _safe_action(config.safe_action, usual_env.action_space)
 
     def make_shifted(std: Any) -> gym.Env[Any, Any]:
         env = make_env(task)
@@ -122,12 +134,14 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
         return perturb(env, config.shift, config.severity, onset, seed, observation_std=std)
 
     make_shifted(np.ones(size))  # refuses an unknown shift before any work
-    act = _load_agent(run)
+    act = _load_agent(run, task)
     file = run.path / "guard.safetensors"
-    fingerprint = agent_fingerprint(*_agent_files(run))
-    monitor = Monitor(
-        make_detector(config.detector, size, seed), find_class("statistic", config.statistic)()
-    )
+    fingerprint = agent_fingerprint(run.checkpoints[-1] / AGENT_FILE)
+    detector = make_named("detector", config.detector, observation_size=size, seed=seed)
+    statistic = make_named("statistic", config.statistic)
+    _check_saveable("detector", detector, DETECTORS)
+    _check_saveable("statistic", statistic, STATISTICS)
+    monitor = Monitor(detector, statistic)
     if file.exists() and not config.again:
         kept = load_monitor(file, agent=fingerprint)
         _check_same(file, kept, monitor, config.alpha)
@@ -143,7 +157,7 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
     # The first features of a transition are the observation before.
     env = make_shifted(monitor.detector.scale[:size])
     on_alarm: Any = {"watch": lambda event: None}.get(config.on_alarm, config.on_alarm)
-    response = AlarmResponse(on_alarm=on_alarm, ask=_ask)
+    response = AlarmResponse(on_alarm=on_alarm, ask=_ask, safe_action=safe_action)
     log = EventLog(run.path / "guard.jsonl")
     rows = []
     with isolated_randomness(seed):
@@ -170,22 +184,57 @@ def _check_finished(run: RunDirectory) -> None:
             f"run: expected a run with a reward model, got {run.path}, which has none: its reward "
             "wasn't learned, or there were no comparisons."
         )
-    for file in _agent_files(run):
-        if not file.is_file():
-            raise UnreadableFile(f"{file}: expected the agent of a finished run, got no such file.")
+    for name in {"task", "algorithm"} - run.settings.keys():
+        raise UnreadableFile(f"{run.settings_file}: expected settings of a run, got no {name}.")
+    check_pickled(run.checkpoints[-1])
+    file = run.checkpoints[-1] / AGENT_FILE
+    if not file.is_file():
+        raise UnreadableFile(f"{file}: expected the agent of a finished run, got no such file.")
 
 
-def _agent_files(run: RunDirectory) -> list[Path]:
-    return [run.checkpoints[-1] / name for name in ("agent.zip", "normalise.pkl")]
+def _task(run: RunDirectory) -> Task:
+    return find_task(run.settings["task"], run.settings.get("horizon"))
 
 
-def _load_agent(run: RunDirectory) -> Policy:
-    agent_file, normalise_file = _agent_files(run)
-    cls: Any = getattr(stable_baselines3, run.settings["algorithm"])
-    task = find_task(run.settings["task"])
-    with isolated_randomness(0), closing(make_vec_env(task, 1, 0)) as venv:
-        normalised = VecNormalize.load(str(normalise_file), venv)
-        agent = cls.load(agent_file, device="cpu")
+def _safe_action(given: float | list[float] | None, space: gym.Space[Any]) -> Any:
+    action: Any = given
+    if given is None and isinstance(space, gym.spaces.Box):
+        action = np.zeros(space.shape)
+    if action is None or not space.contains(action := np.asarray(action).astype(space.dtype)):
+        raise InvalidInput(
+            f"safe_action: expected what a halted agent does, an action in {space}, got {given}. "
+            "Pass --safe_action."
+        )
+    return action
+
+
+def _check_saveable(kind: str, part: Any, registered: dict[str, Any]) -> None:
+    """Register a detector or statistic of the user's own, or raise if no file can hold it."""
+    name = type(part).__name__
+    if registered.setdefault(name, type(part)) is not type(part):
+        raise InvalidInput(f"{kind}: expected a name that isn't one of ours, got {type(part)}.")
+    try:
+        json.dumps(part.settings)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"{kind}: expected constructor arguments that are plain values, kept as attributes of "
+            f"the same names, got a {name}: {error}"
+        ) from error
+    if not getattr(part, "saveable", True):
+        raise InvalidInput(f"{kind}: expected one that a file can hold, got {name}.")
+
+
+def _load_agent(run: RunDirectory, task: Task) -> Policy:
+    file = run.checkpoints[-1] / AGENT_FILE
+    with isolated_randomness(0), closing(VecNormalize(make_vec_env(task, 1, 0))) as normalised:
+        agent = make_agent(run.settings["algorithm"], normalised, task, 0)
+        try:
+            resume_policy(agent, normalised, torch.load(file, weights_only=True))
+        except Exception as error:  # of whatever its bytes may be taken for
+            raise UnreadableFile(
+                f"{file}: expected the agent of a finished run, got a damaged file or another's "
+                f"({in_short(error)})."
+            ) from error
     return exploring_policy(agent, normalised)
 
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import active
 from ood import DETECTORS, STATISTICS, OODDetector, Statistic
 from rewardmodels import InvalidInput, RewardModel, UnknownName
-from rewardmodels.saving import PREDICTORS
+from rewardmodels.saving import PREDICTORS, load
 
 _OWN_PACKAGES = ("rewardmodels", "active", "ood", "experiments")
 
@@ -91,36 +94,84 @@ def find_class(
     return partial(found, **arguments)
 
 
-def make_detector(name: str, observation_size: int, seed: int) -> OODDetector:
-    """Make a detector of transitions by its registered name or import path.
+def import_named(argument: str, module: str) -> ModuleType:
+    """Import a module that the user named.
 
-    Its constructor gets the observation's size and the seed if it takes them.
+    Args:
+        argument: In which it was named.
+        module: Its name.
+
+    Raises:
+        InvalidInput: There is none of that name, or it raises when it is imported.
+    """
+    try:
+        return import_module(module)
+    except Exception as error:  # the user's code may raise anything
+        reason = " ".join(str(error).split())
+        raise InvalidInput(
+            f"{argument}: expected a module that can be imported from here, got {module!r}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def make_named(kind: str, name: str, **offered: Any) -> Any:
+    """Make an object of a kind by its registered name or import path.
+
+    Args:
+        kind: Key of `KINDS`.
+        name: As `find_class` takes it.
+        offered: Arguments that its constructor gets if it takes them.
 
     Raises:
         UnknownName: There is none.
+        InvalidInput: It can't be made of these arguments.
 
     Example:
-        >>> make_detector("DynamicsEnsemble", 17, seed=1).seed
+        >>> make_named("detector", "DynamicsEnsemble", observation_size=17, seed=1).seed
         1
     """
-    cls = find_class("detector", name)
-    offered = {"observation_size": observation_size, "seed": seed}
+    cls = find_class(kind, name)
     taken = offered.keys() & inspect.signature(cls).parameters
-    detector: OODDetector = cls(**{name: offered[name] for name in taken})
-    return detector
+    try:
+        return cls(**{name: offered[name] for name in taken})
+    except TypeError as error:
+        raise InvalidInput(
+            f"{kind}: expected a class that can be made of its settings alone, got {name}: {error}"
+        ) from error
+
+
+def load_model(file: Path, settings: Mapping[str, Any]) -> Any:
+    """Load the model of a run of these settings, which name its class and its network.
+
+    Raises:
+        UnknownName: The class can't be imported from here.
+        UnreadableFile: Another kind of file, a damaged one, or one of another class.
+    """
+    model = settings.get("model")
+    if not isinstance(model, Mapping) or "class_path" not in model:
+        return load(file)
+    network = (model.get("init_args") or {}).get("network")
+    if network is not None:
+        module, _, name = network.rpartition(".")
+        network = getattr(import_named("model.network", module), name, None)
+    cls: Any = find_class("model", model["class_path"])
+    return load(file, cls, network=network)
 
 
 def _import_class(
     kind: str, path: str, known: Mapping[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
     module, _, short = path.rpartition(".")
-    try:
-        found = getattr(import_module(module), short)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UnknownName(kind, path, known) from error
-    base = KINDS[kind].base
+    if not module:
+        raise UnknownName(kind, path, known)
+    found, base = getattr(import_named(kind, module), short, None), KINDS[kind].base
+    if found is None:
+        raise UnknownName(kind, path, known)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise InvalidInput(f"{kind}: expected a {base.__name__}, got {path}.")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(vars(found)["__abstractmethods__"]))
+        raise InvalidInput(f"{kind}: expected {path} to define {missing}, got an abstract class.")
     return found
 
 
@@ -136,6 +187,41 @@ def _keyword_arguments(kind: str, name: str) -> dict[str, Any]:
         f"{kind}: expected a name with plain keyword arguments, such as Name(share=0.2), got "
         f"{name}."
     )
+
+
+def foreign_imports(settings: Any) -> list[str]:
+    """List texts in settings, read from YAML, for which anything but our own may be imported.
+
+    Example:
+        >>> foreign_imports({"model": {"class_path": "rewardmodels.DeepEnsemble"}, "seed": 1})
+        []
+        >>> foreign_imports({"strategy": {"class_path": "theirs.Mine"}, "task": "theirs:Env-v0"})
+        ['theirs.Mine', 'theirs:Env-v0']
+    """
+    if settings is None or isinstance(settings, bool | int | float):
+        return []
+    if isinstance(settings, Mapping):
+        if "config" in settings:  # another file, of which the parser would read all
+            return ["config"]
+        # A teacher's `file` is only read.
+        parts = [x for k, x in settings.items() if not (k == "file" and isinstance(x, str))]
+    elif isinstance(settings, list | tuple):
+        parts = list(settings)
+    else:
+        return [] if _is_ours(str(settings)) else [str(settings)]
+    return sorted({name for part in parts for name in foreign_imports(part)})
+
+
+def _is_ours(text: str) -> bool:
+    if re.fullmatch(r"[\w /+-]*", text):  # a name without a module; what else might be YAML again
+        return True
+    module, _, name = text.rpartition(".")
+    if module.partition(".")[0] not in _OWN_PACKAGES or not name.isidentifier():
+        return False
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _concrete_subclasses(base: type) -> dict[str, type]:

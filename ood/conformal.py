@@ -46,21 +46,56 @@ class Threshold:
     Args:
         value: The threshold.
         alpha: Largest chance of a false alarm in an episode (or block; ever, if the statistic is a
-            `ConformalMartingale`).
+            `ConformalMartingale`); 0 for a threshold that was chosen by hand and promises nothing.
         mean: Usual score at each step, `(T,)`, or `(T, D)` of residuals; later steps use the last.
-        scale: Usual standard deviation, of the same shape.
-        episodes: n, the number of calibration maxima that it is a quantile of.
+        scale: Usual standard deviation, of the same shape, above 0.
+        maxima: `(n,)`, largest values of the statistic in the calibration episodes, sorted. The
+            value is their quantile, or 1/alpha if the statistic is a `ConformalMartingale`.
         fingerprint: Of the monitor that it holds for; empty for any.
         period: Steps after which the statistic begins anew in an unending stream; 0 for episodes.
+
+    Raises:
+        InvalidInput: Numbers that aren't finite or out of range, shapes that don't agree, or a
+            value that isn't the one that alpha and the maxima give.
     """
 
     value: float
     alpha: float = 0.0
     mean: Array = field(default_factory=lambda: np.zeros(1))
     scale: Array = field(default_factory=lambda: np.ones(1))
-    episodes: int = 0
+    maxima: Array = field(default_factory=lambda: np.zeros(0))
     fingerprint: str = ""
     period: int = 0
+
+    def __post_init__(self) -> None:
+        value, alpha, maxima = self.value, self.alpha, self.maxima
+        require("value", math.isfinite(value), "a finite number", value)
+        require("alpha", 0 <= alpha < 1, "a probability below 1", alpha)
+        valid = isinstance(self.period, int) and self.period >= 0
+        require("period", valid, "a whole number of steps, 0 or more", self.period)
+        shape = self.mean.shape
+        valid = len(shape) in (1, 2) and self.mean.size > 0
+        require("mean", valid, "shape (T,) or (T, D) with T of at least 1", shape)
+        require(
+            "scale", self.scale.shape == shape, f"shape {shape}, that of mean", self.scale.shape
+        )
+        for name in ("mean", "scale", "maxima"):
+            finite = bool(np.isfinite(getattr(self, name)).all())
+            require(name, finite, "finite numbers", "NaN or infinity")
+        require("scale", bool((self.scale > 0).all()), "numbers above 0", self.scale.min())
+        valid = maxima.ndim == 1 and bool((np.diff(maxima) >= 0).all())
+        require("maxima", valid, "sorted numbers of shape (n,)", f"others, {maxima.shape}")
+        if not alpha:
+            require("maxima", not len(maxima), "none for alpha = 0, which promises nothing", "some")
+        elif not (self.period and value == 1 / alpha):
+            promised = maxima[conformal_rank(len(maxima), alpha) - 1]
+            expected = f"{promised}, the quantile of the maxima for alpha = {alpha}"
+            require("value", value == promised, expected, value)
+
+    @property
+    def episodes(self) -> int:
+        """Number of calibration episodes (or blocks) whose maxima it comes from."""
+        return len(self.maxima)
 
     def standardise(self, scores: Array, steps: NDArray[np.int64]) -> Array:
         """Standardise scores `(n,)` or residuals `(n, D)` by those usual at `steps` `(n,)`."""
@@ -85,7 +120,8 @@ class Threshold:
         of n (Vovk 2012, "Conditional validity of inductive conformal predictors").
 
         Example:
-            >>> round(Threshold(1.0, alpha=0.1, episodes=99).false_alarm_quantile(0.95), 3)
+            >>> threshold = Threshold(89.0, alpha=0.1, maxima=np.arange(99.0))
+            >>> round(threshold.false_alarm_quantile(0.95), 3)
             0.153
         """
         rank = conformal_rank(self.episodes, self.alpha)
@@ -170,18 +206,19 @@ def calibrate(
             ...
         rewardmodels.errors.InvalidInput: scores: expected at least 99 episodes to take ...
     """
-    episodes, plain = _standardised(scores, statistic, alpha, standardise, window)
-    needed, given = episodes_needed(alpha), len(scores)
-    if plain.episodes < needed <= given:
+    episodes, plain = _standardised(scores, statistic, standardise, window)
+    needed, given, n = episodes_needed(alpha), len(scores), len(episodes)
+    if n < needed <= given:
         raise InvalidInput(
             f"scores: expected at least {needed} episodes for alpha = {alpha} beside the "
-            f"{given - plain.episodes} that only standardise, got {plain.episodes} of {given}. "
-            "Record more, or set fewer apart."
+            f"{given - n} that only standardise, got {n} of {given}. Record more, or set fewer "
+            "apart."
         )
-    rank = conformal_rank(plain.episodes, alpha)
-    maxima = episode_maxima(episodes, statistic, plain)
-    require("statistic", not np.isnan(maxima).any(), "one of numbers", "NaN")
-    return replace(plain, value=float(np.sort(maxima)[rank - 1]))
+    rank = conformal_rank(n, alpha)
+    maxima = np.sort(episode_maxima(episodes, statistic, plain))
+    finite = bool(np.isfinite(maxima).all())
+    require("statistic", finite, "one of finite numbers", "NaN or infinity")
+    return replace(plain, value=float(maxima[rank - 1]), alpha=alpha, maxima=maxima)
 
 
 def calibrate_stream(
@@ -218,25 +255,26 @@ def calibrate_stream(
     window = 2 * block  # every step of a block is like every other: all are pooled
     if isinstance(statistic, ConformalMartingale):
         episodes_needed(alpha)  # refuses an alpha that is none
-        held_out, plain = _standardised(blocks, statistic, alpha, standardise, window)
+        held_out, plain = _standardised(blocks, statistic, standardise, window)
         require("scores", bool(held_out), f"more blocks of {block} steps", len(blocks))
-        statistic.history = episode_maxima(held_out, Spike(), plain).tolist()
-        return replace(plain, value=1 / alpha, period=block)
+        maxima = np.sort(episode_maxima(held_out, Spike(), plain))
+        statistic.history = maxima.tolist()
+        return replace(plain, value=1 / alpha, alpha=alpha, maxima=maxima, period=block)
     found = calibrate(blocks, statistic, alpha, standardise=standardise, window=window)
     return replace(found, period=block)
 
 
 def _standardised(
-    scores: Sequence[Tensor], statistic: Statistic, alpha: float, standardise: float, window: int
+    scores: Sequence[Tensor], statistic: Statistic, standardise: float, window: int
 ) -> tuple[list[Array], Threshold]:
-    """Set episodes apart to standardise by; return the others, and a threshold without a value."""
+    """Set episodes apart to standardise by; return the others, and a threshold without promise."""
     require("standardise", 0 <= standardise < 1, "a share in [0, 1)", standardise)
     require("window", window >= 1, "at least one step", window)
     episodes = [_checked(i, episode, statistic) for i, episode in enumerate(scores)]
     apart = _standardising_episodes(len(episodes), standardise)
     usual = _usual(episodes[:apart], window) if episodes[:apart] else (np.zeros(1), np.ones(1))
-    others = episodes[apart:]
-    return others, Threshold(math.inf, alpha, *usual, len(others))
+    mean, scale = usual
+    return episodes[apart:], Threshold(0.0, mean=mean, scale=scale)
 
 
 def episode_maxima(

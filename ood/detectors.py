@@ -62,7 +62,7 @@ class OODDetector(ABC):
     """
 
     learned: tuple[str, ...] = ()
-    """Names of the arrays that `fit_frames` stores."""
+    """Names of the arrays of finite numbers that `fit_frames` stores."""
 
     saveable: ClassVar[bool] = True
     """True if settings and learned arrays are all that scoring needs."""
@@ -188,13 +188,18 @@ class OODDetector(ABC):
         """Set the learned arrays to an earlier `state`.
 
         Raises:
-            InvalidInput: Too many arrays, or too few, for this class.
+            InvalidInput: Too many arrays, or too few, for this class, NaN or infinity, or a mean
+                and a scale that don't fit together.
         """
         expected = {"mean", "scale", *self.learned}
         require("state", set(state) == expected, f"{sorted(expected)}", sorted(state))
+        mean, scale = state["mean"], state["scale"]
+        valid = mean.ndim == 1 and mean.size and mean.shape == scale.shape and (scale > 0).all()
+        require("state", bool(valid), "mean and scale of shape (F,), the latter above 0", "others")
         for name, value in state.items():
             setattr(self, name, value)
         self.num_features, self.revision = len(self.mean), self.revision + 1
+        self.check_state()
         return self
 
     @property
@@ -212,6 +217,12 @@ class OODDetector(ABC):
         """Raise NotFitted before a fit has succeeded."""
         if not self.fitted:
             raise NotFitted(f"{type(self).__name__}: expected a fitted detector; call fit first.")
+
+    def check_state(self) -> None:
+        """Raise NotFitted before a fit has succeeded, InvalidInput for NaN or infinity since."""
+        for name, value in self.state.items():
+            which, got = f"{type(self).__name__}.{name}", "NaN or infinity; fit it again"
+            require(which, bool(np.isfinite(value).all()), "finite numbers", got)
 
 
 class Mahalanobis(OODDetector):
@@ -431,6 +442,11 @@ class Joint(OODDetector):
         """Constructor arguments, with the fingerprints of the detectors in their place."""
         prints = [detector.fingerprint for detector in self.detectors if detector.fitted]
         return {**super().settings, "detectors": prints}
+
+    def check_state(self) -> None:
+        super().check_state()
+        for detector in self.detectors:
+            detector.check_state()
 
     def detector_names(self, features: Tensor) -> list[str]:
         frames = self.check_frames(features)

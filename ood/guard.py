@@ -106,7 +106,7 @@ class AlarmResponse:
             function gets the `Event`, and returns "halt", or None to let the agent go on.
         safe_action: `(*act,)`; None for zeros, if the action space is a box that contains them.
         ask: Function of a clip `(1, T)`. True lets the agent go on, and the statistic begins anew;
-            False halts it; None if `Guard.decide` will be called later.
+            None if `Guard.decide` will be called later; anything else halts it, "yes" and 1 too.
         while_asking: Until that decision the agent may "wait" (the safe action is played), or
             "continue".
         fallback: Policy that takes over, from one observation to an action.
@@ -215,6 +215,9 @@ class Guard(gym.Wrapper[Any, Any, Any, Any]):
 
     def decide(self, go_on: bool) -> None:
         """Decide whether the agent goes on after an alarm that `ask` left open.
+
+        Args:
+            go_on: True lets it; anything else halts it.
 
         Raises:
             InvalidInput: No alarm is open.
@@ -410,7 +413,9 @@ class GuardController:
         for i in np.flatnonzero(self.acting == _FALLBACK):
             try:
                 assert self.response.fallback is not None
-                action = np.asarray(self.response.fallback(self.before[i].copy()), chosen.dtype)
+                action = np.asarray(self.response.fallback(self.before[i].copy()))
+                # Text isn't read as a number, nor 1.7 as the choice 1.
+                action = action.astype(chosen.dtype, casting="same_kind")
                 if not self.action_space.contains(action if action.ndim else action[()]):
                     raise InvalidInput(
                         f"fallback: expected an action in {self.action_space}, got {action}."
@@ -463,8 +468,11 @@ class GuardController:
         waiting = bool(self.undecided[environment])
         require("environment", waiting, "one that waits for a decision", environment)
         self.undecided[environment] = False
-        if not go_on:
-            reason = f"{self.reasons[environment]}; the decision was to halt"
+        valid = isinstance(go_on, bool | np.bool_)
+        if not valid or not go_on:
+            kind = type(go_on).__name__
+            decision = "to halt" if valid else f"of type {kind}, neither True nor False"
+            reason = f"{self.reasons[environment]}; the decision was {decision}"
             self._halt(environment, reason, "halt")
             return
         self.acting[environment] = _AGENT
@@ -517,7 +525,7 @@ class GuardController:
             return  # the log failed
         self.undecided[i] = True
         if go_on is not None:
-            self.decide(bool(go_on), i)
+            self.decide(go_on, i)
         elif self.response.while_asking == "wait":
             self.acting[i] = _WAITING
 

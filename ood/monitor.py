@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +15,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from ood.conformal import Threshold, calibrate, calibrate_stream
@@ -33,9 +31,10 @@ from rewardmodels.errors import (
     check_positive,
     require,
 )
-from rewardmodels.saving import atomic_path, open_described
+from rewardmodels.saving import open_described, write_described
 
-FORMAT = 1
+FORMAT = 2
+_ARRAYS = ("mean", "scale", "maxima")  # of a threshold
 DETECTORS: dict[str, type[OODDetector]] = {
     cls.__name__: cls
     for cls in (
@@ -160,9 +159,10 @@ class Monitor:
 
         Raises:
             NotFitted: The detector isn't fitted, or there is no threshold.
+            InvalidInput: NaN or infinity in what the detector has learned.
             StaleThreshold: The threshold belongs to another state of the detector.
         """
-        self.detector.check_fitted()
+        self.detector.check_state()
         if self.threshold is None:
             raise NotFitted("threshold: expected a calibrated one, got none; call calibrate first.")
         wanted = self.threshold.fingerprint
@@ -320,7 +320,8 @@ def save_monitor(monitor: Monitor, path: str | os.PathLike[str], *, agent: str =
             no other.
 
     Raises:
-        InvalidInput: A detector or a statistic that isn't registered or can't be saved.
+        InvalidInput: A detector or a statistic that isn't registered or can't be saved, or NaN or
+            infinity in what the detector has learned.
         NotFitted: The detector isn't fitted.
         StaleThreshold: The threshold belongs to another state of the detector.
     """
@@ -336,19 +337,21 @@ def save_monitor(monitor: Monitor, path: str | os.PathLike[str], *, agent: str =
         "fingerprint": monitor.fingerprint,
         "agent": agent,
     }
-    if monitor.threshold is not None:
+    if monitor.threshold is None:
+        monitor.detector.check_state()
+    else:
         monitor.check()
-        fields = asdict(monitor.threshold)
-        arrays |= {f"threshold.{name}": fields.pop(name) for name in ("mean", "scale")}
-        # JSON has no infinity.
-        about["threshold"] = {**fields, "value": repr(monitor.threshold.value)}
-    contiguous = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
-    with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, {"ood": json.dumps(about)})
+        about["threshold"] = asdict(monitor.threshold)
+        arrays |= {f"threshold.{name}": about["threshold"].pop(name) for name in _ARRAYS}
+    write_described(path, "ood", about, {name: torch.tensor(x) for name, x in arrays.items()})
 
 
 def load_monitor(path: str | os.PathLike[str], *, agent: str | None = None) -> Monitor:
     """Read a monitor that `save_monitor` wrote; its alarms are the same, and no code is run.
+
+    A checksum covers all of the file, and the threshold has to be the quantile of the calibration
+    maxima beside it. That finds damage and careless edits, but isn't a signature: whoever edits a
+    guard on purpose can compute a checksum anew, so take it only from those you trust.
 
     Args:
         path: The file.
@@ -356,7 +359,7 @@ def load_monitor(path: str | os.PathLike[str], *, agent: str | None = None) -> M
 
     Raises:
         StaleThreshold: It was calibrated on another agent's episodes, or before more training.
-        UnreadableFile: Not such a file, damaged, changed since, of a newer format, or of a
+        UnreadableFile: Not such a file, damaged, changed since, of another format, or of a
             detector or statistic that isn't registered.
         FileNotFoundError: There is no such file.
 
@@ -367,22 +370,29 @@ def load_monitor(path: str | os.PathLike[str], *, agent: str | None = None) -> M
         rewardmodels.errors.UnreadableFile: pyproject.toml: expected a monitor written by ...
     """
     what = "a monitor written by ood.save_monitor"
-    with open_described(path, "ood", FORMAT, what, "np") as (about, arrays):
-        detector = _rebuild(about["detector"], "detector.", arrays)
-        # Shapes that don't fit together show when they are used.
-        detector.score(torch.zeros(1, detector.num_features))
+    with open_described(path, "ood", what, newest=FORMAT, checked=0) as (about, tensors):
+        if about["format"] != FORMAT:
+            raise UnreadableFile(
+                f"{path}: expected format {FORMAT}, got {about['format']}, which lacks the scores "
+                "that its threshold comes from; calibrate it again (rewardmodels guard: --again)."
+            )
+        arrays = {name: value.numpy() for name, value in tensors.items()}
         name, settings = about["statistic"]
-        monitor = Monitor(detector, (STATISTICS | STREAM_STATISTICS)[name](**settings))
+        statistic = (STATISTICS | STREAM_STATISTICS)[name](**settings)
+        monitor = Monitor(_rebuild(about["detector"], "detector.", arrays), statistic)
         if "threshold" in about:
-            fields = about["threshold"]
-            fields["value"] = float(fields["value"])
-            mean, scale = arrays["threshold.mean"], arrays["threshold.scale"]
-            monitor.threshold = Threshold(**fields, mean=mean, scale=scale)
-            monitor.check()
+            fields = {name: arrays[f"threshold.{name}"] for name in _ARRAYS}
+            monitor.threshold = Threshold(**about["threshold"] | fields)
+        # Shapes that don't fit together show when they are used.
+        zeros = np.zeros((1, monitor.detector.num_features))
+        if monitor.threshold is None:
+            monitor.detector.score(torch.from_numpy(zeros))
+        else:
+            monitor.stream(1).update(zeros)
         changed = monitor.fingerprint != about["fingerprint"]
     if changed:
         raise UnreadableFile(f"{path}: expected what was saved, got a detector changed since.")
-    if agent is not None and about.get("agent", "") != agent:
+    if agent is not None and about["agent"] != agent:
         raise StaleThreshold(
             f"{path}: expected a guard calibrated on this agent's episodes, got one of another "
             "agent, or of this one before more training; calibrate it again."
@@ -432,7 +442,12 @@ def _rebuild(about: dict[str, Any], prefix: str, arrays: dict[str, Array]) -> OO
         settings["detectors"] = [
             _rebuild(inner, f"{prefix}{i}.", arrays) for i, inner in enumerate(about["detectors"])
         ]
-    detector = DETECTORS[about["class"]](**settings)
+    if (name := about["class"]) not in DETECTORS:
+        raise UnreadableFile(
+            f"detector: expected one of ood.DETECTORS, got a guard's {name}. Import its module, "
+            "which registers it; on the command line pass the guard's own --detector."
+        )
+    detector = DETECTORS[name](**settings)
     own = {
         name.removeprefix(prefix): value
         for name, value in arrays.items()

@@ -230,7 +230,7 @@ class ConformalMartingale(Statistic):
         seed: Of the draws that break ties.
 
     Raises:
-        InvalidInput: NaN in the history.
+        InvalidInput: NaN or infinity in the history.
 
     Example:
         >>> martingale, wealth = ConformalMartingale(history=range(20)), []
@@ -247,7 +247,8 @@ class ConformalMartingale(Statistic):
 
     def __init__(self, history: Sequence[float] = (), seed: int = 0) -> None:
         self.history, self.seed = [float(score) for score in history], seed
-        require("history", not any(map(math.isnan, self.history)), "numbers", "NaN")
+        finite = all(map(math.isfinite, self.history))
+        require("history", finite, "finite numbers", "NaN or infinity")
 
     def start(self, n: int) -> None:
         super().start(n)

@@ -1,6 +1,6 @@
 """Reward models learned from comparisons, with a posterior over returns."""
 
-from rewardmodels.calibrated import ActivelyChosenWarning, Calibrated
+from rewardmodels.calibrated import ActivelyChosenWarning, Calibrated, FewComparisonsWarning
 from rewardmodels.clips import Clips, cut, transitions
 from rewardmodels.comparisons import Comparisons, Marks, Ratings
 from rewardmodels.dropout import MCDropout
@@ -35,6 +35,7 @@ __all__ = [
     "DeepEnsemble",
     "Difference",
     "Epinet",
+    "FewComparisonsWarning",
     "FitDiverged",
     "FitOptions",
     "FitReport",

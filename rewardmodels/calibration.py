@@ -1,9 +1,9 @@
 """Calibration scores of predicted preferences, as pure functions.
 
 `probability` is always `(Q,)`, the predicted probability that a pair's second clip is preferred,
-and `preference` `(Q,)`, as in `Comparisons`. Which clip is written first has no meaning, so each
-score counts every pair both ways round: it is the same for swapped pairs. All raise InvalidInput
-for no pairs, shapes that don't agree, or numbers out of range.
+and `preference` `(Q,)`, as in `Comparisons`; tensors, NumPy arrays or lists. Which clip is written
+first has no meaning, so each score counts every pair both ways round: it is the same for swapped
+pairs. All raise InvalidInput for no pairs, shapes that don't agree, or numbers out of range.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
+from rewardmodels.arrays import ArrayLike, as_pairs, as_tensor
 from rewardmodels.errors import check_positive, require, require_rows
 from rewardmodels.likelihood import negative_log_likelihood
 
 
-def log_loss(probability: Tensor, preference: Tensor) -> float:
+def log_loss(probability: ArrayLike, preference: ArrayLike) -> float:
     r"""Mean negative log likelihood, in nats per comparison; log 2 for a probability of 1/2.
 
     $-[\mu \log p + (1 - \mu) \log (1 - p)]$ for a preference $\mu$: a tie counts half each way.
@@ -35,7 +36,7 @@ def log_loss(probability: Tensor, preference: Tensor) -> float:
     return float(F.binary_cross_entropy(*_checked(probability, preference)))
 
 
-def brier_score(probability: Tensor, preference: Tensor) -> float:
+def brier_score(probability: ArrayLike, preference: ArrayLike) -> float:
     r"""Mean squared error of the probability, from 0 to 1; 0.25 for one of 1/2 (Brier 1950).
 
     $\mu (1 - p)^2 + (1 - \mu) p^2$ for a preference $\mu$: a tie counts half each way, so its
@@ -49,7 +50,7 @@ def brier_score(probability: Tensor, preference: Tensor) -> float:
     return float((mu * (1 - p).square() + (1 - mu) * p.square()).mean())
 
 
-def sharpness(probability: Tensor) -> float:
+def sharpness(probability: ArrayLike) -> float:
     r"""Mean of $|2p - 1|$, from 0 (all probabilities 1/2) to 1 (all certain).
 
     Probabilities that are all 1/2 are calibrated; the aim is sharpness subject to calibration
@@ -59,6 +60,7 @@ def sharpness(probability: Tensor) -> float:
         >>> round(sharpness(torch.tensor([0.9, 0.5])), 4)
         0.4
     """
+    probability = as_tensor("probability", probability)
     p, _ = _checked(probability, torch.zeros_like(probability))
     return float((2 * p - 1).abs().mean())
 
@@ -78,8 +80,8 @@ class Reliability(NamedTuple):
 
 
 def reliability_curve(
-    probability: Tensor,
-    preference: Tensor,
+    probability: ArrayLike,
+    preference: ArrayLike,
     *,
     bins: int = 10,
     binning: Literal["width", "mass"] = "width",
@@ -118,8 +120,8 @@ def reliability_curve(
 
 
 def expected_calibration_error(
-    probability: Tensor,
-    preference: Tensor,
+    probability: ArrayLike,
+    preference: ArrayLike,
     *,
     bins: int = 10,
     binning: Literal["width", "mass"] = "width",
@@ -143,9 +145,9 @@ def expected_calibration_error(
 
 
 def joint_log_loss(
-    samples: Tensor,
-    pairs: Tensor,
-    preference: Tensor,
+    samples: ArrayLike,
+    pairs: ArrayLike,
+    preference: ArrayLike,
     *,
     group_size: int = 10,
     random_answer_rate: float = 0.0,
@@ -175,11 +177,13 @@ def joint_log_loss(
         >>> round(joint_log_loss(samples, pairs, preference, group_size=2), 3)  # but together
         0.347
     """
-    shape, q = tuple(samples.shape), len(preference)
+    samples, preference = as_tensor("samples", samples), as_tensor("preference", preference)
+    shape = tuple(samples.shape)
     require("samples", len(shape) == 2 and shape[0] > 0, "shape (S, N) with S of at least 1", shape)
+    pairs = as_pairs(pairs, shape[1])
     expected = "shapes (Q, 2) and (Q,) with Q of at least 1"
     got = f"{tuple(pairs.shape)} and {tuple(preference.shape)}"
-    require("pairs, preference", q > 0 and pairs.shape == (q, 2), expected, got)
+    require("pairs, preference", preference.shape == pairs.shape[:1] != (0,), expected, got)
     check_positive(group_size=group_size)
     samples = samples.detach().double()
     total = 0.0
@@ -191,7 +195,7 @@ def joint_log_loss(
     return total / len(pairs)
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> float:
+def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
     """Spearman's rank correlation; equal values share their mean rank.
 
     Use it for predicted and true returns, or for the variance of a difference and its squared
@@ -208,6 +212,7 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
         >>> round(rank_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.0, 3.0, 2.0])), 3)
         0.5
     """
+    one, other = as_tensor("one", one), as_tensor("other", other)
     valid = one.ndim == 1 and one.shape == other.shape and len(one) >= 2
     got = f"{tuple(one.shape)} and {tuple(other.shape)}"
     require("one, other", valid, "two shapes (N,) with N of at least 2", got)
@@ -217,7 +222,9 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def error_detection_auroc(uncertainty: Tensor, probability: Tensor, preference: Tensor) -> float:
+def error_detection_auroc(
+    uncertainty: ArrayLike, probability: ArrayLike, preference: ArrayLike
+) -> float:
     """Probability that a wrong prediction is more uncertain than a right one; 0.5 is chance.
 
     Ties (preferences of exactly 0.5) are left out; a probability of exactly 0.5 is wrong one
@@ -264,7 +271,9 @@ class RiskCoverage(NamedTuple):
     augrc: float
 
 
-def risk_coverage(uncertainty: Tensor, probability: Tensor, preference: Tensor) -> RiskCoverage:
+def risk_coverage(
+    uncertainty: ArrayLike, probability: ArrayLike, preference: ArrayLike
+) -> RiskCoverage:
     r"""Selective risk at each coverage, with the areas under both curves.
 
     Predictions of equal uncertainty come in random order: the curve is the mean over all orders.
@@ -305,16 +314,21 @@ def check_predictions(probability: Tensor, preference: Tensor) -> None:
         require_rows(name, (value >= 0) & (value <= 1), "numbers from 0 to 1", value)
 
 
-def _checked(probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(probability: ArrayLike, preference: ArrayLike) -> tuple[Tensor, Tensor]:
+    probability = as_tensor("probability", probability)
+    preference = as_tensor("preference", preference)
     check_predictions(probability, preference)
     require("probability, preference", len(probability) > 0, "at least one pair", "none")
     # In double precision, so that sums over many pairs don't depend on their order.
     return probability.detach().double().cpu(), preference.detach().double().cpu()
 
 
-def _errors(uncertainty: Tensor, probability: Tensor, preference: Tensor) -> tuple[Tensor, Tensor]:
+def _errors(
+    uncertainty: ArrayLike, probability: ArrayLike, preference: ArrayLike
+) -> tuple[Tensor, Tensor]:
     """Uncertainty of the pairs without a tie, and error of each prediction: 0, 1, or 1/2."""
     p, mu = _checked(probability, preference)
+    uncertainty = as_tensor("uncertainty", uncertainty)
     expected = f"shape (Q,) = ({len(p)},) as probability"
     require("uncertainty", uncertainty.shape == p.shape, expected, tuple(uncertainty.shape))
     decided = mu != 0.5

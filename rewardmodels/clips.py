@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from rewardmodels.arrays import ArrayLike, as_integers, as_tensor
 from rewardmodels.errors import InvalidInput, require
 
 
@@ -18,6 +19,8 @@ class Clips:
     A frame is an action and the observation *after* it. A whole trajectory is a long clip (see
     `cut`). Clips of different lengths share one T: `mask` is False past a clip's end, and values
     there are ignored (and set to 0 where they are floating-point, for the gradients' sake).
+
+    Arrays are tensors, NumPy arrays or lists.
 
     Clips of different lengths may be compared, but then the constant per frame that comparisons
     of equal lengths leave free counts once for each frame more (see `RewardModel`).
@@ -30,7 +33,7 @@ class Clips:
         states: `(N, T, s)`, simulator state, so that a clip can be rendered.
 
     Raises:
-        InvalidInput: Not tensors, shapes that don't agree, a clip without frames, or NaN or
+        InvalidInput: Not real numbers, shapes that don't agree, a clip without frames, or NaN or
             infinity in a real frame.
 
     Example:
@@ -47,8 +50,7 @@ class Clips:
 
     def __post_init__(self) -> None:
         for name, value in self._tensors():
-            got = f"{type(value).__name__}; torch.as_tensor makes one of most things"
-            require(name, isinstance(value, Tensor), "a torch.Tensor", got)
+            object.__setattr__(self, name, as_tensor(name, value))
         found = tuple(self.observations.shape)
         shape, n_and_t = found[:2], f"(N, T) = {found[:2]}"
         valid = len(shape) == 2 and shape[1] > 0
@@ -79,7 +81,7 @@ class Clips:
     def __len__(self) -> int:
         return self.observations.shape[0]
 
-    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Clips:
+    def __getitem__(self, index: int | slice | ArrayLike) -> Clips:
         rows = as_rows(index)
         return self._trusted({name: value[rows] for name, value in self._tensors()})
 
@@ -130,7 +132,7 @@ class Clips:
         return cls._trusted(joined)
 
     @classmethod
-    def of_items(cls, features: Tensor) -> Clips:
+    def of_items(cls, features: ArrayLike) -> Clips:
         """Make a clip of one frame of each of N items, such as embedded texts or offers.
 
         Args:
@@ -140,9 +142,9 @@ class Clips:
             >>> Clips.of_items(torch.zeros(4, 384)).observations.shape
             torch.Size([4, 1, 384])
         """
-        if not isinstance(features, Tensor) or features.ndim < 2:
-            found = tuple(features.shape) if isinstance(features, Tensor) else type(features)
-            raise InvalidInput(f"features: expected a tensor (N, *features), got {found}.")
+        features = as_tensor("features", features)
+        expected, found = "shape (N, *features)", tuple(features.shape)
+        require("features", features.ndim >= 2, expected, found)
         return cls(features[:, None], features.new_zeros(len(features), 1, 0))
 
     @classmethod
@@ -224,12 +226,21 @@ def transitions(clips: Clips) -> Clips:
     return Clips(**parts | {"observations": torch.stack(before_and_after, 2)})
 
 
-def as_rows(index: int | slice | Tensor | Sequence[int]) -> slice | Tensor:
+def single_frames(observations: ArrayLike, actions: ArrayLike) -> Clips:
+    """Make a clip of each of B frames, from `(B, *obs)` and `(B, *act)`."""
+    named = {"observations": observations, "actions": actions}
+    parts = {name: as_tensor(name, value) for name, value in named.items()}
+    for name, value in parts.items():
+        require(name, value.ndim > 0, "frames along the first axis", "a single number")
+    return Clips(**{name: value[:, None] for name, value in parts.items()})
+
+
+def as_rows(index: int | slice | ArrayLike) -> slice | Tensor:
     """Return an index that keeps the first axis, so that `x[3]` has length 1."""
     if isinstance(index, slice):
         return index
-    rows = torch.as_tensor(index)
-    return rows.reshape(-1) if rows.numel() else rows.long().reshape(-1)
+    rows = as_tensor("index", index).reshape(-1)
+    return rows if rows.dtype == torch.bool else as_integers("index", rows, "(n,)")
 
 
 def _pad(value: Tensor, length: int) -> Tensor:

@@ -8,15 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rewardmodels.arrays import ArrayLike, as_integers, as_pairs, as_tensor
 from rewardmodels.clips import Clips, as_rows
 from rewardmodels.errors import require, require_rows
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16)
 
 
 @dataclass(frozen=True, eq=False)
 class Comparisons:
-    """Q preferences between two clips each.
+    """Q preferences between two clips each; arrays are tensors, NumPy arrays or lists.
 
     Args:
         clips: The N clips that were compared.
@@ -41,22 +40,21 @@ class Comparisons:
     preference: Tensor
 
     def __post_init__(self) -> None:
-        pairs, preference, n = self.pairs, self.preference, len(self.clips)
-        _require_integers("pairs", pairs, "(Q, 2)", 2)
+        _check_clips(self.clips)
+        pairs = as_pairs(self.pairs, len(self.clips))
+        preference = as_tensor("preference", self.preference).float()
         expected, shape = f"shape (Q,) = ({len(pairs)},) as pairs has rows", tuple(preference.shape)
         require("preference", shape == (len(pairs),), expected, shape)
-        valid = ((pairs >= 0) & (pairs < n)).all(1)
-        require_rows("pairs", valid, f"indices from 0 to {n - 1} ({n} clips)", pairs)
         require_rows("pairs", pairs[:, 0] != pairs[:, 1], "two different clips", pairs)
         expected = "P(second is preferred) from 0 to 1 (leave skipped queries out)"
         require_rows("preference", (preference >= 0) & (preference <= 1), expected, preference)
-        if not preference.is_floating_point():
-            object.__setattr__(self, "preference", preference.float())
+        object.__setattr__(self, "pairs", pairs)
+        object.__setattr__(self, "preference", preference)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Comparisons:
+    def __getitem__(self, index: int | slice | ArrayLike) -> Comparisons:
         rows = as_rows(index)
         return replace(self, pairs=self.pairs[rows], preference=self.preference[rows])
 
@@ -120,8 +118,9 @@ class Marks:
     rows: Tensor
 
     def __post_init__(self) -> None:
-        rows, n = self.rows, len(self.clips)
-        _require_integers("rows", rows, "(M, 4), clip, first frame, last frame and good", 4)
+        _check_clips(self.clips)
+        n, shape = len(self.clips), "(M, 4), clip, first frame, last frame and good"
+        rows = as_integers("rows", self.rows, shape, 4)
         clip, first, last, good = rows.T
         _require_clips("rows", clip, n)
         end = self.clips.lengths.to(rows.device)[clip] - 1
@@ -129,11 +128,12 @@ class Marks:
         frames = torch.stack([first, last, end], 1)
         require_rows("rows", (first >= 0) & (first <= last) & (last <= end), expected, frames)
         require_rows("rows", (good == 0) | (good == 1), "1 for good or 0 for bad", good)
+        object.__setattr__(self, "rows", rows)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Marks:
+    def __getitem__(self, index: int | slice | ArrayLike) -> Marks:
         return replace(self, rows=self.rows[as_rows(index)])
 
     def compared_rows(self) -> Tensor:
@@ -149,7 +149,7 @@ class Marks:
         $\lfloor T/n \rfloor$ or $\lceil T/n \rceil$ times. A mark of a whole clip has no rest and
         is left out.
         """
-        clip, first, last, good = self.rows[self.compared_rows()].long().T
+        clip, first, last, good = self.rows[self.compared_rows()].T
         device = self.clips.mask.device
         lengths = self.clips.lengths.to(clip.device)[clip, None]
         first, inside = first[:, None], (last - first + 1)[:, None]
@@ -203,12 +203,15 @@ class Ratings:
     raters: Tensor | None = None
 
     def __post_init__(self) -> None:
-        which = self.which
-        _require_integers("which", which, "(M,)")
-        for name, value in (("rating", self.rating), ("raters", self.raters)):
-            if value is not None:
+        _check_clips(self.clips)
+        which = as_integers("which", self.which, "(M,)")
+        object.__setattr__(self, "which", which)
+        for name in ("rating", "raters"):
+            if getattr(self, name) is not None:
+                value = as_tensor(name, getattr(self, name))
                 expected = f"shape (M,) = ({len(which)},) as which has"
                 require(name, value.shape == which.shape, expected, tuple(value.shape))
+                object.__setattr__(self, name, value)
         _require_clips("which", which, len(self.clips))
         require_rows("rating", self.rating.isfinite(), "finite numbers", self.rating)
 
@@ -223,7 +226,7 @@ class Ratings:
         """Equivalent comparisons of Q pairs of clips: the one rated before, and the one rated."""
         pairs = self._pairs()
         before, after = self.rating.cpu()[pairs].T
-        return Comparisons(self.clips, self.which.cpu().long()[pairs], (after > before).float())
+        return Comparisons(self.clips, self.which.cpu()[pairs], (after > before).float())
 
     def _pairs(self) -> Tensor:
         """Rows `(Q, 2)` of ratings: the earlier one, and the one compared with it."""
@@ -243,11 +246,8 @@ class Ratings:
         return torch.tensor(pairs, dtype=torch.long).view(-1, 2)
 
 
-def _require_integers(name: str, value: Tensor, shape: str, *row: int) -> None:
-    """Raise InvalidInput unless a tensor has integers in rows of this shape."""
-    valid = value.dtype in _INTEGERS and value.ndim > 0 and value.shape[1:] == row
-    got = f"{value.dtype} of shape {tuple(value.shape)}"
-    require(name, valid, f"integers of shape {shape}", got)
+def _check_clips(clips: object) -> None:
+    require("clips", isinstance(clips, Clips), "Clips", type(clips).__name__)
 
 
 def _require_clips(name: str, clip: Tensor, n: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.regression import pearson_corrcoef
 
+from rewardmodels.arrays import ArrayLike, as_tensor
 from rewardmodels.errors import require
 
 Reward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -19,9 +20,9 @@ _AT_ONCE = 1 << 16  # transitions per call of a reward function
 def epic_distance(
     one: Reward,
     other: Reward,
-    observations: Tensor,
-    actions: Tensor,
-    next_observations: Tensor,
+    observations: ArrayLike,
+    actions: ArrayLike,
+    next_observations: ArrayLike,
     *,
     discount: float = 0.99,
     draws: int = 256,
@@ -62,6 +63,9 @@ def epic_distance(
         >>> round(epic_distance(reward, lambda s, a, t: -reward(s, a, t), s, a, t), 3)
         1.0
     """
+    observations = as_tensor("observations", observations)
+    actions = as_tensor("actions", actions)
+    next_observations = as_tensor("next_observations", next_observations)
     m, k, n = len(observations), len(actions), len(next_observations)
     name, expected = "observations, actions, next_observations", "as many of each, at least 2"
     require(name, m == k == n >= 2, expected, f"{m}, {k} and {n}")
@@ -93,7 +97,7 @@ def epic_distance(
     return pearson_distance(one_canonical, other_canonical)
 
 
-def pearson_distance(one: Tensor, other: Tensor) -> float:
+def pearson_distance(one: ArrayLike, other: ArrayLike) -> float:
     r"""Pearson distance $\sqrt{(1 - \rho)/2}$ of two rewards over the same frames.
 
     It is the EPIC distance of rewards that depend on the action and the observation after it
@@ -111,6 +115,7 @@ def pearson_distance(one: Tensor, other: Tensor) -> float:
         >>> pearson_distance(reward, 2 * reward - 1), pearson_distance(reward, -reward)
         (0.0, 1.0)
     """
+    one, other = as_tensor("one", one), as_tensor("other", other)
     if float(one.std()) == 0 or float(other.std()) == 0:
         return float("nan")
     correlation = float(pearson_corrcoef(one.double(), other.double()))

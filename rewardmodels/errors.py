@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 from torch import Tensor
 
@@ -50,9 +51,15 @@ def require_rows(name: str, valid: Tensor, expected: str, got: Tensor) -> None:
 
 
 def check_positive(**numbers: int) -> None:
-    """Raise InvalidInput for a number below 1, with its name."""
+    """Raise InvalidInput for a number that isn't whole or is below 1, with its name."""
     for name, value in numbers.items():
+        require(name, is_whole(value), "a whole number of at least 1", repr(value))
         require(name, value >= 1, "at least 1", value)
+
+
+def is_whole(value: object) -> bool:
+    """True for integers, NumPy's included, but not for bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class UnknownName(RewardModelsError, ValueError):

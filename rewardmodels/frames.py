@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewardmodels.clips import Clips
-from rewardmodels.errors import InvalidInput
+from rewardmodels.errors import InvalidInput, require
 
 # Dividing by less would only add noise. A constant isn't divided at all: a first difference after
 # training would else be multiplied by a thousand.
@@ -56,6 +56,15 @@ class FrameSpec:
             return None
         *several, height, width = self.observation
         return torch.Size(several).numel(), height, width
+
+    def check_layout(self) -> None:
+        """Raise InvalidInput for an image with its channels last, which would be a flat vector."""
+        if len(self.observation) < 3:
+            return
+        height, width, channels = self.observation[-3:]
+        valid = channels not in (1, 3, 4) or min(height, width) < 4 * channels
+        got = f"{self.observation}, channels last; move that axis, as by np.moveaxis(x, -1, -3)"
+        require("observations", valid, "images of shape (C, H, W)", got)
 
     def check(self, clips: Clips) -> None:
         """Raise InvalidInput unless the clips' frames have these shapes."""

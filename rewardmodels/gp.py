@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import cached
 
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
-from rewardmodels.errors import FitDiverged, require
+from rewardmodels.errors import FitDiverged, check_positive, require
 from rewardmodels.likelihood import negative_log_likelihood
 from rewardmodels.model import PairBatch, RewardModel, clip_chunks
 from rewardmodels.networks import ResidualFeatures, feature_count
@@ -89,8 +89,8 @@ class GPHead(RewardModel):
 
     def __init__(self, inducing: int = 64, random_features: int = 512, **options: Any) -> None:
         super().__init__(**options)
-        require("inducing", inducing >= 1, "at least 1 frame", inducing)
-        valid = random_features >= 2 and random_features % 2 == 0
+        check_positive(inducing=inducing, random_features=random_features)
+        valid = random_features % 2 == 0
         expected = "an even number of at least 2, as each frequency has a cosine and a sine"
         require("random_features", valid, expected, random_features)
         self.inducing, self.random_features = inducing, random_features

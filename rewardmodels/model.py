@@ -13,9 +13,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from rewardmodels.clips import Clips
+from rewardmodels.arrays import ArrayLike
+from rewardmodels.clips import Clips, single_frames
 from rewardmodels.comparisons import Comparisons
-from rewardmodels.errors import InvalidInput, NotFitted
+from rewardmodels.errors import InvalidInput, NotFitted, is_whole, require
 from rewardmodels.frames import FrameInputs, FrameSpec
 from rewardmodels.likelihood import check_random_answer_rate
 from rewardmodels.networks import CNN, MLP, Activation, FrameNetwork, MakeNetwork, network_maker
@@ -174,9 +175,9 @@ class RewardModel(L.LightningModule, ABC):
         for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise InvalidInput(f"{name}: expected a number of at least 0, got {value}.")
+        valid = isinstance(hidden, Sequence) and all(is_whole(n) and n >= 1 for n in hidden)
+        require("hidden", valid, "widths, whole numbers of at least 1", hidden)
         hidden = tuple(hidden)
-        if any(width < 1 for width in hidden):
-            raise InvalidInput(f"hidden: expected widths of at least 1, got {hidden}.")
         if activation not in get_args(Activation):
             raise InvalidInput(
                 f"activation: expected one of {', '.join(get_args(Activation))}; got "
@@ -186,10 +187,8 @@ class RewardModel(L.LightningModule, ABC):
             raise InvalidInput(
                 f"reward_of: expected one of {', '.join(get_args(RewardOf))}; got {reward_of!r}."
             )
-        if discrete_actions < 0:
-            raise InvalidInput(
-                f"discrete_actions: expected a number of at least 0, got {discrete_actions}."
-            )
+        valid = is_whole(discrete_actions) and discrete_actions >= 0
+        require("discrete_actions", valid, "a whole number of at least 0", discrete_actions)
         check_random_answer_rate(random_answer_rate)
         # Of the subclass's constructor, too: Lightning looks at all of them.
         self.save_hyperparameters(ignore="network")
@@ -266,10 +265,12 @@ class RewardModel(L.LightningModule, ABC):
             self.check(clips)
             return
         spec = FrameSpec.of(clips, self.discrete_actions)
+        spec.check_layout()
         spec.check(clips)
         self.spec = spec
         frames = clips.mask.flatten().nonzero().squeeze(1)
-        n = min(len(frames), _REFERENCE_FRAMES)
+        numbers = max(1, clips.observations[0, 0].numel()) if len(clips) else 1
+        n = min(len(frames), _REFERENCE_FRAMES, max(1, _NUMBERS_AT_ONCE // numbers))
         # Single precision doesn't tell frames apart past 2^24 of them.
         evenly = torch.linspace(0, len(frames) - 1, n, dtype=torch.double).long()
         chosen = frames[evenly.to(frames.device)]
@@ -309,6 +310,7 @@ class RewardModel(L.LightningModule, ABC):
             InvalidInput: Clips whose frames have other shapes than the training data's.
         """
         self.check_fitted()
+        require("clips", isinstance(clips, Clips), "Clips", type(clips).__name__)
         self.check(clips)
         assert self.novelty is not None
         clips = clips.to(self.device)
@@ -320,7 +322,7 @@ class RewardModel(L.LightningModule, ABC):
         root = torch.cat(parts)
         return posterior.plus(root) if root.any() else posterior
 
-    def frame_posterior(self, observations: Tensor, actions: Tensor) -> ReturnPosterior:
+    def frame_posterior(self, observations: ArrayLike, actions: ArrayLike) -> ReturnPosterior:
         """Joint posterior over the rewards of B single frames, each a clip of length one.
 
         Args:
@@ -343,7 +345,7 @@ class RewardModel(L.LightningModule, ABC):
             >>> model.frame_posterior(torch.zeros(7, 2), torch.zeros(7, 1)).mean.shape
             torch.Size([7])
         """
-        return self.posterior(Clips(observations[:, None], actions[:, None]))
+        return self.posterior(single_frames(observations, actions))
 
     def frame_scorer(self) -> FrameScorer:
         """Make a fast snapshot of `frame_posterior`, for one frame at a time.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +160,20 @@ class ResidualFeatures(nn.Module):
             frames = frames + BRANCH * outer(F.leaky_relu(inner(frames)))
         return frames
 
+    def __reduce__(self) -> Any:
+        # torch pickles the numbers of normalised layers only.
+        widths = tuple(inner.out_features for inner, _ in self.blocks())
+        return _residual, (self.inputs, widths, self.training, self.state_dict())
+
+
+def _residual(
+    inputs: int, hidden: Sequence[int], training: bool, state: dict[str, Tensor]
+) -> ResidualFeatures:
+    with torch.device("meta"):  # nothing is drawn
+        features = ResidualFeatures(inputs, hidden)
+    features.load_state_dict(state, assign=True)
+    return features.train(training)
+
 
 class FrameNetwork(nn.Module):
     """Features with a linear layer behind them.
@@ -242,11 +257,9 @@ class MemberMLP(nn.Module):
                 for member in weight.data:
                     nn.init.xavier_uniform_(member)
 
-    def forward(self, frames: Tensor, units: Tensor | None = None) -> Tensor:
-        """Return outputs `(K, B)` for frames `(B, D)`, each member's times its units `(K, D)`."""
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return outputs `(K, B)` for frames `(B, D)`."""
         layers = list(zip(self.weights, self.biases, strict=True))
-        if units is not None:
-            layers[0] = layers[0][0] * units[:, None], layers[0][1]
         widest = max(bias.shape[:2].numel() for bias in self.biases)
         if frames.is_cuda or len(frames) * widest <= _TOGETHER:
             return self._together(frames, layers)
@@ -281,10 +294,14 @@ def network_maker(network: nn.Module | MakeNetwork) -> MakeNetwork:
         InvalidInput: Neither.
     """
     if isinstance(network, nn.Module):
-        return lambda inputs: copy.deepcopy(network)
+        return partial(_copied, network)  # not a lambda, which can't be pickled
     expected = "a torch.nn.Module, (B, D) inputs to (B, H) features, or a function from D to one"
     require("network", callable(network), expected, repr(network))
     return network
+
+
+def _copied(network: nn.Module, inputs: int) -> nn.Module:
+    return copy.deepcopy(network)
 
 
 def feature_count(body: nn.Module, inputs: int) -> int:

@@ -5,7 +5,7 @@ from. An input that was constant in training keeps a weight that no data has cha
 al. 2021, arXiv:2106.11905), and networks extrapolate with confidence (Ulmer & Cinà 2020,
 arXiv:2012.05329). So `Novelty` adds variance outside the range of the compared frames, as much as
 `learned_amplitudes` finds necessary on pseudo-shifts: comparisons at one end of an input's range,
-held out from small networks trained on the rest.
+held out from regressions on random units that are fitted to the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import negative_log_likelihood
-from rewardmodels.networks import MemberMLP
 from rewardmodels.posterior import expected_preference
 
 NoveltySetting = Literal["learned", "off"] | float
@@ -44,8 +43,9 @@ _SHARE_ORDINARY, _SHARE_STOPPING = 0.25, 0.15
 _LEAST_HELD_OUT, _MOST_HELD_OUT = 10, 0.7
 _LEAST_COMPARISONS = 40
 _MOST_COMPARISONS, _MOST_FRAMES = 2000, 100_000
-_HIDDEN, _LEARNING_RATE, _WEIGHT_DECAY = (32,), 1e-2, 1.0
-_EPOCHS, _PATIENCE, _BATCH = 60, 10, 256
+_UNITS = 32
+_STEPS, _LEARNING_RATE = 100, 0.3
+_PENALTIES = torch.logspace(-2, 2, 5)
 _AMPLITUDES = torch.cat([torch.zeros(1), torch.logspace(-3, 2, 21)])
 _TEMPERATURES = torch.logspace(0, 1, 30)  # 1 to 10
 
@@ -242,12 +242,12 @@ def learned_amplitudes(
 ) -> Tensor:
     """Relative amplitude of each input by pseudo-shifts; draws from torch's global generator.
 
-    A small network for each pseudo-shift, all trained together, learns from what is not held out,
-    and one more leaves out an ordinary quarter, by which the temperature of all is chosen: only
-    what a shift adds to their errors counts. Each input's amplitude is the least within one
-    standard error of the one with the best log loss on its shift and that quarter. Inputs without
-    a shift take the median, those that were constant at least `CONSTANT_AMPLITUDE`, since no
-    comparison can speak for them.
+    A logistic regression on random units for each pseudo-shift, all trained together, learns from
+    what is not held out, and one more leaves out an ordinary quarter, by which the temperature of
+    all is chosen: only what a shift adds to their errors counts. Each input's amplitude is the
+    least within one standard error of the one with the best log loss on its shift and that
+    quarter. Inputs without a shift take the median, those that were constant at least
+    `CONSTANT_AMPLITUDE`, since no comparison can speak for them.
 
     Args:
         inputs: `(N, T, D)` of the comparisons' clips, normalised and pooled.
@@ -295,7 +295,7 @@ def learned_amplitudes(
     frequencies = torch.randn(size, _FREQUENCIES) / math.sqrt(size)
 
     def tried(k: int, j: int) -> Tensor:
-        """Losses `(A, Q')` of what network k hasn't seen, by the amplitude of input j."""
+        """Losses `(A, Q')` of what regression k hasn't seen, by the amplitude of input j."""
         rows, unit = held_out[k], units[k, j]
         clips, places = pairs[rows].unique(return_inverse=True)
         flat = inputs[clips].flatten(0, 1)
@@ -336,48 +336,45 @@ def _train(
     units: Tensor,
     random_answer_rate: float,
 ) -> Tensor:
-    """Differences of returns `(K, Q)` by K small networks, each at its best epoch.
+    """Differences of returns `(K, Q)` by K logistic regressions on random units and the inputs.
 
-    A network doesn't see the comparisons `held_out`, `(K, Q)`; its inputs are multiplied by its
-    `units`, `(K, D)`.
+    A regression doesn't see the comparisons `held_out`, `(K, Q)`; its inputs are multiplied by its
+    `units`, `(K, D)`. All have the penalty that serves comparisons best that they didn't see but
+    that were not held out.
     """
-    stopping = ~held_out & (torch.rand(held_out.shape) < _SHARE_STOPPING)
-    weights = (~held_out & ~stopping).float()
-    networks = MemberMLP(len(held_out), inputs.shape[2], _HIDDEN)
-    optimizer = torch.optim.AdamW(
-        networks.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY
-    )
+    size = inputs.shape[2]
+    weights, biases = torch.randn(size, _UNITS) / math.sqrt(size), 2 * torch.rand(_UNITS) - 1
+    unlike, which = units.unique(dim=0, return_inverse=True)
+    features = []
+    for unit in unlike:
+        frames = inputs * unit
+        frames = torch.cat([frames, (frames @ weights + biases).relu()], 2) * mask[..., None]
+        returns = frames.sum(1).T  # a layout in which products are fast
+        features.append(returns[:, pairs[:, 1]] - returns[:, pairs[:, 0]])
+    x = torch.stack(features)
+    x = (x / x.square().sum(1).mean(1).sqrt().clamp_min(1e-12)[:, None, None])[which]
+    validation = ~held_out & (torch.rand(held_out.shape) < _SHARE_STOPPING)
+    training = (~held_out & ~validation).float()
 
-    def differences(rows: Tensor) -> Tensor:
-        clips, places = pairs[rows].unique(return_inverse=True)
-        rewards = networks(inputs[clips].flatten(0, 1), units).unflatten(1, (len(clips), -1))
-        returns = (rewards * mask[clips]).sum(2)
-        return returns[:, places[:, 1]] - returns[:, places[:, 0]]
+    coefficients = torch.zeros(len(x), len(_PENALTIES), x.shape[1], requires_grad=True)
+    optimizer = torch.optim.Adam([coefficients], lr=_LEARNING_RATE)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
 
-    def losses(differences: Tensor, rows: Tensor) -> Tensor:
+    def losses() -> Tensor:
+        differences = (coefficients @ x).movedim(1, 0)
         return negative_log_likelihood(
-            differences, preference[rows], random_answer_rate=random_answer_rate
+            differences, preference, random_answer_rate=random_answer_rate
         )
 
-    every = torch.arange(len(pairs))
-    best = torch.full((len(held_out),), math.inf)
-    best_epoch, kept = torch.zeros(len(held_out)), torch.zeros(held_out.shape)
-    for epoch in range(_EPOCHS):
-        with torch.enable_grad():
-            for rows in torch.randperm(len(pairs)).split(_BATCH):
-                optimizer.zero_grad()
-                loss = (losses(differences(rows), rows) * weights[:, rows]).sum() / len(rows)
-                loss.backward()
-                optimizer.step()
-        with torch.no_grad():
-            found = torch.cat([differences(rows) for rows in every.split(_BATCH)], 1)
-            shares = stopping / stopping.sum(1, keepdim=True).clamp_min(1)
-            loss = (losses(found, every) * shares).sum(1)
-        better = loss < best
-        best[better], best_epoch[better], kept[better] = loss[better], epoch, found[better]
-        if epoch - best_epoch.max() >= _PATIENCE:
-            break
-    return kept
+    with torch.enable_grad():
+        for _ in range(_STEPS):
+            optimizer.zero_grad()
+            penalty = (_PENALTIES @ coefficients.square()).sum() / 2
+            ((losses() * training).sum() + penalty).backward()
+            optimizer.step()
+            decay.step()
+    best = (losses() * validation).sum((1, 2)).argmin()
+    return (coefficients[:, best, None] @ x).squeeze(1).detach()
 
 
 def check_novelty(novelty: NoveltySetting) -> None:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rewardmodels.errors import InvalidInput
+from rewardmodels.arrays import ArrayLike, as_pairs, as_tensor
+from rewardmodels.errors import InvalidInput, check_positive
 from rewardmodels.likelihood import check_random_answer_rate, preference_probability
 
 _CHUNK = 1 << 20  # numbers held at once while many pairs are worked through (4 MiB)
@@ -70,16 +71,23 @@ class ReturnPosterior(ABC):
         """
 
     @abstractmethod
-    def difference(self, pairs: Tensor) -> Difference:
-        """Mean and variance of second minus first return, for pairs `(Q, 2)` of clip indices."""
+    def difference(self, pairs: ArrayLike) -> Difference:
+        """Mean and variance of second minus first return, for pairs `(Q, 2)` of clip indices.
+
+        Raises:
+            InvalidInput: Another shape, numbers that aren't whole, or an index out of range.
+        """
 
     @abstractmethod
-    def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
+    def preference(self, pairs: ArrayLike, *, random_answer_rate: float = 0.0) -> Tensor:
         """Posterior mean probability `(Q,)` that the second clip is preferred.
 
         Args:
             pairs: `(Q, 2)` indices of clips.
             random_answer_rate: Probability that the teacher answers at random.
+
+        Raises:
+            InvalidInput: As for `difference`, or a rate out of range.
         """
 
     def plus(self, root: Tensor) -> ReturnPosterior:
@@ -96,6 +104,15 @@ class ReturnPosterior(ABC):
     def scaled(self, factor: float) -> ReturnPosterior:
         """Posterior of the same returns in other units: all are multiplied by the factor."""
         raise NotImplementedError(f"{type(self).__name__}: expected a posterior with `scaled`.")
+
+    def tempered(self, temperature: float) -> ReturnPosterior:
+        """Posterior divided by a temperature; below 1, what `plus` added is divided by it twice.
+
+        A temperature below 1 was earned where comparisons are like those learned from. Elsewhere
+        it mustn't make preferences surer: with an added variance of the difference above four times
+        the squared temperature, none is by more than 0.002.
+        """
+        return self.scaled(1 / temperature)
 
     def select(self, clips: Tensor) -> ReturnPosterior:
         """Posterior of some of the clips, by their indices."""
@@ -141,7 +158,8 @@ class SampledPosterior(ReturnPosterior):
         Difference(mean=tensor([2.]), variance=tensor([1.]))
     """
 
-    def __init__(self, samples: Tensor, root: Tensor | None = None) -> None:
+    def __init__(self, samples: ArrayLike, root: Tensor | None = None) -> None:
+        samples = as_tensor("samples", samples)
         if samples.ndim != 2 or len(samples) == 0:
             raise InvalidInput(
                 f"samples: expected shape (S, N) with S >= 1, got {tuple(samples.shape)}."
@@ -164,20 +182,20 @@ class SampledPosterior(ReturnPosterior):
 
     def rsample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw n rows without replacement, over again once each has been drawn; add noise."""
-        _check_draws(n)
+        check_positive(n=n)
         size = len(self.samples)
         draws = [torch.randperm(size, generator=generator) for _ in range(-(-n // size))]
         rows = self.samples[torch.cat(draws)[:n].to(self.samples.device)]
         return rows + _noise(n, self.root, generator) if self.root.shape[1] else rows
 
-    def difference(self, pairs: Tensor) -> Difference:
+    def difference(self, pairs: ArrayLike) -> Difference:
         parts = []
         for differences, noise_var in self._differences(pairs):
             mean, variance = _moments(differences)
             parts.append(Difference(mean, variance + noise_var))
         return _join(parts)
 
-    def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
+    def preference(self, pairs: ArrayLike, *, random_answer_rate: float = 0.0) -> Tensor:
         parts = []
         for differences, noise_var in self._differences(pairs):
             p = preference_probability(differences, random_answer_rate=random_answer_rate).mean(0)
@@ -194,12 +212,17 @@ class SampledPosterior(ReturnPosterior):
     def scaled(self, factor: float) -> SampledPosterior:
         return SampledPosterior(factor * self.samples, factor * self.root)
 
+    def tempered(self, temperature: float) -> SampledPosterior:
+        root = self.root / (temperature * min(1.0, temperature))
+        return SampledPosterior(self.samples / temperature, root)
+
     def select(self, clips: Tensor) -> SampledPosterior:
         return SampledPosterior(self.samples[:, clips], self.root[clips])
 
-    def _differences(self, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _differences(self, pairs: ArrayLike) -> Iterator[tuple[Tensor, Tensor]]:
         """Differences `(S, Q)` and the variance `(Q,)` of their noise, some pairs at a time."""
-        for some in _chunks(pairs, len(self.samples) + self.root.shape[1]):
+        size, n = self.samples.shape
+        for some in _chunks(pairs, n, size + self.root.shape[1]):
             first, second = some.T
             noise = self.root[second] - self.root[first]
             yield self.samples[:, second] - self.samples[:, first], noise.square().sum(1)
@@ -218,7 +241,9 @@ class GaussianPosterior(ReturnPosterior):
         Difference(mean=tensor([1.]), variance=tensor([0.]))
     """
 
-    def __init__(self, mean: Tensor, root: Tensor) -> None:
+    def __init__(self, mean: ArrayLike, root: ArrayLike) -> None:
+        mean, root = as_tensor("mean", mean), as_tensor("root", root)
+        self.added = 0  # last columns of the root, which `plus` added
         if mean.ndim != 1 or root.ndim != 2 or len(root) != len(mean):
             raise InvalidInput(
                 "mean, root: expected shapes (N,) and (N, R), got "
@@ -239,30 +264,40 @@ class GaussianPosterior(ReturnPosterior):
         return self.root @ self.root.T
 
     def rsample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        _check_draws(n)
+        check_positive(n=n)
         return self._mean + _noise(n, self.root, generator)
 
-    def difference(self, pairs: Tensor) -> Difference:
+    def difference(self, pairs: ArrayLike) -> Difference:
         parts = []
-        for some in _chunks(pairs, self.root.shape[1]):
+        for some in _chunks(pairs, *self.root.shape):
             mean = self._mean[some[:, 1]] - self._mean[some[:, 0]]
             root = self.root[some[:, 1]] - self.root[some[:, 0]]
             parts.append(Difference(mean, root.square().sum(1)))
         return _join(parts)
 
-    def preference(self, pairs: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:
+    def preference(self, pairs: ArrayLike, *, random_answer_rate: float = 0.0) -> Tensor:
         check_random_answer_rate(random_answer_rate)
         p = expected_preference(*self.difference(pairs))
         return (1 - random_answer_rate) * p + random_answer_rate / 2
 
     def plus(self, root: Tensor) -> GaussianPosterior:
-        return GaussianPosterior(self._mean, torch.cat([self.root, root], 1))
+        return self._with(self._mean, torch.cat([self.root, root], 1), root.shape[1])
 
     def scaled(self, factor: float) -> GaussianPosterior:
-        return GaussianPosterior(factor * self._mean, factor * self.root)
+        return self._with(factor * self._mean, factor * self.root)
+
+    def tempered(self, temperature: float) -> GaussianPosterior:
+        root = self.root / temperature
+        root[:, root.shape[1] - self.added :] /= min(1.0, temperature)
+        return self._with(self._mean / temperature, root)
 
     def select(self, clips: Tensor) -> GaussianPosterior:
-        return GaussianPosterior(self._mean[clips], self.root[clips])
+        return self._with(self._mean[clips], self.root[clips])
+
+    def _with(self, mean: Tensor, root: Tensor, more: int = 0) -> GaussianPosterior:
+        posterior = GaussianPosterior(mean, root)
+        posterior.added = self.added + more
+        return posterior
 
 
 def _moments(samples: Tensor) -> Difference:
@@ -277,15 +312,8 @@ def _noise(n: int, root: Tensor, generator: torch.Generator | None) -> Tensor:
     return noise.to(root.device) @ root.T
 
 
-def _check_draws(n: int) -> None:
-    if n < 1:
-        raise InvalidInput(f"n: expected at least 1 draw, got {n}.")
-
-
-def _chunks(pairs: Tensor, width: int) -> tuple[Tensor, ...]:
-    if pairs.ndim != 2 or pairs.shape[1] != 2:
-        raise InvalidInput(f"pairs: expected shape (Q, 2), got {tuple(pairs.shape)}.")
-    return pairs.split(max(1, _CHUNK // max(1, width)))
+def _chunks(pairs: ArrayLike, n: int, width: int) -> tuple[Tensor, ...]:
+    return as_pairs(pairs, n).split(max(1, _CHUNK // max(1, width)))
 
 
 def _join(parts: list[Difference]) -> Difference:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ from rewardmodels.laplace import LaplaceHead
 from rewardmodels.model import RewardModel
 from rewardmodels.networks import MakeNetwork
 
-FORMAT = 3
+FORMAT = 4
+_CHECKED = 4  # first format with a checksum
 _RENAMED = {"mistake_rate": "random_answer_rate", "answers": "comparison_count"}  # since format 1
 _CALIBRATION, _NOVELTY = "calibration.", "novelty."
 PREDICTORS: dict[str, type[RewardModel]] = {
@@ -90,27 +93,83 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def content_checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Hash of JSON and of the names, types, shapes and bytes of tensors."""
+    digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16)
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if value.numel():  # an empty one has no view
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_described(
+    path: str | os.PathLike[str], key: str, about: dict[str, Any], tensors: dict[str, Tensor]
+) -> str:
+    """Write what `open_described` reads, atomically: tensors, JSON, and a checksum of both.
+
+    Returns:
+        The checksum.
+    """
+    tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    checksum = content_checksum(about, tensors)
+    # Within the JSON, since the metadata's own keys are written in any order.
+    metadata = {key: json.dumps({**about, "checksum": checksum})}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+    return checksum
+
+
 @contextmanager
 def open_described(
-    path: str | os.PathLike[str], key: str, newest: int, what: str, framework: str
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    path: str | os.PathLike[str],
+    key: str,
+    what: str,
+    *,
+    newest: int,
+    checked: int,
+    expected: str | None = None,
+) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
     """Yield the JSON that a safetensors file's metadata has under `key`, and its tensors by name.
 
+    The checksum finds damage, and edits by those who don't know of it. It is no signature: whoever
+    changes a file on purpose can compute it anew.
+
+    Args:
+        path: File.
+        key: Name of the JSON.
+        what: Kind of file, for errors.
+        newest: Newest format.
+        checked: First format with a checksum; older files may do without.
+        expected: Checksum that the file has to have; None for any that fits its contents.
+
     Raises:
-        UnreadableFile: Another kind of file than `what`, a damaged one, a `format` above `newest`,
-            or contents that raise in the block.
+        UnreadableFile: Another kind of file than `what`, a damaged or changed one, a `format` above
+            `newest`, another checksum, or contents that raise in the block.
         FileNotFoundError: The file doesn't exist.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: expected {what}.")
     try:
-        with safe_open(path, framework) as file:
+        with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})[key])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if int(about["format"]) > newest:
+        version, kept = int(about["format"]), about.pop("checksum", None)
+        if version > newest:
             raise UnreadableFile(
                 f"{path}: expected format {newest} or older, got {about['format']}; update "
                 "rewardmodels."
+            )
+        without = kept is None and version < checked
+        if not without and kept != content_checksum(about, tensors):
+            raise UnreadableFile(
+                f"{path}: expected what was saved, got a damaged file or one that was changed "
+                "since: its checksum doesn't fit."
+            )
+        if expected is not None and kept != expected:
+            raise UnreadableFile(
+                f"{path}: expected the file with checksum {expected}, got {kept}: {what}, but "
+                "another one."
             )
         yield about, tensors
     except (
@@ -121,7 +180,7 @@ def open_described(
         ) from error
 
 
-def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> None:
+def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> str:
     """Write a fitted model to one safetensors file, atomically.
 
     Args:
@@ -129,9 +188,12 @@ def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> None:
             calibrated one that holds such a model.
         path: File, replaced if it exists.
 
+    Returns:
+        The file's checksum, by which `load` can tell it from another model's.
+
     Raises:
         NotFitted: The model isn't fitted, or `Calibrated` not calibrated.
-        InvalidInput: A calibrated model that holds no RewardModel.
+        InvalidInput: A calibrated model that holds no RewardModel, or NaN or infinity in a tensor.
 
     Example:
         >>> save(DeepEnsemble(), "model.safetensors")
@@ -158,10 +220,11 @@ def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> None:
         "spec": asdict(model.spec),
         "calibrated": method,
     }
-    tensors = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
-    tensors |= {_CALIBRATION + name: value.contiguous() for name, value in calibration.items()}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"rewardmodels": json.dumps(about)})
+    tensors: dict[str, Tensor] = dict(model.state_dict())
+    tensors |= {_CALIBRATION + name: value for name, value in calibration.items()}
+    if broken := _not_finite(model, calibration):
+        raise InvalidInput(f"model: expected finite tensors, got NaN or infinity in {broken}.")
+    return write_described(path, "rewardmodels", about, tensors)
 
 
 def load(
@@ -169,17 +232,24 @@ def load(
     cls: type[RewardModel] | None = None,
     *,
     network: nn.Module | MakeNetwork | None = None,
+    checksum: str | None = None,
 ) -> Any:
     """Read a model that `save` wrote, calibrated or not; its posterior is bitwise the same.
+
+    A checksum in the file finds damage, and edits by those who don't know of it; it is no
+    signature, since whoever changes the file on purpose can compute it anew. Files of the formats
+    before 4 have none, and are only checked for NaN, infinity and shapes.
 
     Args:
         path: File.
         cls: Class of the model, if it isn't one of `PREDICTORS`.
         network: Network that the model was made with, if it was your own: a file holds its
             tensors, but no code.
+        checksum: The one that `save` returned, to refuse another model; None for any.
 
     Raises:
-        UnreadableFile: Another kind of file, a damaged one, a newer format, or another class.
+        UnreadableFile: Another kind of file, a damaged or changed one, NaN or infinity in a tensor,
+            a newer format, another class, or another checksum.
         InvalidInput: `network` was passed for a model made without one, or the other way round.
         FileNotFoundError: The file doesn't exist.
 
@@ -190,7 +260,9 @@ def load(
         rewardmodels.errors.UnreadableFile: pyproject.toml: expected a model written by ...
     """
     what = "a model written by rewardmodels.save"
-    with open_described(path, "rewardmodels", FORMAT, what, "pt") as (about, tensors):
+    with open_described(
+        path, "rewardmodels", what, newest=FORMAT, checked=_CHECKED, expected=checksum
+    ) as (about, tensors):
         version, name, hparams = int(about["format"]), about["class"], about["hyper_parameters"]
         own_network, shapes = bool(about["own_network"]), about["spec"]
         method = about["calibrated"]
@@ -222,6 +294,8 @@ def load(
         }
         with isolated_randomness(0):
             model = _rebuilt(known, hparams, spec, tensors)
+        if broken := _not_finite(model, calibration):
+            raise ValueError(f"NaN or infinity in {broken}")
         if method is None:
             return model
         calibrated = Calibrated(model, method)
@@ -231,6 +305,16 @@ def load(
         raise UnreadableFile(
             f"{path}: expected the tensors of a {name} with {hparams}, got others: {error}"
         ) from error
+
+
+def _not_finite(model: RewardModel, calibration: dict[str, Tensor]) -> str:
+    """Name of a tensor that holds NaN, or infinity where it is learned; empty if none does."""
+    # A buffer may hold an infinite bound.
+    finite = {name for name, _ in model.named_parameters()} | set(calibration)
+    for name, value in [*model.state_dict().items(), *calibration.items()]:
+        if not bool((value.isfinite() if name in finite else ~value.isnan()).all()):
+            return name
+    return ""
 
 
 def _rebuilt(

@@ -8,12 +8,9 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-from collections.abc import Iterator
 
 import pytest
 import torch
-
-from rewardmodels import novelty
 
 # Our networks are too small to gain from threads, and two test processes on two cores would
 # fight over them. It also makes sums, and so the figures, the same on every machine size.
@@ -24,14 +21,6 @@ torch.set_num_threads(1)
 def _seeded() -> None:
     """Makes a test's outcome independent of which tests ran before it in its process."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _short_pseudo_shifts() -> Iterator[None]:
-    """Saves half a second in each fit; the tests of novelty learn it in full."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(novelty, "_EPOCHS", 5)
-        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -35,6 +35,9 @@ from experiments.labelling.auth import Person
 from experiments.labelling.questions import PREFERENCES, Choice
 from experiments.labelling.server import make_app
 from experiments.labelling.videos import Job, Videos
+from experiments.training.config import LearnConfig
+from experiments.training.learn import learn
+from experiments.training.run_directory import RunDirectory
 from rewardmodels import InvalidInput
 
 CHROMIUM: Final = Path("/usr/bin/chromium")
@@ -61,6 +64,8 @@ def benchmark_page(
         lease never expired), `kills`. In Chromium: `ready_ms`, from opening the page to its first
         visible pair, with clips drawn before (median); `next_pair_ms_p95`, from a key to the next
         visible pair. `pair_render_seconds`: to draw and encode both clips of a pair (median).
+        `resume_identical`: of `resumed` runs of `learn` that were killed at a random moment and
+        resumed, the share whose answers and result equal an unkilled run's.
 
     Raises:
         InvalidInput: The file's folder, Chromium or Playwright is missing.
@@ -80,6 +85,7 @@ def benchmark_page(
         put_queries(shown, task, 10 if quick else 40, clips=20 if quick else 80)
         numbers |= answer_during_kills(killed, kills=2 if quick else 10)
         numbers["pair_render_seconds"] = statistics.median(asyncio.run(_render_pairs(shown, task)))
+        numbers |= resume_after_kills(Path(folder), runs=4 if quick else 20)
         numbers |= _response_times(shown, task, Path(chromium), answers=8 if quick else 30)
     publish(numbers, json)
     return numbers
@@ -110,6 +116,9 @@ class _NoVideos(Videos):
     def prefetch(self, jobs: Sequence[Job]) -> None:
         pass
 
+    async def obstacle(self) -> str | None:
+        return None
+
 
 @dataclass
 class _Client:
@@ -136,13 +145,9 @@ def answer_during_kills(run: Path, *, kills: int, lease_seconds: float = 3.0) ->
     authentication = make_app(run, _NoVideos(run, ""), host="127.0.0.1", port=port)
     with FeedbackStore(run / "answers.sqlite") as store:
         total = len(store.queries(unanswered=True))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
 
     def start() -> Any:
-        server = context.Process(target=_serve, args=(run, port, lease_seconds), daemon=True)
-        server.start()
-        return server
+        return _start(_serve, run, port, lease_seconds)
 
     draw = random.Random(0)
     clients = [_Client(f"person {i}") for i in range(4)]
@@ -242,6 +247,53 @@ def _serve(run: Path, port: int, lease_seconds: float) -> None:
     bound: dict[str, Any] = {"host": "127.0.0.1", "port": port}
     app = make_app(run, _NoVideos(run, ""), repeat_every=0, lease_seconds=lease_seconds, **bound)
     uvicorn.run(app, log_level="error", access_log=False, **bound)
+
+
+def _start(function: Any, *arguments: Any) -> Any:
+    """Start a function in another process, in which this module has been imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def resume_after_kills(folder: Path, *, runs: int) -> dict[str, float]:
+    """Kill each of so many runs of `learn` once (SIGKILL), resume it, and compare the outcomes.
+
+    Moments of the kills are uniform over the time that an unkilled run takes.
+
+    Returns:
+        The last two keys of `benchmark_page`.
+    """
+    seconds, same = 0.0, 0
+    for name in ("warm up", "unkilled"):  # the first start also waits for the imports
+        started = time.monotonic()
+        _start(_learn, folder / name).join()
+        seconds = time.monotonic() - started
+    draw, expected = random.Random(0), outcome(folder / "unkilled")
+    for run in range(runs):
+        process = _start(_learn, out := folder / f"run {run}")
+        time.sleep(draw.uniform(0, seconds))
+        process.kill()
+        process.join()
+        _start(_learn, out).join()
+        same += outcome(out) == expected
+    return {"resumed": runs, "resume_identical": same / runs}
+
+
+def outcome(run: Path) -> tuple[dict[str, Any], tuple[int, str]]:
+    """Result of a finished run without the time that it took, and its answers' digest."""
+    result = RunDirectory(run).result or {}
+    with FeedbackStore(run / "answers.sqlite") as store:
+        answers = store.digest()
+    timed = ("wall_seconds", "steps_per_second")
+    return {name: value for name, value in result.items() if name not in timed}, answers
+
+
+def _learn(out: Path) -> None:
+    config = LearnConfig("Reacher", 40, 8_192, rounds=4, epochs=10, video=False, out=out)
+    learn(config, resume=RunDirectory(out).exists, progress=False)
 
 
 async def _render_pairs(run: Path, task: str) -> list[float]:

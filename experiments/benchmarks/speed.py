@@ -24,15 +24,15 @@ from active import GreedyInformation, KCenter, QueryStrategy, all_pairs, mutual_
 from experiments.analysis.page import check_json, publish
 from experiments.envs.rollout import Policy, play
 from experiments.envs.tasks import Task, find_task, make_env
-from experiments.registry import make_detector
+from experiments.registry import make_named
 from experiments.training.agents import PPO_ROLLOUT, load_policy, train_agent
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner
-from experiments.training.rewards import LearnedReward
 from experiments.training.run_directory import RunDirectory
 from ood import CUSUM, MEWMA, Guard, Monitor, OODDetector, Statistic
 from rewardmodels import Clips, Comparisons, DeepEnsemble, SampledPosterior, fit
 from rewardmodels.saving import PREDICTORS
+from rewardmodels.wrappers import LearnedReward
 
 Reward = Literal["learned", "task"]
 
@@ -79,7 +79,7 @@ def benchmark_speed(quick: bool = False, json: Path | None = None) -> dict[str, 
     }
     for name in _MONITORS:
         short = "(steps=1000)" if quick and name == "DynamicsEnsemble" else ""
-        make = partial(make_detector, name + short, _OBSERVATION, seed=0)
+        make = partial(make_named, "detector", name + short, observation_size=_OBSERVATION, seed=0)
         for key, value in detector_scale(make, 10**5 if quick else 10**6).items():
             numbers[f"{key}.{name}"] = value
             if name == _DEFAULT:
@@ -100,7 +100,7 @@ def measure_throughput(rollouts: int) -> dict[str, float]:
             learners[arm] = Learner(config, RunDirectory(config.out))
             learners[arm].agent.learn(PPO_ROLLOUT)
         learned = learners["learned"]
-        learned.seed(0)
+        learned.seed(0, "train")
         clips = learned.clip_buffer.sample(50, 200, learned.rng)
         pairs = torch.arange(200).view(100, 2)
         better = (clips.returns[pairs[:, 1]] > clips.returns[pairs[:, 0]]).float()
@@ -216,10 +216,11 @@ def _monitor(task: Task, act: Policy, name: str) -> Monitor:
     played = play(lambda: make_env(task), act, _FAMILIAR + _CALIBRATION, seed=0)
     episodes = played.features(features)
     size = make_env(task).observation_space.shape[0]  # type: ignore[index]
-    detector = make_detector(detector_name, size, seed=0)
+    detector = make_named("detector", detector_name, observation_size=size, seed=0)
     monitor = Monitor(detector.fit(torch.cat(episodes[:_FAMILIAR])), statistic)
     threshold = monitor.calibrate(episodes[_FAMILIAR:], alpha=0.1)
-    monitor.threshold = replace(threshold, value=float("inf"))  # so that it never halts
+    # So high that it never halts, and without a promise.
+    monitor.threshold = replace(threshold, value=1e300, alpha=0.0, maxima=np.zeros(0))
     return monitor
 
 

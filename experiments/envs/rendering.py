@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import av
-import gymnasium as gym
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
-from experiments.envs.tasks import Task, make_env, simulator_state
+from experiments.envs.tasks import Task, has_mujoco_state, make_env, simulator_state
 from rewardmodels.errors import InvalidInput, RewardModelsError
 from rewardmodels.saving import atomic_path
 
@@ -42,6 +41,17 @@ def render_states(
     """Render simulator states once; see `Renderer` and its `draw`."""
     with Renderer(task, width, height) as renderer:
         return renderer.draw(states)
+
+
+def check_renderable(task: Task) -> None:
+    """Raise RenderingUnavailable unless people can be shown clips of a task.
+
+    They are drawn from its states, or are its observations, if those are pictures in RGB.
+    """
+    with make_env(task) as env:
+        space = env.observation_space
+    if space.dtype != np.uint8 or (space.shape or ())[2:] != (3,):
+        Renderer(task, 64, 64, smooth=False).close()
 
 
 class Renderer:
@@ -76,10 +86,10 @@ class Renderer:
             if now is None:
                 raise RenderingUnavailable(
                     f"task: expected an environment whose state can be set, got {task.name}, which "
-                    "has neither set_state(qpos, qvel) nor state."
+                    "has neither set_state(qpos, qvel) nor a numeric state."
                 )
             self._length = len(now)
-            if hasattr(env.unwrapped, "set_state"):
+            if has_mujoco_state(env.unwrapped):
                 drawer = _mujoco_drawer(env.unwrapped, width, height, smooth)
             else:
                 drawer = _own_drawer(task, width, height)
@@ -189,23 +199,41 @@ def _opengl(width: int, height: int) -> Iterator[None]:
 def _own_drawer(task: Task, width: int, height: int) -> Iterator[_Draw]:
     try:
         env = make_env(task, render_mode="rgb_array")
-        env.reset(seed=0)
-        env.render()
-    except gym.error.DependencyNotInstalled as error:
-        raise RenderingUnavailable(
-            f"task: expected an environment that can be drawn here, got {task.name}: {error}. "
-            "For classic control: pip install pygame."
-        ) from error
-    with env:
         simulator: Any = env.unwrapped
 
+        def picture(state: NDArray[np.float64]) -> NDArray[Any]:
+            like = np.asarray(simulator.state)
+            whole = state.reshape(like.shape).astype(like.dtype)
+            simulator.state = whole if whole.ndim else whole.item()
+            drawn = np.asarray(env.render())
+            if drawn.ndim != 3 or drawn.shape[2] != 3:
+                raise ValueError(f"render() gives {drawn.dtype} of shape {drawn.shape}")
+            return drawn
+
+        env.reset(seed=0)
+        env.action_space.seed(0)
+        first = cast(NDArray[np.float64], simulator_state(simulator))
+        before = picture(first).astype(float)
+        for _ in range(min(10, task.horizon)):
+            env.step(env.action_space.sample())
+        last = picture(cast(NDArray[np.float64], simulator_state(simulator)))
+        again = picture(first)
+        if np.abs(again - before).sum() > np.abs(again - last.astype(float)).sum():
+            raise ValueError("its picture doesn't follow its state")
+    except Exception as error:  # an environment of the user's own may raise anything
+        reason = " ".join(str(error).split())
+        raise RenderingUnavailable(
+            f"task: expected an environment that draws its state in render_mode='rgb_array', got "
+            f"{task.name}: {reason}"
+        ) from error
+    with env:
+
         def draw(state: NDArray[np.float64], frame: NDArray[np.uint8]) -> None:
-            simulator.state = state
-            picture = np.asarray(env.render())
+            drawn = picture(state)
             # Environments draw in a size of their own, mostly above ours: nearest pixels will do.
-            rows = np.arange(height) * picture.shape[0] // height
-            columns = np.arange(width) * picture.shape[1] // width
-            frame[:] = picture[np.ix_(rows, columns)]
+            rows = np.arange(height) * drawn.shape[0] // height
+            columns = np.arange(width) * drawn.shape[1] // width
+            frame[:] = drawn[np.ix_(rows, columns)]
 
         yield draw
 

@@ -1,22 +1,26 @@
-"""Authentication of the labelling page: one-time token, signed cookie, Host and Origin checks."""
+"""Authentication of the labelling page: token, signed cookie, Host and Origin checks."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import hmac
+import html
 import ipaddress
 import os
 import secrets
 import socket
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
+from string import Template
 from typing import Final, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from active import Missing
 
 MAX_BODY: Final = 4096  # bytes; a request of the page has about a hundred
 _MONTH: Final = 30 * 24 * 3600
@@ -28,9 +32,20 @@ _HEADERS: Final = (
         b"form-action 'self'",
     ),
     (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
+    # Not "no-referrer", with which a browser sends a form with the origin "null".
+    (b"referrer-policy", b"same-origin"),
 )
 _NO_STORE: Final = {"cache-control": "no-store"}
+_PUBLIC: Final = ("/page.css", "/icon.svg", "/enter.js")  # what the pages for strangers need
+_NEW_LINK: Final = (
+    "To get a new link, press Enter in the terminal in which `rewardmodels label` runs, or start "
+    "that command again. Answers that were saved stay saved."
+)
+_NO_LINK: Final = f"This page opens by its own link only. {_NEW_LINK}"
+_FORM: Final = Template(
+    '<form method="post" action="/"><input type="hidden" name="token" value="$token">'
+    '<button>Open the page</button></form><script src="/enter.js" defer></script>'
+)
 
 
 class Person(NamedTuple):
@@ -41,9 +56,11 @@ class Person(NamedTuple):
 
 
 class Authentication:
-    """ASGI middleware that admits only browsers which opened a link with an unused token.
+    """ASGI middleware that admits only browsers which opened a link with a valid token.
 
-    The token is exchanged for a signed cookie. Every request must name this server as its `Host`,
+    A link shows a page whose script (or button) sends the token back, so that a preview, which
+    only reads, doesn't use it up. The token is then exchanged for a signed cookie: by this machine
+    as often as it likes, by another one once. Every request must name this server as its `Host`,
     and as its `Origin` if it has one.
 
     Args:
@@ -52,15 +69,24 @@ class Authentication:
             working after a restart of the server.
         host: Address that the server is bound to.
         port: Port that the server is bound to.
-        people: Number of tokens; each works once.
+        people: Number of tokens.
+
+    Attributes:
+        tokens: Tokens that weren't exchanged by another machine yet; they end with the server.
     """
 
     def __init__(self, app: ASGIApp, *, run: Path, host: str, port: int, people: int) -> None:
         self.app, self.host, self.port = app, host, port
-        self.tokens = [secrets.token_urlsafe(24) for _ in range(people)]
-        self._unused = set(self.tokens)
+        self.tokens: list[str] = []
+        for _ in range(people):
+            self.add_token()
         self._key = _load_key(run / "label.key")
         self.cookie = f"label-{port}"  # browsers keep one jar for all ports of a host
+
+    def add_token(self) -> str:
+        """Make one more token; any thread may do so."""
+        self.tokens.append(secrets.token_urlsafe(24))
+        return self.tokens[-1]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -74,21 +100,21 @@ class Authentication:
             await send(message)
 
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        token = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        front = scope["path"] == "/"
         try:
             self._check_addresses(headers)
             person = self._identify(headers.get(b"cookie", ""))
-            if scope["path"] == "/" and token:
-                return await self._exchange(token, person)(scope, receive, secure_send)
-            if person is None:
-                raise HTTPException(
-                    403,
-                    "token: expected the link that `rewardmodels label` printed, which works "
-                    "once; start the command again for a new one.",
-                )
+            if not front and person is None and scope["path"] not in _PUBLIC:
+                raise HTTPException(403, _NO_LINK)
             body: bytes | None = await _read_body(headers, receive)
+            if front and (reply := self._enter(scope, body or b"", person)):
+                return await reply(scope, receive, secure_send)
         except HTTPException as error:
-            reply = JSONResponse({"reason": error.detail}, error.status_code, _NO_STORE)
+            reply = (
+                _page("This page can’t be opened", error.detail, error.status_code)
+                if front
+                else JSONResponse({"reason": error.detail}, error.status_code, _NO_STORE)
+            )
             return await reply(scope, receive, secure_send)
         scope.setdefault("state", {})["person"] = person
 
@@ -111,25 +137,44 @@ class Authentication:
             "SameSite=Strict"
         )
 
+    def receipt(self, person: Person, kind: str, id: int) -> str:
+        """Proof that a session gave some feedback, which only the server can make."""
+        return self._sign(f"{kind} {id} {person.session}", b"receipt")
+
+    def check_receipt(self, receipt: str, person: Person, kind: str, id: int) -> None:
+        """Raise Missing unless the session gave this feedback, whatever its name is."""
+        if not hmac.compare_digest(self.receipt(person, kind, id).encode(), receipt.encode()):
+            raise Missing(f"id: expected the id of {kind} that this browser gave, got {id}.")
+
     def _check_addresses(self, headers: dict[bytes, str]) -> None:
         if not self._is_own_host(host := headers.get(b"host", "")):
             raise HTTPException(403, "Host: expected this server's own address.")
         if headers.get(b"origin", f"http://{host}") != f"http://{host}":
             raise HTTPException(403, "Origin: expected this server's own page.")
 
-    def _exchange(self, token: str, person: Person | None) -> Response:
+    def _enter(self, scope: Scope, body: bytes, person: Person | None) -> Response | None:
+        """Reply to a request that brings a token; None to let a known person in without one."""
+        post = scope["method"] == "POST"
+        token = parse_qs((body if post else scope["query_string"]).decode("latin-1")).get("token")
         reply = RedirectResponse("/", 303, _NO_STORE)
-        if person is None:
-            if token not in self._unused:
-                raise HTTPException(
-                    403, "token: expected an unused one; start the command again for a new link."
-                )
-            self._unused.discard(token)
-            reply.headers["set-cookie"] = self.set_cookie(Person(secrets.token_hex(12), ""))
+        if person is not None:
+            return reply if token else None
+        if not token:
+            raise HTTPException(403, _NO_LINK)
+        given = token[0].encode()
+        known = [one for one in self.tokens if hmac.compare_digest(one.encode(), given)]
+        if not known:
+            raise HTTPException(403, f"This link is wrong, or was used already. {_NEW_LINK}")
+        if not post:
+            form = _FORM.substitute(token=html.escape(token[0]))
+            return _page("Which is better?", "You were asked to compare clips.", 200, form)
+        if not is_loopback((scope.get("client") or [""])[0]):
+            self.tokens.remove(known[0])
+        reply.headers["set-cookie"] = self.set_cookie(Person(secrets.token_hex(12), ""))
         return reply
 
-    def _sign(self, text: str) -> str:
-        return hmac.new(self._key, text.encode(), hashlib.sha256).hexdigest()
+    def _sign(self, text: str, purpose: bytes = b"") -> str:
+        return hmac.new(self._key + purpose, text.encode(), hashlib.sha256).hexdigest()
 
     def _identify(self, cookie_header: str) -> Person | None:
         try:
@@ -165,6 +210,12 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _page(title: str, text: str, status: int, form: str = "") -> Response:
+    page = Template(Path(__file__).with_name("static").joinpath("enter.html").read_text("utf-8"))
+    filled = page.substitute(title=html.escape(title), text=html.escape(text), form=form)
+    return HTMLResponse(filled, status, _NO_STORE)
 
 
 async def _read_body(headers: dict[bytes, str], receive: Receive) -> bytes:

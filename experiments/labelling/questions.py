@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import shlex
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from active import FeedbackStore
 from experiments.labelling.auth import Person
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import InvalidInput
+from rewardmodels import InvalidInput, RewardModelsError
 
 Choice = Literal["left", "right", "same", "unsure", "skip"]
 Kind = Literal["answer", "mark", "rating"]
@@ -21,6 +23,26 @@ PREFERENCES: Final[dict[Choice, float | None]] = {
 }  # fmt: skip
 AHEAD: Final = 3  # the query on the screen, and two that the browser loads meanwhile
 _REPEAT_GAP: Final = 5  # answers between a query and its repeat, so that it isn't just remembered
+
+
+class RunGone(RewardModelsError):
+    """The run's feedback store was deleted, moved or replaced; nothing more can be saved."""
+
+
+class Progress(NamedTuple):
+    """State of a run, for the people who answer.
+
+    Attributes:
+        state: `waiting` for answers, `running` without open queries, `over`, `paused` (no process
+            holds the run), `gone`, `unknown` (nothing tells whether a process holds it), or
+            `unshown` (its clips can't be drawn here).
+        text: What that means for a person.
+        command: What to run next in a terminal, or "".
+    """
+
+    state: Literal["waiting", "running", "over", "paused", "gone", "unknown", "unshown"]
+    text: str
+    command: str = ""
 
 
 class Questions:
@@ -39,13 +61,61 @@ class Questions:
         self._random = random.Random(0)
         self._frames: dict[int, int] = {}
         self._budget = self.run.settings.get("comparisons")
+        self._inode = self.store.path.stat().st_ino
+
+    def check_there(self) -> None:
+        """Raise RunGone unless the file that is open is still the run's store."""
+        try:
+            there = self.store.path.stat().st_ino == self._inode
+        except OSError:
+            there = False
+        if not there:
+            raise RunGone(
+                f"{self.store.path} was deleted, moved or replaced, so nothing more can be saved. "
+                "Start `rewardmodels label` again with the directory of the run."
+            )
+
+    def progress(self) -> Progress:
+        """State of the run, and what happens next."""
+        try:
+            self.check_there()
+        except RunGone as gone:
+            return Progress("gone", str(gone))
+        counts, path = self.store.counts(), self.run.path
+        if (path / "result.json").is_file():
+            given = f"{counts.answered} comparison{'s' * (counts.answered != 1)}"
+            text = f"The run is over: {given} given. It asks no more; you can close this page."
+            return Progress("over", f"{text} What came of it is in {path / 'report.html'}.")
+        resume = shlex.join(["rewardmodels", "learn", "--resume", "--out", str(path)])
+        held = _is_held(path)
+        if held is False:
+            text = "The run was stopped. Answers are kept, and count once it is resumed with"
+            return Progress("paused", text, resume)
+        waiting = counts.put > counts.answered + counts.skipped
+        if self._budget and counts.answered >= self._budget:
+            text = "All comparisons are given. The agent trains on with them and asks no more."
+        elif waiting:
+            text = "Other people have the questions that are left. Come back, or wait for new ones."
+        else:
+            text = "The agent is training. New questions appear here as it asks them."
+        if held is None and self.run.exists:
+            return Progress("unknown", f"{text} If it was stopped, resume it with", resume)
+        return Progress("unknown" if held is None else "waiting" if waiting else "running", text)
 
     def state(self, person: Person) -> dict[str, Any]:
-        """State of the page: the person's queries, oldest first, and everybody's progress."""
-        self._repeat(person)
-        ids = self.store.leases.take(person.session, AHEAD, seconds=self.lease_seconds)
+        """State of the page: the person's queries, oldest first, and everybody's progress.
+
+        A run that is gone has the key `run` alone.
+        """
+        progress, ids = self.progress(), []
+        if progress.state == "gone":
+            return {"run": progress._asdict()}
+        if progress.state != "over":
+            self._repeat(person)
+            ids = self.store.leases.take(person.session, AHEAD, seconds=self.lease_seconds)
         counts, agreement = self.store.counts(), self.store.repeats.agreement()
         return {
+            "run": progress._asdict(),
             "queries": [
                 {"id": id, "clips": [self._clip(clip, person) for clip in self.store.shown(id)]}
                 for id in ids
@@ -67,7 +137,7 @@ class Questions:
         return self.store.answer(
             query,
             PREFERENCES[choice],
-            _name(person),
+            self._teacher(person),
             seconds=seconds,
             declined="unsure" if choice == "unsure" else "skip",
             holder=person.session,
@@ -78,16 +148,16 @@ class Questions:
         clip = self._held_clip(person, query, side)
         if last >= (frames := self._length(clip)):
             raise InvalidInput(f"last: expected a frame below the clip's {frames}, got {last}.")
-        return self.store.marks.add(clip, first, last, good=good, teacher=_name(person))
+        return self.store.marks.add(clip, first, last, good=good, teacher=self._teacher(person))
 
     def rate(self, person: Person, query: int, side: int, stars: int) -> int:
         """Store a rating (1 to 5 stars) of a clip of a query that the person holds."""
         clip = self._held_clip(person, query, side)
-        return self.store.marks.rate(clip, (stars - 1) / 4, teacher=_name(person))
+        return self.store.marks.rate(clip, (stars - 1) / 4, teacher=self._teacher(person))
 
     def undo(self, person: Person, kind: Kind, id: int) -> int | None:
         """Withdraw the person's feedback; a query that is open again is leased to them."""
-        query = self.store.withdraw(kind, id, _name(person))
+        query = self.store.withdraw(kind, id, self._teacher(person))
         if query is not None:
             self.store.leases.grant(query, person.session, seconds=self.lease_seconds)
         return query
@@ -104,6 +174,13 @@ class Questions:
             return self._length(clip) > 0
         except InvalidInput:
             return False
+
+    def _teacher(self, person: Person) -> str:
+        """Name under which a person's feedback is stored, if it can be."""
+        self.check_there()
+        if not person.name:
+            raise InvalidInput("name: expected a name before the first answer, got none.")
+        return person.name
 
     def _repeat(self, person: Person) -> None:
         if not self.repeat_every or not person.name:
@@ -134,7 +211,14 @@ class Questions:
         return clips[side]
 
 
-def _name(person: Person) -> str:
-    if not person.name:
-        raise InvalidInput("name: expected a name before the first answer, got none.")
-    return person.name
+def _is_held(run: Path) -> bool | None:
+    """Return whether a process holds a run's lock; None if it has no lock file, or no right."""
+    try:
+        if not (run / ".lock").is_file():
+            return None
+        with FileLock(run / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -17,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from active import Conflict, Missing
-from active.feedback import LEASE_SECONDS
+from active.feedback import LEASE_SECONDS, check_teacher
 from experiments.labelling.auth import Authentication, Person
-from experiments.labelling.questions import Choice, Kind, Questions
+from experiments.labelling.questions import Choice, Kind, Progress, Questions, RunGone
 from experiments.labelling.videos import Videos, VideoUnavailable
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import RewardModelsError, UnreadableFile
@@ -29,6 +30,7 @@ T = TypeVar("T")
 _FILES: Final = {
     "": ("page.html", "text/html; charset=utf-8"),
     "page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "enter.js": ("enter.js", "text/javascript; charset=utf-8"),
     "page.css": ("page.css", "text/css; charset=utf-8"),
     "icon.svg": ("icon.svg", "image/svg+xml"),
 }
@@ -36,6 +38,7 @@ _STATUS: Final = {
     Missing: 404,
     VideoUnavailable: 501,
     Conflict: 409,
+    RunGone: 410,
     UnreadableFile: 500,
     RewardModelsError: 422,
 }
@@ -56,9 +59,7 @@ class _Body(BaseModel):
 
 
 class _Name(_Body):
-    name: str = Field(
-        min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]*\S[^\x00-\x1f\x7f]*$"
-    )
+    name: str = Field(max_length=64)
 
 
 class _Answer(_Body):
@@ -85,6 +86,7 @@ class _Rating(_ClipBody):
 class _Undo(_Body):
     kind: Kind
     id: Id
+    receipt: str
 
 
 def make_app(
@@ -124,7 +126,9 @@ def make_app(
             app.state.best_checkpoint = []
             videos.start()
             videos.prefetch(await _call(app, Questions.first_clips))
+            warning = asyncio.create_task(_warn(videos))
             yield
+            warning.cancel()
             await videos.stop()
             await _call(app, lambda questions: questions.store.close())
 
@@ -134,6 +138,11 @@ def make_app(
     _add_api(app, authentication, videos)
     _add_error_handlers(app)
     return authentication
+
+
+async def _warn(videos: Videos) -> None:
+    if reason := await videos.obstacle():
+        print(f"Warning: no clip can be shown here: {reason}", file=sys.stderr, flush=True)
 
 
 def _add_files(app: FastAPI, run: Path, videos: Videos) -> None:
@@ -164,37 +173,50 @@ def _add_files(app: FastAPI, run: Path, videos: Videos) -> None:
 def _add_api(app: FastAPI, authentication: Authentication, videos: Videos) -> None:
     async def state(person: Person, **more: Any) -> dict[str, Any]:
         state = await _call(app, Questions.state, person)
-        videos.prefetch([clip["id"] for query in state["queries"] for clip in query["clips"]])
+        shown = state.get("queries", [])
+        videos.prefetch([clip["id"] for query in shown for clip in query["clips"]])
         return {"name": person.name, **state, **more}
+
+    def given(person: Person, kind: Kind, id: int) -> dict[str, Any]:
+        return {"kind": kind, "id": id, "receipt": authentication.receipt(person, kind, id)}
 
     @app.post("/api/name")
     async def name(person: _Sender, body: _Name) -> Response:
         person = person._replace(name=body.name.strip())
+        check_teacher(person.name)
         cookie = {"set-cookie": authentication.set_cookie(person)}
         return JSONResponse(await state(person), headers=cookie)
 
     @app.post("/api/next")
     async def next_(person: _Sender) -> dict[str, Any]:
-        return await state(person) if person.name else {"name": ""}
+        progress = await _call(app, Questions.progress)
+        if progress.state not in ("over", "gone") and (reason := await videos.obstacle()):
+            text = f"No clip can be shown here, so that there is nothing to compare. {reason}"
+            text += " Start `rewardmodels label` again once that is mended."
+            progress = Progress("unshown", text)
+        elif person.name:
+            return await state(person)
+        return {"name": person.name, "run": progress._asdict()}
 
     @app.post("/api/answer")
     async def answer(person: _Sender, body: _Answer) -> dict[str, Any]:
         id = await _call(app, Questions.answer, person, **body.model_dump())
-        return await state(person, kind="answer", id=id)
+        return await state(person, **given(person, "answer", id))
 
     @app.post("/api/mark")
     async def mark(person: _Sender, body: _Mark) -> dict[str, Any]:
         id = await _call(app, Questions.mark, person, **body.model_dump())
-        return {"kind": "mark", "id": id}
+        return given(person, "mark", id)
 
     @app.post("/api/rate")
     async def rate(person: _Sender, body: _Rating) -> dict[str, Any]:
         id = await _call(app, Questions.rate, person, **body.model_dump())
-        return {"kind": "rating", "id": id}
+        return given(person, "rating", id)
 
     @app.post("/api/undo")
     async def undo(person: _Sender, body: _Undo) -> dict[str, Any]:
-        query = await _call(app, Questions.undo, person, **body.model_dump())
+        authentication.check_receipt(body.receipt, person, body.kind, body.id)
+        query = await _call(app, Questions.undo, person, body.kind, body.id)
         return await state(person, query=query)
 
     @app.post("/api/leave")

@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 
 from active import FeedbackStore
 from experiments.envs.rendering import Renderer, RenderingUnavailable, write_video
-from experiments.envs.tasks import find_task
+from experiments.envs.tasks import find_task, make_env, simulator_state
+from experiments.registry import load_model
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import RewardModelsError, load
+from rewardmodels import RewardModelsError
 
-Job = int | Literal["best"]
-"""A clip's id, or the best clip by the learned reward."""
+Job = int | Literal["best", "check"]
+"""A clip's id, the best clip by the learned reward, or a check that clips can be drawn at all."""
 
 SIZE_PX: Final = 320  # width and height
 FPS: Final = 25
@@ -92,6 +93,14 @@ class Videos:
             self._queue.put_nowait((0, next(self._numbers), job))
         return await asyncio.shield(self._results[job])
 
+    async def obstacle(self) -> str | None:
+        """Return the reason why no clip of the run can be shown here; None if they can."""
+        try:
+            await self.get("check")
+        except VideoUnavailable as error:
+            return str(error)
+        return None
+
     def forget(self, job: Job) -> None:
         """Drop a finished job's result, so that the next request draws it again."""
         if job in self._results and self._results[job].done():
@@ -142,7 +151,7 @@ class ClipRenderer:
     """
 
     def __init__(self, run: Path, task: str) -> None:
-        self.run, self.task = run, find_task(task)
+        self.run, self.task = run, find_task(task, RunDirectory(run).settings.get("horizon"))
         self.store = FeedbackStore(run / "answers.sqlite")
         self.folder = run / "videos"
         self.folder.mkdir(exist_ok=True)
@@ -158,7 +167,7 @@ class ClipRenderer:
         shown, states = clip.observations[0].numpy(), clip.states
         if states is not None:
             shown = states[0].numpy()
-        elif shown.dtype != np.uint8 or shown.shape[3:] != (3,):
+        elif not _is_image(shown[0]):
             raise RenderingUnavailable(
                 f"clip {id}: expected simulator states or images as observations, got neither, "
                 f"since {self.task.name} has no state that can be set."
@@ -169,7 +178,8 @@ class ClipRenderer:
 
     def best(self) -> str | None:
         """Render the agent's best recent clip by the learned reward; None before there is one."""
-        states = best_clip(self.run)
+        # The buffer holds a horizon's steps at least, and so half of an episode without a break.
+        states = best_clip(self.run, min(BEST_FRAMES, -(-self.task.horizon // 2)))
         if states is None:
             return None
         name = self._write(f"best-{hashlib.sha256(states.tobytes()).hexdigest()}.mp4", states)
@@ -178,21 +188,56 @@ class ClipRenderer:
                 old.unlink()
         return name
 
+    def check(self) -> str | None:
+        """Draw the first clip, or the environment's first state if there is none yet.
+
+        Returns:
+            Name of the first clip's video, if there is one.
+
+        Raises:
+            RenderingUnavailable: No clip can be rendered here.
+        """
+        try:
+            if queries := self.store.queries():
+                return self.clip(self.store.shown(queries[0].id)[0])
+            with make_env(self.task) as env:
+                seen = env.reset(seed=0)[0]
+                state = simulator_state(env.unwrapped)
+            if not _is_image(np.asarray(seen)):
+                renderer = self._open_renderer()
+                if state is not None:
+                    renderer.draw(state[None])
+            return None
+        except RewardModelsError:
+            raise
+        except Exception as error:  # a user's environment may raise anything
+            raise RenderingUnavailable(
+                f"task: expected an environment that can be drawn with render_mode='rgb_array', "
+                f"got {self.task.name}, which fails with {type(error).__name__}: {error}."
+            ) from error
+
     def close(self) -> None:
         """Close the store and the renderer."""
         self.store.close()
         if self._renderer is not None:
             self._renderer.close()
 
+    def _open_renderer(self) -> Renderer:
+        if self._renderer is None:
+            self._renderer = Renderer(self.task, SIZE_PX, SIZE_PX, smooth=False)
+        return self._renderer
+
     def _write(self, name: str, shown: NDArray[Any], drawn: bool = False) -> str:
         """Write states, or images that are drawn already, to a file unless it exists."""
         if not (self.folder / name).exists():
             if not drawn:
-                if self._renderer is None:
-                    self._renderer = Renderer(self.task, SIZE_PX, SIZE_PX, smooth=False)
-                shown = self._renderer.draw(shown)
+                shown = self._open_renderer().draw(shown)
             write_video(shown, self.folder / name, FPS)
         return name
+
+
+def _is_image(observation: NDArray[Any]) -> bool:
+    return observation.dtype == np.uint8 and observation.shape[2:] == (3,)
 
 
 def best_clip(run: Path, frames: int = BEST_FRAMES) -> NDArray[np.floating[Any]] | None:
@@ -211,7 +256,7 @@ def best_clip(run: Path, frames: int = BEST_FRAMES) -> NDArray[np.floating[Any]]
         return None
     newest = checkpoints[-1]
     try:
-        model = load(newest / "model.safetensors")
+        model = load_model(newest / "model.safetensors", RunDirectory(run).settings)
         buffer = ClipBuffer.load(newest / "clip_buffer.npz")
     except FileNotFoundError:
         return None
@@ -235,7 +280,11 @@ def main() -> None:
         for line in sys.stdin:
             job = json.loads(line)
             try:
-                reply = {"file": renderer.best() if job == "best" else renderer.clip(job)}
+                if job == "check":
+                    file = renderer.check()
+                else:
+                    file = renderer.best() if job == "best" else renderer.clip(job)
+                reply = {"file": file}
             except (RewardModelsError, OSError, ValueError, KeyError) as error:
                 reply = {"error": str(error)}
             print(json.dumps(reply), file=replies, flush=True)

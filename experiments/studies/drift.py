@@ -58,10 +58,11 @@ from experiments.training.agents import (
     train_agent,
 )
 from experiments.training.clip_buffer import ClipBuffer
-from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward
+from experiments.training.rewards import RewardWrapper, baseline_reward
 from ood import Mahalanobis, Monitor, PauseOnAlarm
 from rewardmodels import Clips, Comparisons, RewardModel, UnknownName
 from rewardmodels.clips import cut
+from rewardmodels.wrappers import LearnedReward
 
 Arm = Literal[
     "frozen",

@@ -43,7 +43,7 @@ from experiments.analysis.stats import over_tasks
 from experiments.envs.perturbations import PERTURBATIONS, Severity, perturb
 from experiments.envs.rollout import play, play_batch
 from experiments.envs.tasks import Task, find_task, make_env
-from experiments.registry import find_class, make_detector
+from experiments.registry import find_class, make_named
 from experiments.studies import PoolSettings, check_least, compare_by_return, seed_range
 from experiments.training.agents import load_policy, train_agent
 from ood import MEWMA, STATISTICS, Monitor, OODDetector
@@ -135,9 +135,9 @@ class Settings(PoolSettings):
             seeds=1, pairs=10, promise_share=0.01,
         )  # fmt: skip
         for name in self.detectors:
-            find_class("detector", name)
+            make_named("detector", name, observation_size=1, seed=0)
         for name in self.statistics:
-            find_class("statistic", name)
+            make_named("statistic", name)
         for task in self.tasks:
             find_task(task)
         for name in self.tasks if self.shifts is not None else ():
@@ -345,7 +345,10 @@ def _selection(settings: Settings, task: str, seed: int) -> dict[str, Any]:
 def _published(settings: Settings, name: str, detector: str, seed: int) -> list[dict[str, Any]]:
     """Frame-wise scores beside the published ones, for each disturbance."""
     assert settings.published is not None
-    table = pd.read_csv(settings.published)
+    try:
+        table = pd.read_csv(settings.published)
+    except ValueError as error:  # not UTF-8, or an unclosed quote
+        raise InvalidInput(f"published: expected a CSV file, got a damaged one: {error}") from error
     task = replace(find_task(name), horizon=1000)
     act, first = load_policy(task, settings.agent(name)), 90
     usual = play(lambda: make_env(task), act, first, seed).features()
@@ -433,7 +436,8 @@ def _fitted(name: str, task: Task, frames: torch.Tensor, seed: int) -> OODDetect
     """Fit a detector of a task's transitions."""
     size = make_env(task).observation_space.shape[0]  # type: ignore[index]
     with isolated_randomness(seed):
-        return make_detector(name, size, seed).fit(frames)
+        detector: OODDetector = make_named("detector", name, observation_size=size, seed=seed)
+        return detector.fit(frames)
 
 
 def report(results: pd.DataFrame) -> Report:

@@ -26,6 +26,7 @@ from rewardmodels.fitting import isolated_randomness
 from rewardmodels.saving import atomic_path
 
 PPO_ENVS = 32  # environments that PPO's settings were measured with
+AGENT_FILE = "agent.pt"  # in a checkpoint: `training_state`, which runs no code when loaded
 PPO_ROLLOUT = 2048  # steps between two updates, over all environments together
 
 # On the tasks' own rewards these gave, as the mean return of the last 20 episodes (of 1000 steps,
@@ -206,6 +207,77 @@ def load_policy(task: Task, file: Path) -> Policy:
         return np.clip(mean + spread * noise, space.low, space.high).astype(space.dtype)
 
     return act
+
+
+# What an algorithm counts or holds besides networks and their optimisers.
+_COUNTERS = (
+    *("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "exploration_rate"),
+    "_current_progress_remaining",
+)
+_LAST_STEP = ("_last_obs", "_last_original_obs", "_last_episode_starts")
+_REPLAYED = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+
+
+def training_state(agent: BaseAlgorithm, normalised: VecNormalize) -> dict[str, Any]:
+    """Tensors and numbers from which `resume_training` goes on, without the replay buffer."""
+    found = vars(agent)
+    moments = (normalised.obs_rms, normalised.ret_rms)
+    return {
+        "parameters": agent.get_parameters(),
+        "tensors": {k: v.detach() for k, v in found.items() if isinstance(v, torch.Tensor)},
+        "counters": {k: found[k] for k in _COUNTERS if k in found},
+        "last_step": {
+            k: torch.from_numpy(found[k]) for k in _LAST_STEP if found.get(k) is not None
+        },
+        "moments": [_moments(each) for each in moments],
+        "returns": torch.from_numpy(normalised.returns),
+    }
+
+
+def resume_training(agent: BaseAlgorithm, normalised: VecNormalize, state: dict[str, Any]) -> None:
+    """Give an agent made with the same settings, and its environments, a `training_state`."""
+    resume_policy(agent, normalised, state)
+    agent.set_parameters(state["parameters"])
+    for name, tensor in state["tensors"].items():
+        getattr(agent, name).data.copy_(tensor)
+    for name in _COUNTERS & state["counters"].keys():
+        setattr(agent, name, type(getattr(agent, name))(state["counters"][name]))
+    for name in _LAST_STEP & state["last_step"].keys():
+        setattr(agent, name, state["last_step"][name].numpy())
+    normalised.returns = state["returns"].numpy()
+
+
+def resume_policy(agent: BaseAlgorithm, normalised: VecNormalize, state: dict[str, Any]) -> None:
+    """Give an agent, and the statistics that its inputs are normalised by, those of a state."""
+    policy: Any = agent.policy
+    policy.load_state_dict(state["parameters"]["policy"])
+    if agent.use_sde:
+        policy.reset_noise()  # else of the weights before
+    rms: Any
+    for rms, (mean, var, count) in zip(
+        (normalised.obs_rms, normalised.ret_rms), state["moments"], strict=True
+    ):
+        rms.mean, rms.var, rms.count = mean.numpy(), var.numpy(), float(count)
+
+
+def _moments(rms: Any) -> list[torch.Tensor]:
+    return [torch.as_tensor(x, dtype=torch.float64) for x in (rms.mean, rms.var, rms.count)]
+
+
+def save_replay(agent: OffPolicyAlgorithm, file: Path) -> None:
+    """Write the filled part of an agent's replay buffer to an `.npz` file."""
+    buffer: Any = agent.replay_buffer
+    rows = {name: getattr(buffer, name)[: buffer.size()] for name in _REPLAYED}
+    np.savez(file, allow_pickle=False, pos=buffer.pos, full=buffer.full, **rows)
+
+
+def load_replay(agent: OffPolicyAlgorithm, file: Path) -> None:
+    """Fill an agent's replay buffer with what `save_replay` wrote."""
+    buffer: Any = agent.replay_buffer
+    with file.open("rb") as raw, np.load(raw, allow_pickle=False) as rows:
+        buffer.pos, buffer.full = int(rows["pos"]), bool(rows["full"])
+        for name in _REPLAYED:
+            getattr(buffer, name)[: buffer.size()] = rows[name]
 
 
 def exploring_policy(agent: BaseAlgorithm, normalised: VecNormalize) -> Policy:

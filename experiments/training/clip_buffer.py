@@ -61,6 +61,17 @@ class ClipBuffer:
         if self.steps:
             self._columns["ends"][(self.steps - 1) % self.capacity] = True
 
+    def current_actions(self) -> list[NDArray[np.generic]]:
+        """Actions of each environment since its current episode began, `(T, *act)` each."""
+        kept = min(self.steps, self.capacity)
+        order = (self.steps - kept + np.arange(kept)) % self.capacity
+        if not kept:
+            return [np.empty(0)] * self.n_envs
+        # Counted from the newest step back; all that is kept where no episode ended.
+        lengths = np.cumsum(self._columns["ends"][order][::-1], 0) == 0
+        actions = self._columns["actions"][order]
+        return [actions[kept - n :, i] for i, n in enumerate(lengths.sum(0))]
+
     def sample(self, length: int, n: int, rng: np.random.Generator, *, recent: int = 0) -> Clips:
         """Sample n clips without replacement, uniformly from all places within an episode.
 

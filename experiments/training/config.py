@@ -17,7 +17,7 @@ from active import (
     SyntheticTeacher,
     Teacher,
 )
-from experiments.envs.tasks import find_task
+from experiments.envs.tasks import TASKS, check_env, find_task
 from experiments.envs.vector import MAX_SEED
 from rewardmodels import DeepEnsemble, InvalidInput, RewardModel
 
@@ -83,7 +83,9 @@ class LearnConfig:
 
     Args:
         task: HalfCheetah, Hopper, Walker2d, Ant, Swimmer, Reacher, Pendulum, InvertedPendulum,
-            backflip, or any Gymnasium id with a time limit.
+            backflip, or any Gymnasium id, such as CartPole-v1, or my_module:MyEnv-v0 to import the
+            module that registers it.
+        horizon: Steps in every episode. None takes the task's time limit.
         comparisons: Total number of comparisons to learn from. None takes the task's default,
             here and below.
         steps: Environment steps to train the policy for.
@@ -116,10 +118,11 @@ class LearnConfig:
         out: The run directory.
 
     Raises:
-        InvalidInput: A number out of range, or an unknown task.
+        InvalidInput: A number out of range, an unknown task, or an environment that can't be used.
     """
 
     task: str = "HalfCheetah"
+    horizon: int | None = None
     comparisons: int | None = None
     steps: int | None = None
     reward: RewardName = "learned"
@@ -143,7 +146,10 @@ class LearnConfig:
     out: Path = Path("runs/learn")
 
     def __post_init__(self) -> None:
-        task, defaults = find_task(self.task), task_defaults(self.task)
+        task, defaults = find_task(self.task, self.horizon), task_defaults(self.task)
+        self.horizon = task.horizon
+        if self.task not in TASKS:
+            check_env(task)
         self.schedule = self.schedule or defaults.schedule()
         for name in ("comparisons", "steps", "rounds", "warm_up", "start_over"):
             if getattr(self, name) is None:
@@ -152,14 +158,15 @@ class LearnConfig:
             ("steps", "warm_up", "start_over", "rounds", "clip_length", "epochs", "evaluate",
              "threads"), 1
         ) | {"comparisons": 8, "candidates": 2, "pessimism": 0, "focus": 0, "seed": 0}  # fmt: skip
+        most = {"pessimism": 1e6, "seed": MAX_SEED, "threads": 1024, "candidates": 10_000}
         for name, bound in least.items():
             value = getattr(self, name)
-            if not value >= bound:
-                raise InvalidInput(f"{name}: expected a number of at least {bound}, got {value}.")
-            if value == math.inf:
-                raise InvalidInput(f"{name}: expected a finite number, got inf.")
-        if self.seed > MAX_SEED:
-            raise InvalidInput(f"seed: expected at most {MAX_SEED:,}, got {self.seed}.")
+            if not bound <= value < math.inf:
+                raise InvalidInput(
+                    f"{name}: expected a finite number of at least {bound}, got {value}."
+                )
+            if value > (limit := most.get(name, math.inf if name == "focus" else 10**10)):
+                raise InvalidInput(f"{name}: expected at most {limit:,}, got {value}.")
         assert self.comparisons is not None
         if self.candidates * (self.candidates - 1) // 2 < self.comparisons:
             raise InvalidInput(

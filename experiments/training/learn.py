@@ -34,18 +34,37 @@ from experiments.envs.rendering import RenderingUnavailable, render_states, writ
 from experiments.envs.rollout import play_agent
 from experiments.envs.tasks import Task, find_task
 from experiments.envs.vector import make_vec_env
-from experiments.training.agents import PPO_ENVS, make_agent, progress_bar, train_until
+from experiments.training.agents import (
+    AGENT_FILE,
+    PPO_ENVS,
+    load_replay,
+    make_agent,
+    progress_bar,
+    resume_training,
+    save_replay,
+    train_until,
+    training_state,
+)
 from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
-from experiments.training.rewards import LearnedReward, RewardWrapper, baseline_reward, relabel
+from experiments.training.rewards import RewardWrapper, baseline_reward
 from experiments.training.run_directory import RunDirectory, versions
-from rewardmodels import Clips, ReturnPosterior, RewardModel, SampledPosterior, load, save
+from rewardmodels import (
+    Clips,
+    InvalidInput,
+    ReturnPosterior,
+    RewardModel,
+    SampledPosterior,
+    load,
+    save,
+)
 from rewardmodels.calibration import expected_calibration_error, risk_coverage
 from rewardmodels.clips import cut
 from rewardmodels.epic import pearson_distance
 from rewardmodels.fitting import MIN_COMPARISONS
 from rewardmodels.saving import write_text_atomically
+from rewardmodels.wrappers import LearnedReward, relabel
 
 
 def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -60,7 +79,9 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
         Content of the run's `result.json`.
 
     Raises:
-        InvalidInput: The directory holds a run already (or none to resume, or another).
+        InvalidInput: The directory holds a run already (or none to resume, or another), another
+            process works on it, or its answers aren't those that its checkpoint was made with.
+        UnreadableFile: A file of the run is damaged, or of an earlier version.
     """
     run = RunDirectory(config.out)
     run.check_writable(config, resume=resume)
@@ -68,18 +89,27 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
         if not (config.out / "report.html").exists():
             write_report(config.out)
         return run.result
+    with run.locked():
+        run.check_writable(config, resume=resume)  # another process may just have started one
+        return _learn(config, run, progress)
+
+
+def _learn(config: LearnConfig, run: RunDirectory, progress: bool) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     learner = Learner(config, run)
+    learner.check_answers(config.out / "answers.sqlite")
     run.start(config)  # only now, so that settings that raise leave no directory behind
     with (
         FeedbackStore(config.out / "answers.sqlite") as store,
         progress_bar(learner.steps, learner.step, show=progress) as bar,
     ):
         for round in range(learner.rounds_done, learner.rounds):
-            learner.seed(round)
             if config.reward == "learned":
+                learner.seed(round, "ask")
                 learner.ask(round, store, bar.set_postfix_str)
+                learner.seed(round, "fit")
                 learner.fit_reward(store)
+            learner.seed(round, "train")
             train_until(learner.agent, learner.steps_after(round), bar)
             learner.save_round(round, store, bar)
         result = learner.finish(store)
@@ -90,8 +120,8 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
 class Learner:
     """State of a run, and the three steps of each round.
 
-    Every round draws from generators seeded by `(seed, round)`, so that its draws don't depend on
-    whether the process was restarted in between.
+    Every purpose of every round has generators of its own, seeded by `(seed, round, purpose)`, so
+    that its draws don't depend on what was done before a restart.
 
     With `warm_up=3`, `rounds=10`, 400 comparisons and `Constant(initial=0.25)` there are 12 rounds,
     3 - 1 + 10. Each asks and fits:
@@ -104,9 +134,10 @@ class Learner:
 
     def __init__(self, config: LearnConfig, run: RunDirectory) -> None:
         self.config, self.run = config, run
-        self.task = find_task(config.task)
+        self.task = find_task(config.task, config.horizon)
         self.model = config.model
         self.rounds_done, self.seconds = 0, 0.0
+        self.answers = (0, "")  # at the checkpoint: their number and digest
         settings: Any = config  # LearnConfig.__post_init__ has filled in what was None
         self.comparisons: int = settings.comparisons
         self.steps: int = settings.steps
@@ -141,12 +172,33 @@ class Learner:
         """Environment steps that the policy has been trained for."""
         return int(self.agent.num_timesteps)
 
-    def seed(self, round: int) -> None:
-        """Seed the generators of a round."""
-        (number,) = np.random.SeedSequence([self.config.seed, round]).generate_state(1)
-        set_random_seed(int(number))  # Stable-Baselines3 draws from the global generators
-        self.rng = np.random.default_rng(number)
-        self.generator = torch.Generator().manual_seed(int(number))
+    def seed(self, round: int, purpose: str, number: int = 0) -> None:
+        """Seed all generators for a purpose within a round, or for a number of the same purpose."""
+        entropy = [self.config.seed, round, number, *purpose.encode()]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        set_random_seed(seed)  # Stable-Baselines3 draws from the global generators
+        self.agent.action_space.seed(seed)
+        self.rng = np.random.default_rng(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        if self.config.reward != "learned":
+            self.env.reward = baseline_reward(self.config.reward, seed)
+
+    def check_answers(self, file: Path) -> None:
+        """Raise InvalidInput unless a store begins with the answers that the checkpoint knows."""
+        number, digest = self.answers
+        if not number:
+            return
+        found = 0
+        if file.exists():
+            with FeedbackStore(file) as store:
+                found, same = store.digest(number)
+            if same == digest:
+                return
+        raise InvalidInput(
+            f"{file}: expected the {number} answers that {self.run.checkpoints[-1]} was made with, "
+            f"got {'others' if found == number else f'{found} of them'}. Put the run's own file "
+            "back, or start a new run in another --out."
+        )
 
     def ask(self, round: int, store: FeedbackStore, report: Callable[[str], Any] = str) -> None:
         """Let the teacher compare clips of the agent, as many as are due in a round.
@@ -169,9 +221,11 @@ class Learner:
 
     def _propose(self, n: int, round: int, store: FeedbackStore) -> None:
         """Put n queries about the agent's latest clips, chosen by the strategy."""
+        self.seed(round, "propose", store.counts().put)
         clips = self._latest_clips(self.config.candidates)
         pairs = self._choose(clips, min(n, len(clips) * (len(clips) - 1) // 2))
         store.add_queries(clips, pairs, round=round)
+        self.seed(round, "ask")  # for teachers that draw from the global generators
 
     def fit_reward(self, store: FeedbackStore) -> None:
         """Fit the model to all feedback so far, and replace the reward by the new one."""
@@ -188,8 +242,10 @@ class Learner:
 
     def save_round(self, round: int, store: FeedbackStore, bar: tqdm) -> None:
         """Log the round's metrics, and write a checkpoint from which the next round starts."""
+        self.seed(round, "measure")
         row = self._metrics(store)
         self.run.log(row)
+        self.answers = store.digest()
         self.run.checkpoint(round, self._write)
         known = "task_return" in row
         returned = f"true return {row['task_return']:.0f}" if known else "no episode ended"
@@ -198,7 +254,7 @@ class Learner:
 
     def finish(self, store: FeedbackStore) -> dict[str, Any]:
         """Evaluate the final policy, and write the result, a video and the model."""
-        self.seed(self.rounds)
+        self.seed(self.rounds, "evaluate")
         config, out = self.config, self.config.out
         last = {name: value for row in self.run.rows for name, value in row.items()}
         clips = play_agent(
@@ -301,24 +357,29 @@ class Learner:
         return {name: value for name, value in row.items() if np.isfinite(value)}
 
     def _write(self, folder: Path) -> None:
-        self.agent.save(folder / "agent.zip")
-        self.normalised.save(str(folder / "normalise.pkl"))
+        agent = training_state(self.agent, self.normalised)
+        with (folder / AGENT_FILE).open("wb") as file:  # a full disk is then an OSError
+            torch.save({**agent, "env": self.env.progress()}, file)
+        (folder / "answers.json").write_text(json.dumps(self.answers))
         self.clip_buffer.save(folder / "clip_buffer.npz")
         if isinstance(self.agent, OffPolicyAlgorithm):
-            self.agent.save_replay_buffer(folder / "replay.pkl")
+            save_replay(self.agent, folder / "replay.npz")
         if isinstance(reward := self.env.reward, LearnedReward):
             save(self.model, folder / "model.safetensors")
             write_text_atomically(folder / "reward.json", json.dumps([reward.scale, reward.shift]))
 
     def _read(self, folder: Path, number: int) -> None:
         self.rounds_done, self.seconds = number + 1, self.run.rows[-1]["seconds"]
+        self.answers = json.loads((folder / "answers.json").read_text())
         self.clip_buffer = self.env.clip_buffer = ClipBuffer.load(folder / "clip_buffer.npz")
-        self.normalised = VecNormalize.load(str(folder / "normalise.pkl"), self.env)
-        self.agent = type(self.agent).load(folder / "agent.zip", self.normalised)
+        state = torch.load(folder / AGENT_FILE, weights_only=True)
+        resume_training(self.agent, self.normalised, state)
+        self.env.resume(state["env"])
         if isinstance(self.agent, OffPolicyAlgorithm):
-            self.agent.load_replay_buffer(folder / "replay.pkl")
+            load_replay(self.agent, folder / "replay.npz")
         if (folder / "model.safetensors").exists():
-            self.model = load(folder / "model.safetensors", type(self.model))
+            file, own = folder / "model.safetensors", self.model.make_network
+            self.model = load(file, type(self.model), network=own)
             scale, shift = json.loads((folder / "reward.json").read_text())
             self.env.reward = LearnedReward(self.model, self.config.pessimism, scale, shift)
 

@@ -3,7 +3,7 @@
 - `config.yaml`: settings, as `rewardmodels learn --config` takes them
 - `metrics.csv`: a row for each round (also in `tensorboard/`)
 - `answers.sqlite`: queries and comparisons (`active.FeedbackStore`)
-- `checkpoints/0007/`: state from which the next round starts
+- `checkpoints/0007/`: state from which the next round starts; no file of it runs code when read
 - `result.json`: evaluation of the final policy; marks the run as complete
 - `frames.npz`: predicted and true reward of frames that the final policy visits
 - `model.safetensors`: the reward model
@@ -16,8 +16,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,10 @@ from zipfile import BadZipFile
 import numpy as np
 import pandas as pd
 import yaml
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from experiments.registry import describe_settings
+from experiments.registry import describe_settings, foreign_imports
 from rewardmodels.errors import InvalidInput, UnreadableFile
 from rewardmodels.saving import atomic_path, write_text_atomically
 
@@ -43,7 +44,10 @@ METRICS = (
     *("mean_information", "seconds"),
 )
 
-_DAMAGED = (ValueError, TypeError, KeyError, OSError, EOFError, BadZipFile, yaml.YAMLError)
+_DAMAGED = (
+    *(ValueError, TypeError, KeyError, OSError, EOFError, RecursionError, BadZipFile),
+    yaml.YAMLError,
+)
 _RUN_FILES = ("config.yaml", "result.json", "answers.sqlite", "checkpoints", "metrics.csv")
 
 
@@ -74,12 +78,12 @@ class RunDirectory:
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that the run was started with; empty if none was."""
-        return self._read("config.yaml", lambda file: yaml.safe_load(file.read_text("utf-8"))) or {}
+        return self._read("config.yaml", _read_settings) or {}
 
     @property
     def result(self) -> dict[str, Any] | None:
         """Content of `result.json`, or None while the run is incomplete."""
-        return self._read("result.json", lambda file: json.loads(file.read_text("utf-8")))
+        return self._read("result.json", _read_result)
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -141,6 +145,26 @@ class RunDirectory:
                 )
         _ = self.settings, self.result, self.metrics, self.frames
 
+    def check_trusted(self, *, only: Sequence[str] = (), given: Any = None) -> None:
+        """Raise if the run's settings name something to import that may be a stranger's.
+
+        Args:
+            only: Settings that are used; all if there are none.
+            given: Settings that the user gave, whose names are trusted.
+
+        Raises:
+            InvalidInput: There is such a name.
+            UnreadableFile: The settings are damaged.
+        """
+        settings = self.settings
+        used = {name: settings.get(name) for name in only} if only else settings
+        if foreign := sorted({*foreign_imports(used)} - {*foreign_imports(given)}):
+            raise InvalidInput(
+                f"trust: expected settings that name only classes of rewardmodels, got "
+                f"{self.settings_file}, for which {', '.join(map(repr, foreign))} would be "
+                "imported, and could run any code. Pass --trust if you trust who wrote it."
+            )
+
     def check_writable(self, config: Any, *, resume: bool) -> None:
         """Raise unless a run with these settings can be started or resumed here.
 
@@ -176,6 +200,39 @@ class RunDirectory:
                 f"out: expected a directory that can be written to, got {self.path}: {above} "
                 "isn't one."
             )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working on the run; a killed one leaves no lock.
+
+        The directory is made, and removed again unless the run is started in the block.
+
+        Raises:
+            InvalidInput: Another process works on the run, or the directory can't be made.
+        """
+        new = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        lock = FileLock(self.path / ".lock")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise InvalidInput(
+                f"out: expected a run that no other process works on, got {self.path}. Wait for "
+                "that process or stop it, or pass another --out."
+            ) from error
+        except OSError as error:
+            raise InvalidInput(
+                f"out: expected a directory that can be written to, got {self.path}: {error}."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+            if new and not self.exists:
+                (self.path / ".lock").unlink(missing_ok=True)
+                with suppress(OSError):  # something else is in it by now
+                    for folder in new:
+                        folder.rmdir()
 
     def start(self, config: Any) -> None:
         """Make the directory and its `config.yaml`; an existing one stays as it is."""
@@ -226,13 +283,14 @@ class RunDirectory:
         if not (found := self.checkpoints):
             return
         newest = found[-1]
+        check_pickled(newest)
         try:
             self.rows = json.loads((newest / "rows.json").read_text())
             read(newest, int(newest.name))
         except Exception as error:
             raise UnreadableFile(
-                f"{newest}: expected a whole checkpoint, got a damaged one ({error}). Delete this "
-                "directory to go on from the one before; no comparison is lost by that."
+                f"{newest}: expected a whole checkpoint, got a damaged one ({in_short(error)}). "
+                "Delete this directory to go on from the one before; no comparison is lost by that."
             ) from error
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -249,12 +307,27 @@ class RunDirectory:
             if not isinstance(content, Mapping | pd.DataFrame):
                 raise TypeError(f"it holds a {type(content).__name__}, and no names with values")
         except _DAMAGED as error:
-            reason = " ".join(str(error).split())
+            reason = in_short(error)
             hint = " Delete it to resume from the last checkpoint." if name == "result.json" else ""
             raise UnreadableFile(
                 f"{file}: expected a file of a run, got a damaged one ({reason}).{hint}"
             ) from error
         return content
+
+
+def in_short(error: Exception) -> str:
+    """Say in one line what was wrong: the first sentence of an error that may have pages."""
+    return " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
+
+
+def check_pickled(checkpoint: Path) -> None:
+    """Raise UnreadableFile for a checkpoint of an earlier version, whose files could run code."""
+    for name in ("agent.zip", "normalise.pkl", "replay.pkl"):
+        if (checkpoint / name).exists():
+            raise UnreadableFile(
+                f"{checkpoint}: expected a checkpoint without code, got one of an earlier version, "
+                f"whose {name} could run any when it is read. Start a new run in another --out."
+            )
 
 
 def versions() -> dict[str, str]:
@@ -280,6 +353,37 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix.rstrip(".") if name == "class_path" else prefix + name] = value
     return flat
+
+
+def _read_settings(file: Path) -> Any:
+    found = yaml.safe_load(file.read_text("utf-8"))
+    for name in ("task", "reward", "algorithm"):
+        if isinstance(found, Mapping) and not isinstance(found.get(name, ""), str):
+            raise ValueError(f"{name} is {found[name]!r}, and no text")
+    return found
+
+
+def _read_result(file: Path) -> Any:
+    found = json.loads(file.read_text("utf-8"))
+    if not isinstance(found, Mapping):
+        return found
+    counts = [n.removesuffix("_per_1000_steps") for n in found if n.endswith("_per_1000_steps")]
+    needed = ["task", "reward", "steps", "comparisons", "final_return", *counts]
+    lists = ["final_returns", *counts]
+    for name in {**dict.fromkeys(needed), **found}:
+        value = found.get(name)
+        if name in ("task", "reward", "algorithm", "video_note"):
+            valid = isinstance(value, str)
+        elif name == "versions":
+            valid = isinstance(value, Mapping)
+        elif name in lists:
+            valid = isinstance(value, list) and value != []
+            valid = valid and all(isinstance(x, int | float) for x in value or ())
+        else:
+            valid = isinstance(value, int | float)
+        if not valid and (value is not None or name in [*needed, *lists, "versions"]):
+            raise ValueError(f"{name} is {value!r:.50}")
+    return found
 
 
 def _read_frames(file: Path) -> dict[str, Floats]:

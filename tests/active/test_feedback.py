@@ -130,6 +130,23 @@ def test_a_clip_is_stored_once_for_all_queries_and_paddings(path):
         assert_same_clip(again[0], shown[2])
 
 
+def test_the_digest_of_the_first_answers_stays(tmp_path):
+    def answered(name, *preferences):
+        with FeedbackStore(tmp_path / name) as store:
+            for query, preference in zip(
+                store.add_queries(some_clips(), all_pairs(5)[:3], round=0), preferences, strict=True
+            ):
+                store.answer(query, preference, "ann")
+            return [store.digest(n) for n in (0, 2, -1)]
+
+    none, two, every = answered("one", 1.0, None, 0.5)
+    assert [n for n, _ in (none, two, every)] == [0, 2, 3]
+    assert answered("same", 1.0, None, 0.5) == [none, two, every]
+    assert answered("other", 1.0, None, 0.0)[:2] == [none, two]
+    assert answered("other 3", 1.0, None, 0.0)[2] != every
+    assert answered("other 1", 0.0, None, 0.5)[1] != two
+
+
 def test_two_clips_of_the_same_frames_can_be_compared(path):
     still = Clips(torch.zeros(2, 4, 3), torch.zeros(2, 4, 1))
     with FeedbackStore(path) as store:
@@ -517,7 +534,8 @@ def test_marks_and_ratings_are_returned_as_rows(store):
     assert [rating.rating for rating in store.marks.ratings()] == [0.75]
 
 
-def test_a_file_of_the_first_version_is_upgraded(path):
+def first_version(path: Path) -> list[tuple[object, ...]]:
+    """Write a store as the first version did; return its answers."""
     with closing(sqlite3.connect(path)) as db:
         for statement in (
             *database._STEPS[0],
@@ -529,7 +547,11 @@ def test_a_file_of_the_first_version_is_upgraded(path):
         ):
             db.execute(statement)
         db.commit()
-        old = db.execute("SELECT * FROM answers").fetchall()
+        return db.execute("SELECT * FROM answers").fetchall()
+
+
+def test_a_file_of_the_first_version_is_upgraded(path):
+    old = first_version(path)
     with FeedbackStore(path) as store:
         assert store.counts() == Counts(2, 1, 0)
         store.withdraw("answer", 1, "ann")
@@ -538,11 +560,76 @@ def test_a_file_of_the_first_version_is_upgraded(path):
     assert [row[:5] for row in tables(path)["answers"]][:1] == old
 
 
+@pytest.mark.parametrize("name", ["", " ", "a\0", "\x1b[2Ja", "a\nb", "a\x85", "a\ud800"])
+def test_names_with_control_characters_are_refused(store, name):
+    before = tables(store.path)
+    for give in (
+        lambda: store.answer(1, 1.0, name),
+        lambda: store.marks.add(1, 0, 0, good=True, teacher=name),
+        lambda: store.marks.rate(1, 0.5, teacher=name),
+    ):
+        with pytest.raises(InvalidInput, match="teacher: "):
+            give()
+    assert tables(store.path) == before
+
+
+def test_no_text_of_an_export_is_a_formula_in_a_spreadsheet(path, store, tmp_path, monkeypatch):
+    names = ["=HYPERLINK(1)", "+1", "-1", "@x", "'=x", "''+", "'t Hooft", "a=b", "\t=x", "\rx"]
+    monkeypatch.setattr(database, "check_teacher", lambda name: None)  # as in an older store
+    for query, name in zip(range(1, 7), names, strict=False):
+        store.answer(query, 0.5, name, seconds=1e-5)
+    for name in names:
+        store.marks.add(1, 0, 0, good=True, teacher=name)
+    export_feedback(path, tmp_path / "out")
+    for file in (tmp_path / "out").glob("*.csv"):
+        with file.open(newline="") as rows:
+            for row in csv.reader(rows):
+                assert not any(cell.startswith(tuple("=+-@\t\r\n")) for cell in row)
+    import_feedback(tmp_path / "out", tmp_path / "again.sqlite")
+    assert tables(tmp_path / "again.sqlite") == tables(path)
+
+
+@pytest.mark.parametrize("make", [Path.touch, foreign, lambda path: path.write_text("id,x\n" * 99)])
+def test_an_export_of_something_else_is_refused_and_writes_nothing(path, tmp_path, make):
+    make(path)
+    before = path.read_bytes()
+    with pytest.raises(UnreadableFile, match="expected a feedback store"):
+        export_feedback(path, tmp_path / "out")
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_only_reads_also_a_store_of_the_first_version(path, tmp_path):
+    first_version(path)
+    before = path.read_bytes()
+    export_feedback(path, tmp_path / "out")
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert len((tmp_path / "out" / "answers.csv").read_text().splitlines()) == 2
+
+
+def test_an_export_while_another_process_begins_to_write_is_one_state(path, tmp_path, monkeypatch):
+    filled(path, 5)
+    real, begun = database._columns, []
+
+    def columns(db, table):
+        if not begun:
+            begun.append(FeedbackStore(path))
+            begun[0].answer(1, 1.0, "ann")
+        return real(db, table)
+
+    monkeypatch.setattr(database, "_columns", columns)
+    export_feedback(path, tmp_path / "out")
+    begun[0].close()
+    assert "ann" in (tmp_path / "out" / "answers.csv").read_text()
+
+
 @pytest.mark.parametrize("format", ["csv", "parquet"])
 def test_an_export_imports_to_the_same_tables(path, store, tmp_path, format):
     if format == "parquet":
         pytest.importorskip("pyarrow")
-    teacher = 'Ånn "the\nsecond", or so'
+    teacher = 'Ånn "the second", or so'
     withdrawn = store.answer(1, 0.1 + 0.2, teacher, seconds=1 / 3)
     store.withdraw("answer", withdrawn, teacher)
     store.answer(1, 1.0, teacher)

@@ -1,16 +1,30 @@
 """Unusable input ends in one line, before anything is written; settings are read back."""
 
+import json
+import multiprocessing
+import pickle
+import re
 import shutil
 import sys
+import time
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
+from active import FeedbackStore, all_pairs
+from experiments import deploy
 from experiments.cli import main
-from experiments.registry import describe_settings
+from experiments.registry import constructor_arguments, describe_settings, find_class
 from experiments.training import learn as learning
-from rewardmodels.errors import InvalidInput
+from experiments.training.config import LearnConfig
+from experiments.training.report import write_report
+from experiments.training.run_directory import RunDirectory
+from rewardmodels import Clips
+from rewardmodels.errors import InvalidInput, UnreadableFile
 
 pytestmark = pytest.mark.usefixtures("_short_updates")
 
@@ -51,6 +65,7 @@ def _folder(tmp_path, monkeypatch):
     (tmp_path / "my_cli_classes.py").write_text(MINE)
     (tmp_path / "list.yaml").write_text("- steps\n")
     (tmp_path / "open.yaml").write_text("steps: [\n")
+    (tmp_path / "bytes.yaml").write_bytes(b"steps: \xff\n")
     (tmp_path / "other.yaml").write_text("stepps: 3\n")
     (tmp_path / "text.yaml").write_text("steps: many\n")
     (tmp_path / "deep.yaml").write_text(
@@ -106,8 +121,10 @@ UNUSABLE = {
             "start_over",
         )
     },
-    "candidates": ["learn --candidates 10 --comparisons 46"],
-    "pessimism": [f"learn --pessimism {value}" for value in ("x", ".nan", ".inf", "-0.1")],
+    "candidates": [
+        *("learn --candidates 10 --comparisons 46", "learn --candidates 10001"),
+    ],
+    "pessimism": [f"learn --pessimism {value}" for value in ("x", ".nan", ".inf", "1e308", "-0.1")],
     "focus": ["learn --focus .inf"],
     "video": ["learn --video maybe"],
     "reward": ["learn --reward lerned"],
@@ -137,10 +154,10 @@ UNUSABLE = {
     "model.network": ["learn --model.network nope.make", "learn --model.network math.tau"],
     "config": [
         *("learn --config none.yaml", "learn --config list.yaml", "learn --config open.yaml"),
-        "learn --config other.yaml",
+        *("learn --config other.yaml", "learn --config bytes.yaml"),
     ],
     "resume": ["learn --resume --out none"],
-    "out": ["learn --out list.yaml/run"],
+    "out": ["learn --out list.yaml/run", "learn --out=", "demo --out="],
     "jobs": ["study marks --jobs 0"],
     "json": [
         *("study marks --quick --json none/a.json", "benchmark page --json none/a.json"),
@@ -186,6 +203,51 @@ def test_every_command_has_help(command, capsys):
         main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert f"usage: rewardmodels {command}" in capsys.readouterr().out
+
+
+def helped(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        main(["learn", *words])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "path"),
+    [
+        ("teacher", "human", "active.HumanTeacher"),
+        ("teacher", "stochastic", "active.SyntheticTeacher"),
+        ("model", "GPHead", "rewardmodels.GPHead"),
+        ("strategy", "BALD", "active.BALD"),
+        ("schedule", "WhenUnsure", "active.WhenUnsure"),
+        ("strategy", "my_cli_classes.FirstFew", "my_cli_classes.FirstFew"),
+    ],
+)
+def test_a_class_has_help_by_name_and_path_with_its_own_settings_alone(kind, name, path, capsys):
+    by_name, joined, by_path = (
+        helped(capsys, *words)
+        for words in (
+            [f"--{kind}.help", name],
+            [f"--{kind}.help={name}"],
+            [f"--{kind}.help={path}"],
+        )
+    )
+    assert by_name == joined == by_path
+    flags = {line.split()[0] for line in by_name.splitlines() if line.startswith("  --")}
+    arguments = constructor_arguments(find_class(kind, path))
+    assert flags == {f"--{kind}.{argument}" for argument in arguments}
+    assert "torch.nn" not in by_name
+    assert "torch.nn" not in helped(capsys, f"--{kind}.help")
+
+
+@pytest.mark.parametrize("task", ["HalfCheetah", "backflip", "Pendulum"])
+def test_help_shows_what_is_taken_for_the_task(task, capsys):
+    text = " ".join(helped(capsys, "--task", task, "--help").split())
+    taken = LearnConfig(task=task)
+    for name in ("horizon", "comparisons", "steps", "rounds", "warm_up", "start_over"):
+        shown = re.search(rf" --{name} [^(]*\([^)]*default: (\w+)\)", text)[1]
+        assert shown == str(getattr(taken, name))
+    assert "default: null" not in text
 
 
 def printed(capsys, *words):
@@ -266,27 +328,171 @@ def test_a_finished_run_is_shown_again_and_not_overwritten(finished, capsys):
     assert (finished / "result.json").stat().st_mtime_ns == before
 
 
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """The run after its first round."""
+    out = shutil.copytree(finished, tmp_path / "unfinished")
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "0001")
+    return out
+
+
+class Trap:
+    """When it is unpickled, code runs."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("agent.pt", "agent.zip", "normalise.pkl", "replay.pkl", "clip_buffer.npz"),
+        *("rows.json", "answers.json", "reward.json", "model.safetensors"),
+    ],
+)
+def test_a_strangers_checkpoint_runs_no_code(name, unfinished, tmp_path, capsys):
+    trap, file = Trap(tmp_path / "trace"), unfinished / "checkpoints" / "0000" / name
+    if name == "clip_buffer.npz":
+        np.savez(file, ends=np.array([[trap]], object), steps=1)
+    elif name == "agent.zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("data", pickle.dumps(trap))
+    elif name == "agent.pt":
+        torch.save({"parameters": trap}, file)
+    else:
+        file.write_bytes(pickle.dumps(trap))
+    line = refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
+    assert "expected a checkpoint without code" in line or "expected a whole checkpoint" in line
+    pickle.loads(pickle.dumps(trap))
+    assert trap.trace.exists(), "the trap would have worked"
+
+
+HOSTILE = [
+    *({"strategy": {"class_path": "my_cli_classes.FirstFew"}}, {"model": "my_cli_classes.Wide"}),
+    {"strategy": '{class_path: "my_cli_classes\\x2eFirstFew"}'},  # is parsed as YAML again
+    {"model": {"class_path": "rewardmodels.DeepEnsemble", "init_args": {"network": "os.abort"}}},
+    *({"config": "hidden"}, {"task": "my_cli_classes:Env-v0"}),
+    {"strategy": {"class_path": "my_cli_classes.FirstFew"}, "trust": True},
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_a_strangers_settings_import_nothing(hostile, unfinished, capsys):
+    file = unfinished / "config.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **hostile}))
+    (unfinished / "hidden").write_text("strategy: my_cli_classes.FirstFew")
+    line = refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
+    assert line.startswith("trust: ")
+    assert "--trust" in line
+    assert "my_cli_classes" not in sys.modules
+
+
+@pytest.mark.parametrize("given", ["--trust", "--strategy=my_cli_classes.FirstFew", "--config=my"])
+def test_ones_own_settings_are_imported(given, unfinished, monkeypatch):
+    seen, file = [], unfinished / "config.yaml"
+    result = {"task": "t", "reward": "r", "comparisons": 8, "final_return": 1.0, "steps": 9}
+    monkeypatch.setattr(learning, "learn", lambda config, resume: seen.append(config) or result)
+    mine = {"strategy": {"class_path": "my_cli_classes.FirstFew"}}
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **mine}))
+    Path("my").write_text(yaml.safe_dump(mine))
+    assert main(["learn", "--resume", "--out", str(unfinished), given]) == 0
+    assert type(seen[0].strategy).__name__ == "FirstFew"
+
+
+@pytest.mark.parametrize("words", ["--trust run", "run --trust", "run --trust true"])
+def test_a_setting_that_is_off_is_switched_on_by_its_flag(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(deploy, "guard_run", seen.append)
+    assert main(["guard", *words.split()]) == 0
+    assert (seen[0].run, seen[0].trust, seen[0].again) == (Path("run"), True, False)
+
+
+def _hold(out, ready):
+    with RunDirectory(out).locked():
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_run_is_one_processs_until_it_is_killed(unfinished, tmp_path, capsys):
+    context = multiprocessing.get_context("fork")
+    for out in (unfinished, tmp_path / "new"):
+        ready = context.Event()
+        process = context.Process(target=_hold, args=(out, ready))
+        process.start()
+        assert ready.wait(30)
+        words = ["learn", *TINY, "--out", str(out), *(["--resume"] if out == unfinished else [])]
+        assert "no other process works on" in refused(capsys, words)
+        process.kill()
+        process.join()
+        with RunDirectory(out).locked():
+            pass
+
+
+@pytest.mark.parametrize("change", ["deleted", "emptied", "swapped"])
+def test_a_resumed_run_has_the_answers_that_it_knows(change, unfinished, capsys):
+    file = unfinished / "answers.sqlite"
+    recorded = file.read_bytes()
+    for each in unfinished.glob("answers.sqlite*"):
+        each.unlink()
+    if change == "emptied":
+        file.touch()
+    if change == "swapped":
+        clips = Clips(torch.rand(9, 5, 3), torch.rand(9, 5, 1))
+        with FeedbackStore(file) as store:
+            for query in store.add_queries(clips, all_pairs(9), round=0):
+                store.answer(query, 1.0, "SyntheticTeacher")
+        store.close()
+    found = {"deleted": "0 of them", "emptied": "0 of them", "swapped": "others"}[change]
+    # Nothing is made in place of a file that is missing.
+    line = refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
+    assert f"expected the 2 answers that {unfinished / 'checkpoints' / '0000'} was made" in line
+    assert found in line
+    file.write_bytes(recorded)
+    known = (unfinished / "checkpoints" / "0000" / "answers.json").read_text()
+    with FeedbackStore(file) as store:
+        assert json.loads(known) == list(store.digest(2)), "the run's own are accepted"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("result.json", b'{"task": "Pendulum"}'),
+        ("result.json", b'["task"]'),
+        ("result.json", b"[" * 100_000),
+        ("config.yaml", "task: Pendulum  # \xfc".encode("latin-1")),
+        ("config.yaml", b"steps: [" * 3),
+        ("config.yaml", b"task: 3"),
+    ],
+)
+def test_files_of_another_shape_are_refused(file, content, finished, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "damaged")
+    (out / file).write_bytes(content)
+    for words in (["learn", "--resume", "--out"], ["learn", "--resume", "--trust", "--out"]):
+        assert f"{file}: expected a file of a run" in refused(capsys, [*words, str(out)])
+    assert f"{file}: expected a file of a run" in refused(capsys, ["guard", str(out)])
+    with pytest.raises(UnreadableFile, match=file):
+        write_report(out)
+
+
 @pytest.mark.parametrize(
     ("file", "line"),
     [
         ("config.yaml", "config"),
         ("answers.sqlite", "answers.sqlite: expected a feedback store"),
-        ("checkpoints/0000/agent.zip", "0000: expected a whole checkpoint"),
+        ("checkpoints/0000/agent.pt", "0000: expected a whole checkpoint"),
         ("checkpoints/0000/rows.json", "0000: expected a whole checkpoint"),
         ("checkpoints/0000/clip_buffer.npz", "0000: expected a whole checkpoint"),
         ("checkpoints/0000/model.safetensors", "0000: expected a whole checkpoint"),
-        ("checkpoints/0000/normalise.pkl", "0000: expected a whole checkpoint"),
     ],
 )
-def test_a_damaged_run_is_refused(file, line, finished, tmp_path, capsys):
-    out = tmp_path / "damaged"
-    shutil.copytree(finished, out)
-    (out / "result.json").unlink()
-    shutil.rmtree(out / "checkpoints" / "0001")
-    raw = (out / file).read_bytes()
-    (out / file).write_bytes(raw[: len(raw) // 2] + b"\x00" * 40)
-    words = ["learn", "--resume", "--out", str(out)]
-    assert line in refused(capsys, words)
+def test_a_damaged_run_is_refused(file, line, unfinished, capsys):
+    raw = (unfinished / file).read_bytes()
+    (unfinished / file).write_bytes(raw[: len(raw) // 2] + b"\x00" * 40)
+    assert line in refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
 
 
 @pytest.mark.parametrize("kind", ["plain", "lightning"])
@@ -307,6 +513,28 @@ def test_ctrl_c_prints_the_command_that_resumes(kind, capsys, monkeypatch):
     assert err.strip() == (
         "rewardmodels: interrupted. To go on: rewardmodels learn --resume --out 'a run'"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/proc/x"), "/proc/x"),
+        (OSError(28, "No space left on device"), "No space"),
+        (MemoryError("9 GiB"), "memory"),
+        (RuntimeError("can't allocate memory"), "memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(error, reason, capsys, monkeypatch):
+    def learn(config, resume):
+        raise error
+
+    monkeypatch.setattr(learning, "learn", learn)
+    assert reason in refused(capsys, ["learn"])
+
+
+def test_too_many_threads_are_refused(capsys):
+    assert refused(capsys, ["learn", "--threads", "100000"]).startswith("threads: expected at most")
+    assert refused(capsys, ["learn", "--out", ""]).startswith("out: expected ")
 
 
 def test_an_error_while_running_is_one_line(capsys, monkeypatch):

@@ -1,15 +1,14 @@
 """A guard is kept beside its run, loaded with its agent alone, and responds as its settings say."""
 
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
-from stable_baselines3.common.vec_env import VecNormalize
+import yaml
 
 from experiments.deploy import GuardConfig, guard_run
-from experiments.envs.tasks import find_task
-from experiments.envs.vector import make_vec_env
 from experiments.training.learn import learn
 from ood import StaleThreshold, load_monitor
 from rewardmodels import InvalidInput, UnknownName, UnreadableFile
@@ -84,10 +83,9 @@ def test_asks_in_the_terminal(run, monkeypatch, line, kinds):
 
 def test_an_agent_trained_since_is_refused_and_again_makes_another_guard(run):
     (folder,) = (run / "checkpoints").iterdir()
-    file = str(folder / "normalise.pkl")
-    normalised = VecNormalize.load(file, make_vec_env(find_task("Reacher"), 1, 0))
-    normalised.obs_rms.mean += 1
-    normalised.save(file)
+    state = torch.load(folder / "agent.pt")
+    state["moments"][0][0] += 1
+    torch.save(state, folder / "agent.pt")
     with pytest.raises(StaleThreshold):
         guard(run)
     guard(run, again=True)
@@ -137,6 +135,36 @@ def test_a_missing_agent_and_a_damaged_guard_are_named(run):
     (run / "guard.safetensors").write_bytes(b"nothing")
     with pytest.raises(UnreadableFile, match=r"guard\.safetensors"):
         guard(run)
-    (folder / "agent.zip").unlink()
-    with pytest.raises(UnreadableFile, match=r"agent\.zip"):
+    raw = (folder / "agent.pt").read_bytes()
+    for damaged in (raw[: len(raw) // 2], pickle.dumps(Trap()), b""):
+        (folder / "agent.pt").write_bytes(damaged)
+        with pytest.raises(UnreadableFile, match=r"agent\.pt") as refusal:
+            guard(run)
+        assert "\n" not in str(refusal.value)
+    (folder / "agent.pt").unlink()
+    with pytest.raises(UnreadableFile, match=r"agent\.pt"):
+        guard(run)
+    (folder / "agent.zip").touch()
+    with pytest.raises(UnreadableFile, match=r"earlier version, whose agent\.zip"):
+        guard(run)
+
+
+class Trap:
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"task": "a_strangers:Env-v0"}, (InvalidInput, "trust")),
+        ({"model": {"class_path": "a_strangers.Model"}}, (InvalidInput, "trust")),
+        ({"algorithm": "common.logger"}, (UnknownName, "algorithm")),
+        ({"algorithm": None}, (UnreadableFile, "algorithm")),
+    ],
+)
+def test_a_strangers_settings_run_nothing(run, change, error):
+    file = run / "config.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **change}))
+    with pytest.raises(error[0], match=error[1]):
         guard(run)

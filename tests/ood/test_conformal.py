@@ -59,7 +59,7 @@ class TestPromise:
         for _ in range(1000):
             q = quantile(torch.from_numpy(rng.standard_normal(99)), 0.1)
             rates.append(1 - np.searchsorted(new, q) / len(new))
-        bound = Threshold(0.0, alpha=0.1, episodes=99).false_alarm_quantile(0.9)
+        bound = Threshold(0.0, alpha=0.1, maxima=np.zeros(99)).false_alarm_quantile(0.9)
         assert binomtest(int((np.array(rates) <= bound).sum()), 1000, 0.9).pvalue > 1e-3
 
     def test_false_alarms_in_blocks_of_a_stream_are_as_promised(self):
@@ -152,3 +152,31 @@ class TestStandardising:
                 calibrate(good, Spike(), 0.1, **kwargs)
         with pytest.raises(InvalidInput, match="block"):
             calibrate_stream(torch.zeros(5), Spike(), 0.1, block=0)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("value", 1e300), ("value", NAN), ("value", INF), ("value", -INF), ("value", 16.5),
+        ("alpha", NAN), ("alpha", -0.1), ("alpha", 1.0), ("alpha", 0.0), ("alpha", 0.3),
+        ("alpha", 0.01),
+        ("mean", np.full(3, NAN)), ("mean", np.full(3, INF)), ("mean", np.zeros(4)),
+        ("mean", np.zeros((0,))), ("mean", np.zeros((3, 1, 1))),
+        ("scale", np.full(3, INF)), ("scale", np.array([1, NAN, 1])), ("scale", np.zeros(3)),
+        ("scale", -np.ones(3)), ("scale", np.ones((3, 2))),
+        ("maxima", np.arange(19.0)[::-1]), ("maxima", np.zeros(0)), ("maxima", np.arange(8.0)),
+        ("maxima", np.full(19, NAN)), ("maxima", np.append(np.arange(18.0), INF)),
+        ("maxima", np.arange(19.0)[None]),
+        ("period", -1), ("period", 0.5), ("period", NAN),
+    ],
+)  # fmt: skip
+def test_a_threshold_that_contradicts_itself_is_refused(name, value):
+    fields = dict(
+        value=17.0, alpha=0.1, mean=np.zeros(3), scale=np.ones(3), maxima=np.arange(19.0), period=5
+    )
+    Threshold(**fields)
+    with pytest.raises(InvalidInput, match=name if name != "maxima" else None):
+        Threshold(**fields | {name: value})

@@ -86,7 +86,7 @@ class TestTransparent:
         bare, inner = (gym.make(env_id, max_episode_steps=30) for _ in range(2))
         bare.action_space.seed(0)
         draw = torch.randn(100, int(np.prod(bare.observation_space.shape)))
-        monitor = Monitor(Mahalanobis().fit(draw), threshold=Threshold(math.inf))
+        monitor = Monitor(Mahalanobis().fit(draw), threshold=Threshold(1e300))
         response = None if env_id != "CartPole-v1" else AlarmResponse(safe_action=0)
         guard = Guard(inner, monitor, "observation", response)
         for seed in (3, 4):
@@ -101,7 +101,7 @@ class TestTransparent:
                 info = two[4].pop("guard")
                 assert one[4] == two[4]
                 assert (info["alarm"], info["acting"], info["reason"]) == (False, "agent", "")
-                assert info["threshold"] == math.inf
+                assert info["threshold"] == 1e300
                 assert info["score"] > 0
                 ended = one[2] or one[3]
 
@@ -154,7 +154,7 @@ class TestHalt:
     @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
     @pytest.mark.parametrize("step", [0, 4])
     def test_not_a_number_is_an_alarm_under_any_threshold(self, value, step):
-        monitor = make_monitor(Threshold(math.inf))
+        monitor = make_monitor(Threshold(1e300))
         infos = run(guarded({step: np.array([0, 0, value])}, monitor=monitor))
         assert [x["alarm"] for x in infos].index(True) == step
         assert acting(infos)[step:] == ["halted"] * (13 - step)
@@ -186,6 +186,20 @@ class TestAsk:
         infos = run(guarded({5: 99.0}, on_alarm="ask", ask=lambda clip: False))
         assert acting(infos)[5:] == ["halted"] * 8
         assert "the decision was to halt" in infos[-1]["reason"]
+
+    @pytest.mark.parametrize("answer", ["no", "yes", "", 1, 0, [True], np.array([True]), object()])
+    def test_what_is_no_truth_value_halts(self, answer):
+        infos = run(guarded({5: 99.0}, on_alarm="ask", ask=lambda clip: answer))
+        assert acting(infos)[5:] == ["halted"] * 8
+        assert "neither True nor False" in infos[-1]["reason"]
+        guard = guarded({2: 99.0}, on_alarm="ask", ask=lambda clip: None, while_asking="continue")
+        run(guard, 4)
+        guard.decide(answer)
+        assert guard.step(ACTION)[4]["guard"]["acting"] == "halted"
+
+    def test_a_truth_value_of_numpy_is_one(self):
+        infos = run(guarded({5: 99.0}, on_alarm="ask", ask=lambda clip: np.bool_(True)))
+        assert acting(infos) == ["agent"] * 13
 
     @pytest.mark.parametrize(("while_asking", "who"), [("wait", "waiting"), ("continue", "agent")])
     def test_the_decision_may_come_later(self, while_asking, who):
@@ -292,6 +306,16 @@ def monitor_of(frames):
     return Monitor(Mahalanobis().fit(frames), threshold=Threshold(9.0))
 
 
+def spoiled(monitor):
+    monitor.detector.whitening[0, 0] = NAN
+    return monitor
+
+
+def scoring_nan(monitor):
+    monitor.detector.score_frames = lambda frames: np.full(len(frames), NAN)
+    return monitor
+
+
 def breaking(monitor):
     monitor.detector.score_frames = lambda frames: 1 / 0
     return monitor
@@ -318,6 +342,8 @@ class TestFailsSafe:
             (lambda: guarded(monitor=Monitor(Mahalanobis())), "fit", 0),
             (lambda: guarded(monitor=Monitor(make_monitor().detector)), "threshold", 0),
             (lambda: guarded(monitor=monitor_of(torch.randn(50, 4))), "(B, 4)", 1),
+            (lambda: guarded(monitor=spoiled(make_monitor())), "Mahalanobis.whitening", 0),
+            (lambda: guarded(monitor=scoring_nan(make_monitor())), "Mahalanobis", 1),
             (lambda: guarded(monitor=breaking(make_monitor())), "ZeroDivisionError", 1),
             (lambda: Guard(Drift(), make_monitor(), lambda *_: None), "the monitor failed", 1),
             (
@@ -367,7 +393,10 @@ class TestFailsSafe:
 
         self.check(guarded({4: 99.0}, on_alarm=on_alarm), "on_alarm failed", 4)
 
-    @pytest.mark.parametrize("action", ["raise", np.full(2, NAN), np.zeros(3), np.full(2, 5.0)])
+    @pytest.mark.parametrize(
+        "action",
+        ["raise", np.full(2, NAN), np.zeros(3), np.full(2, 5.0), ["0", "0"], [None, None]],
+    )
     def test_fallback_that_fails(self, action):
         def fallback(observation):
             if isinstance(action, str):
@@ -449,7 +478,7 @@ class TestVector:
         def make():
             return gym.make_vec("Pendulum-v1", 3, vectorization_mode="sync", max_episode_steps=7)
 
-        monitor = Monitor(Mahalanobis().fit(torch.randn(50, 3)), threshold=Threshold(math.inf))
+        monitor = Monitor(Mahalanobis().fit(torch.randn(50, 3)), threshold=Threshold(1e300))
         bare, guard = make(), VectorGuard(make(), monitor, "observation")
         np.testing.assert_array_equal(bare.reset(seed=0)[0], guard.reset(seed=0)[0])
         for _ in range(20):

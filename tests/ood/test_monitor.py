@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 from sklearn.ensemble import IsolationForest
 
 from ood import (
@@ -32,6 +33,9 @@ from ood import (
 )
 from rewardmodels import InvalidInput, NotFitted
 from rewardmodels.errors import UnreadableFile
+from rewardmodels.saving import content_checksum
+
+NAN = float("nan")
 
 
 def readings(monitor, episode):
@@ -54,7 +58,7 @@ def test_readings_are_score_statistic_and_threshold():
 
 
 def test_one_broken_environment_leaves_the_others():
-    monitor = Monitor(Mahalanobis().fit(torch.randn(500, 3)), threshold=Threshold(math.inf))
+    monitor = Monitor(Mahalanobis().fit(torch.randn(500, 3)), threshold=Threshold(1e300))
     x = torch.randn(3, 3)
     expected = monitor.detector.score(x)
     x[1, 2] = float("inf")
@@ -110,13 +114,16 @@ def calibrated(detector, statistic=None) -> Monitor:
     return monitor
 
 
-def edited(path, change):
-    """Writes the file again with other JSON or tensors."""
+def edited(path, change, *, checked=True):
+    """Writes the file again with other JSON or tensors, and their checksum or the old one."""
     with safe_open(path, "np") as file:
         about = json.loads(file.metadata()["ood"])
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    old = about.pop("checksum")
     change(about, arrays)
-    save_file(arrays, path, {"ood": json.dumps(about)})
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    new = content_checksum(about, tensors) if checked else old
+    save_file(tensors, path, {"ood": json.dumps({**about, "checksum": new})})
 
 
 @pytest.mark.parametrize(
@@ -148,13 +155,13 @@ def test_a_loaded_monitor_has_the_same_readings(make, statistic, tmp_path):
     assert [x.name for x in tmp_path.iterdir()] == [path.name]
 
 
-def test_threshold_may_be_missing_or_infinite(tmp_path):
+def test_threshold_may_be_missing_or_chosen_by_hand(tmp_path):
     monitor = Monitor(Mahalanobis().fit(torch.randn(9, 2)), CUSUM())
     save_monitor(monitor, tmp_path / "a")
     assert load_monitor(tmp_path / "a").threshold is None
-    monitor.threshold = Threshold(math.inf)
+    monitor.threshold = Threshold(0.1)
     save_monitor(monitor, tmp_path / "a")
-    assert load_monitor(tmp_path / "a").threshold.value == float("inf")
+    assert load_monitor(tmp_path / "a").threshold.value == 0.1
 
 
 def test_refuses_what_a_file_cannot_hold(tmp_path):
@@ -185,7 +192,30 @@ def moved(about, arrays):
     arrays["detector.mean"] = arrays["detector.mean"] + 1
 
 
+def threshold(**fields):
+    return lambda about, arrays: about["threshold"].update(fields)
+
+
+def filled(name, number):
+    return lambda about, arrays: arrays[name].fill(number)
+
+
 CHANGES = {
+    "high threshold": threshold(value=1e300),
+    "no threshold": threshold(value=NAN),
+    "infinite threshold": threshold(value=math.inf),
+    "other promise": threshold(alpha=0.01),
+    "no promise": threshold(alpha=0.0),
+    "other fingerprint": threshold(fingerprint="another"),
+    "infinite scale": filled("threshold.scale", math.inf),
+    "no scale": filled("threshold.scale", NAN),
+    "infinite mean": filled("threshold.mean", math.inf),
+    "high maxima": filled("threshold.maxima", 1e300),
+    "no maxima": lambda about, arrays: arrays.update({"threshold.maxima": np.zeros(0)}),
+    "infinite detector": filled("detector.scale", math.inf),
+    "no detector": filled("detector.whitening", NAN),
+    "no fingerprints": lambda about, arrays: about.update(fingerprint=""),
+    "older": lambda about, arrays: about.update(format=1),
     "statistic": lambda about, arrays: about.update(statistic=["CUSUM", {"drift": 9.0}]),
     "tensor": moved,
     "shape": lambda about, arrays: arrays.update({"detector.whitening": np.zeros((2, 2))}),
@@ -202,6 +232,65 @@ def test_refuses_files_that_are_not_what_was_saved(change, tmp_path):
     edited(tmp_path / "monitor", change)
     with pytest.raises(UnreadableFile):
         load_monitor(tmp_path / "monitor")
+
+
+def leaves(about, place=()):
+    """Places of all single values in nested JSON."""
+    if not isinstance(about, dict | list):
+        return [place]
+    items = about.items() if isinstance(about, dict) else enumerate(about)
+    return [leaf for key, value in items for leaf in leaves(value, (*place, key))]
+
+
+def test_every_field_and_every_array_is_covered_by_the_checksum(tmp_path):
+    path = tmp_path / "monitor"
+    save_monitor(calibrated(Joint([Mahalanobis(), KNN(2)], [(0, 2), None])), path, agent="me")
+    whole = path.read_bytes()
+    with safe_open(path, "np") as file:
+        about, names = json.loads(file.metadata()["ood"]), list(file.keys())
+    del about["checksum"]
+
+    def change(about, arrays, place):
+        if isinstance(place, str):
+            arrays[place].flat[-1] += 1e-3
+            return
+        for key in place[:-1]:
+            about = about[key]
+        old = about[place[-1]]
+        about[place[-1]] = old + "x" if isinstance(old, str) else (old or 0) + 1e-9
+
+    for places in (leaves(about), names):
+        assert len(places) > 8
+        for place in places:
+            path.write_bytes(whole)
+            load_monitor(path, agent="me")
+            edited(path, functools.partial(change, place=place), checked=False)
+            with pytest.raises(UnreadableFile):
+                load_monitor(path, agent="me")
+
+
+@pytest.mark.parametrize("number", [NAN, math.inf])
+@pytest.mark.parametrize(
+    ("make", "array"),
+    [
+        (lambda: KNN(2), lambda detector: detector.kept),
+        (lambda: KNN(2), lambda detector: detector.scale),
+        (lambda: Joint([Mahalanobis(), KNN(2)]), lambda joint: joint.spread),
+        (lambda: Joint([Mahalanobis(), KNN(2)]), lambda joint: joint.detectors[1].half_norms),
+        (
+            lambda: DynamicsEnsemble(1, 2, (8,), "error", steps=20),
+            lambda detector: detector.change_scale,
+        ),
+    ],
+)
+def test_what_isnt_finite_in_a_detector_is_refused_before_it_watches(make, array, number, tmp_path):
+    monitor = calibrated(make())
+    array(monitor.detector).flat[-1] = number
+    monitor.threshold = Threshold(1.0)  # by hand, for any detector
+    with pytest.raises(InvalidInput, match="finite"):
+        monitor.stream(1)
+    with pytest.raises(InvalidInput, match="finite"):
+        save_monitor(monitor, tmp_path / "a")
 
 
 def test_refuses_an_uncalibrated_monitor_that_was_changed_and_files_of_nothing(tmp_path):

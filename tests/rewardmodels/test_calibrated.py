@@ -21,7 +21,7 @@ from rewardmodels import (
     SampledPosterior,
     fit,
 )
-from rewardmodels.calibrated import ActivelyChosenWarning, Calibrated
+from rewardmodels.calibrated import ActivelyChosenWarning, Calibrated, FewComparisonsWarning
 from rewardmodels.calibration import expected_calibration_error, log_loss
 
 
@@ -83,7 +83,7 @@ def test_temperature_is_the_most_probable():
         d = (base[:, said.pairs[:, 1]] - base[:, said.pairs[:, 0]]).numpy() / math.exp(log_t)
         p = (1 / (1 + np.exp(-d))).mean(0)
         log_p = np.sum(mu * np.log(p) + (1 - mu) * np.log1p(-p))
-        return -log_p - scipy.stats.norm.logpdf(log_t)
+        return -log_p - scipy.stats.norm.logpdf(log_t, scale=0.3)
 
     expected = scipy.optimize.minimize_scalar(
         loss, bounds=(-0.5, 4), method="bounded", options={"xatol": 1e-6}
@@ -112,6 +112,42 @@ def test_the_posterior_is_the_models_divided_by_the_temperature(kind):
     torch.testing.assert_close(belief.preference(pairs), expected, atol=0.01, rtol=0)
     frames = found.frame_posterior(said.clips.observations[:, 0], said.clips.actions[:, 0])
     torch.testing.assert_close(frames.mean, belief.mean)
+
+
+def test_copies_of_a_comparison_count_as_one_by_groups():
+    said = asked(100)
+    copies, model = said[torch.arange(100).repeat_interleave(7)], Calibrated(Fake(4.0))
+    alone = model.calibrate(said, random=True).temperature
+    assert model.calibrate(copies, random=True).temperature > 1.1 * alone
+    groups = np.repeat(np.arange(100), 7)
+    found = model.calibrate(copies, random=True, groups=groups).temperature
+    assert found == pytest.approx(alone, rel=1e-3)
+    # Groups of independent comparisons change little, and single ones nothing.
+    for few, allowed in ((np.arange(100) // 2, 0.15), (np.arange(100), 1e-6)):
+        found = model.calibrate(said, random=True, groups=few.tolist()).temperature
+        assert found == pytest.approx(alone, rel=allowed)
+    with pytest.raises(InvalidInput, match="groups: expected a number for each of 100"):
+        model.calibrate(said, random=True, groups=[1, 2])
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 0.9, 3.0])
+@pytest.mark.parametrize("kind", ["sampled", "gaussian"])
+def test_a_temperature_makes_nothing_surer_where_much_was_added(kind, temperature):
+    returns = torch.cat([torch.zeros(1), torch.linspace(-20, 20, 81)]).double()
+    known = Fake(1.0, 0.3, kind).posterior(clips_of(returns))
+    root = torch.zeros(82, 1, dtype=torch.double)
+    root[0] = 2.01 * temperature  # its variance is four times the temperature's square
+    base = known.plus(root)
+    pairs = torch.stack([torch.zeros(81, dtype=torch.long), torch.arange(81) + 1], 1)
+    sure, before = ((x.preference(pairs) - 0.5).abs() for x in (base.tempered(temperature), base))
+    assert (sure <= before + 0.002).all()
+    # Nothing else of it depends on what was added, whatever else is done to it.
+    both = base.scaled(2.0).select(torch.arange(1, 82)).tempered(temperature)
+    torch.testing.assert_close(both.mean, 2 * known.mean[1:] / temperature)
+    torch.testing.assert_close(both.variance, 4 * known.variance[1:] / temperature**2)
+    added = base.scaled(2.0).select(torch.arange(1)).tempered(temperature).variance
+    expected = 4 * (known.variance[0] + 2.01**2 * temperature**2 / min(1, temperature) ** 2)
+    torch.testing.assert_close(added[0] * temperature**2, expected)
 
 
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])
@@ -166,9 +202,10 @@ def test_isotonic_mends_what_a_temperature_cannot():
 def test_a_few_right_comparisons_make_nothing_certain():
     clips, pairs = clips_of(torch.tensor([0.0, 1.0, 0.0, 2.0])), torch.tensor([[0, 1], [2, 3]])
     for method in ("temperature", "isotonic"):
-        found = Calibrated(Fake(), method).calibrate(
-            Comparisons(clips, pairs, torch.ones(2)), random=True
-        )
+        with pytest.warns(FewComparisonsWarning, match="at least 30 .*got 2"):
+            found = Calibrated(Fake(), method).calibrate(
+                Comparisons(clips, pairs, torch.ones(2)), random=True
+            )
         # Of 0.73 and 0.88 by the model.
         assert (found.posterior(clips).preference(pairs) < 0.96).all()
 
@@ -217,6 +254,7 @@ def test_prediction_set_is_its_definition():
     assert torch.equal(belief.prediction_set(said.pairs.flip(1), 0.8), chosen.flip(1))
 
 
+@pytest.mark.filterwarnings("ignore::rewardmodels.FewComparisonsWarning")
 def test_says_how_many_comparisons_a_coverage_needs():
     for n, coverage, needed in ((8, 0.9, 9), (18, 0.95, 19), (98, 0.99, 99)):
         said = asked(n + 1)
@@ -228,7 +266,7 @@ def test_says_how_many_comparisons_a_coverage_needs():
 
 
 def test_warns_of_actively_chosen_comparisons():
-    said = asked(20)
+    said = asked(30)
     with pytest.warns(ActivelyChosenWarning, match="drawn at random") as caught:
         chosen = Calibrated(Fake()).calibrate(said, random=False)
     assert caught[0].filename == __file__
@@ -239,8 +277,8 @@ def test_warns_of_actively_chosen_comparisons():
 
 
 def test_ties_count_half_each_way():
-    said = asked(400)
-    tied = Comparisons(said.clips, said.pairs, torch.full((400,), 0.5))
+    said = asked(20_000)
+    tied = Comparisons(said.clips, said.pairs, torch.full((20_000,), 0.5))
     # A teacher who sees no difference: as flat as can be.
     assert Calibrated(Fake()).calibrate(tied, random=True).temperature > 10
     belief = Calibrated(Fake()).calibrate(tied, random=True).posterior(said.clips)
@@ -278,7 +316,7 @@ def test_a_real_model_is_held_and_left_as_it_was():
 
 
 def test_refuses():
-    said = asked(20)
+    said = asked(30)
     with pytest.raises(InvalidInput, match=r"method: .*isotonic; got 'platt'"):
         Calibrated(Fake(), "platt")
     with pytest.raises(InvalidInput, match=r"comparisons: .*got none"):

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from rewardmodels import Clips, Comparisons, InvalidInput, cut
+from rewardmodels import Clips, Comparisons, InvalidInput, Marks, Ratings, cut
 
 
 def ragged(*lengths: int, padding: float = float("nan")) -> Clips:
@@ -131,7 +131,10 @@ def with_nan(clip: int, frame: int, *shape: int) -> torch.Tensor:
     [
         ({"observations": torch.zeros(3)}, r"observations: .*got \(3,\)"),
         ({"observations": torch.zeros(3, 0, 2)}, r"T of at least 1, got \(3, 0, 2\)"),
-        ({"observations": np.zeros((3, 4, 2))}, r"observations: expected a torch.Tensor, got ndar"),
+        ({"observations": "abc"}, r"observations: expected real numbers.*got dtype <U3"),
+        ({"observations": [[0.0], [0.0, 1.0]]}, r"observations: .*lists of equal lengths, got"),
+        ({"actions": torch.zeros(3, 4, 1) * 1j}, r"actions: expected real .*got torch.complex64"),
+        ({"rewards": np.zeros((3, 4)) * 1j}, r"rewards: expected real .*got dtype complex128"),
         ({"actions": torch.zeros(3, 5, 1)}, r"actions: .*\(3, 4\).*got \(3, 5, 1\)"),
         ({"rewards": torch.zeros(3, 4, 1)}, r"rewards: .*\(3, 4\), got \(3, 4, 1\)"),
         ({"mask": torch.ones(3, 4)}, r"mask: expected dtype bool, got torch.float32"),
@@ -160,7 +163,9 @@ def said(pairs: list[list[int]], preference: list[float], n: int = 4) -> Compari
     [
         ([0, 1], [1.0], r"pairs: .*shape \(2,\)"),
         ([[0, 1, 2]], [1.0], r"pairs: .*shape \(1, 3\)"),
-        ([[0.0, 1.0]], [1.0], r"pairs: expected integers.*float32"),
+        ([[0.0, 0.5]], [1.0], r"pairs: expected integers.*float32"),
+        ([[0.0, float("inf")]], [1.0], r"pairs: expected integers.*float32"),
+        ([[0.0, float("nan")]], [1.0], r"pairs: expected integers.*float32"),
         ([[False, True]], [1.0], r"pairs: expected integers.*bool"),
         ([[0, 1]], [1.0, 0.0], r"preference: .*\(1,\).*got \(2,\)"),
         ([[0, 1], [2, 4]], [1.0, 0.0], r"pairs: .*0 to 3 \(4 clips\), got \[2, 4\] in row 1"),
@@ -173,6 +178,14 @@ def said(pairs: list[list[int]], preference: list[float], n: int = 4) -> Compari
 def test_refuses_what_cannot_be_comparisons(pairs, preference, message):
     with pytest.raises(InvalidInput, match=message):
         said(pairs, preference)
+
+
+def test_other_things_than_clips_are_refused():
+    for make in (Comparisons, Ratings):
+        with pytest.raises(InvalidInput, match="clips: expected Clips, got Tensor"):
+            make(torch.zeros(4, 2, 1), [[0, 1]], [1.0])
+    with pytest.raises(InvalidInput, match="clips: expected Clips, got Tensor"):
+        Marks(torch.zeros(4, 2, 1), [[0, 0, 0, 1]])
 
 
 def meaning(comparisons: Comparisons) -> list[tuple[float, float, float]]:

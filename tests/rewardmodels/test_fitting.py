@@ -5,6 +5,7 @@ import random
 import signal
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from rewardmodels import (
     InvalidInput,
     PairBatch,
     fit,
+    fitting,
 )
-from rewardmodels.fitting import TrainingSet
+from rewardmodels.fitting import TrainingSet, sharing
 
 from .data import one_input as some
 
@@ -108,6 +110,22 @@ def test_minibatches_hold_every_row_once_an_epoch():
     model = Spy(members=1, hidden=())
     fit(model, some(50), epochs=3, options=FitOptions(batch_size=20, held_out=0.0))
     assert model.sizes == [20, 20, 10] * 3
+
+
+def test_large_minibatches_are_split_and_steps_stay_the_same(monkeypatch):
+    options = FitOptions(batch_size=20, held_out=0.0)
+    whole, split = Spy(members=1, hidden=(4,)), Spy(members=1, hidden=(4,))
+    fit(whole, some(60), epochs=3, novelty="off", options=options)
+    monkeypatch.setattr(fitting, "_NUMBERS_AT_ONCE", 2 * 8 * 5)  # five pairs of clips
+    fit(split, some(60), epochs=3, novelty="off", options=options)
+    assert split.sizes == [5] * 12 * 3
+    for one, other in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    expected = pytest.approx(whole.fit_report.train_log_loss, rel=1e-4)
+    assert split.fit_report.train_log_loss == expected
+    trainer = plain(max_epochs=1, accumulate_grad_batches=2)
+    fit(split, some(60), options=FitOptions(trainer=trainer))
+    assert trainer.accumulate_grad_batches == 2
 
 
 def held_out_loss(model: DeepEnsemble, answers: Comparisons) -> float:
@@ -274,6 +292,12 @@ def test_inputs_that_never_change_do():
         ({"comparisons": some(1)}, "comparisons: expected at least 2 .*got 1"),
         ({"options": FitOptions(held_out=0.9999)}, "held_out: .*leaves some of the 60.*0.9999"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs: expected a whole number .*1.5"),
+        ({"seed": -1}, "seed: .*from 0 .*-1"),
+        ({"seed": 0.5}, "seed: .*0.5"),
+        ({"comparisons": some().clips}, "comparisons: expected Comparisons, got Clips"),
+        ({"marks": some()}, "marks: expected Marks, got Comparisons"),
+        ({"options": {"patience": 3}}, "options: expected FitOptions, got dict"),
     ],
 )
 def test_refuses_before_it_starts(arguments, message):
@@ -284,7 +308,14 @@ def test_refuses_before_it_starts(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("held_out", 1.0), ("held_out", -0.1), ("patience", 0), ("batch_size", 0)]
+    ("name", "value"),
+    [
+        ("held_out", 1.0),
+        ("held_out", -0.1),
+        ("patience", 0),
+        ("batch_size", 0),
+        ("batch_size", 2.5),
+    ],
 )
 def test_options_out_of_range_are_refused(name, value):
     with pytest.raises(InvalidInput, match=f"{name}: .*got {value}"):
@@ -309,6 +340,39 @@ def test_says_nothing_of_lightnings(capfd, caplog):
     out, err = capfd.readouterr()
     assert out == err == ""
     assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_small_networks_are_fitted_on_one_thread_and_threads_restored(broken, monkeypatch):
+    threads: list[int] = []
+
+    def note(model: L.LightningModule) -> None:
+        threads.append(torch.get_num_threads())
+        if broken:
+            raise OSError("disk full")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for most, image in ((100, False), (10, False), (100_000, True)):
+            monkeypatch.setattr(fitting, "_ONE_THREAD", most)
+            clips = some().clips
+            if image:
+                pixels = torch.randn(len(clips), 2, 1, 5, 5)
+                clips = Clips(pixels, torch.zeros(len(clips), 2, 1))
+            answers = Comparisons(clips, some().pairs, some().preference)
+            options = FitOptions(trainer=plain(max_epochs=1, callbacks=[At(0, note)]))
+            with pytest.raises(OSError, match="disk full") if broken else nullcontext():
+                fit(small(members=1), answers, novelty="off", options=options)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 2, 2]
+
+
+def test_progress_is_shown_when_asked_for(capfd):
+    fit(small(), some(), epochs=2, options=FitOptions(progress=True))
+    assert "held_out_log_loss" in "".join(capfd.readouterr())
 
 
 @pytest.mark.gpu
@@ -353,6 +417,44 @@ def test_groups_are_held_out_together_and_stay_so():
     assert torch.equal(kept_back(60, each), kept_back(60, None))
     with pytest.raises(InvalidInput, match="groups: expected a number for each of 60"):
         fit(small(), some(60), options=FitOptions(groups=groups[:3]))
+
+
+def drawn_pairs(n: int, clips: int, seed: int = 0) -> Comparisons:
+    """Each comparison with clips of its own, which are copies of a few."""
+    draw = np.random.default_rng(seed)
+    which = np.stack([draw.choice(clips, 2, replace=False) for _ in range(n)])
+    observations = torch.randn(clips, 3, 2, generator=torch.Generator().manual_seed(seed))
+    copies = Clips(observations[which.flatten()], torch.zeros(2 * n, 3, 1))
+    return Comparisons(copies, np.arange(2 * n).reshape(n, 2), draw.integers(2, size=n))
+
+
+def test_comparisons_that_share_clips_are_held_out_together():
+    # Of five clips any two comparisons meet, at the latest by a third.
+    parts = [drawn_pairs(8, 5, seed) for seed in range(30)]
+    answers = Comparisons.cat(parts)
+    groups = sharing(answers)
+    expected = torch.arange(30).repeat_interleave(8) * 8
+    assert (groups // 8 * 8 == expected).all()  # none reaches into another part
+    assert float((groups == expected).float().mean()) > 0.8
+    held_out = TrainingSet.gather(answers, None, None, FitOptions(held_out=0.3), seed=0).held_out
+    assert 0.1 < held_out.float().mean() < 0.5
+    for group in groups.unique():
+        assert len(held_out[groups == group].unique()) == 1
+
+
+def test_groups_that_share_clips_stay_small_and_as_they_are():
+    answers = drawn_pairs(200, 6)
+    groups = sharing(answers)
+    assert max(groups.bincount()) == 10
+    assert torch.equal(sharing(answers[:120]), groups[:120])
+
+    # A single group isn't held out whole.
+    clips = Clips(torch.arange(10.0).view(10, 1, 1), torch.zeros(10, 1, 1))
+    star = Comparisons(clips, [[0, i] for i in range(1, 10)], [1.0] * 9)
+    options = FitOptions(held_out=0.99)
+    assert TrainingSet.gather(star, None, None, options, 0).held_out.all()
+    model = fit(small(members=1), star, epochs=1, options=options)
+    assert model.fit_report.held_out == 0
 
 
 def test_a_minibatch_is_the_rows_it_says():

@@ -188,6 +188,20 @@ def test_images_are_normalised_by_channel():
     np.testing.assert_allclose(found[:, :24], expected.reshape(50, 24), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(84, 84, 4), (64, 48, 3), (28, 28, 1), (2, 84, 84, 3)])
+def test_images_with_channels_last_are_refused(shape):
+    clips = Clips(torch.zeros(4, 1, *shape), torch.zeros(4, 1, 1))
+    model = LaplaceHead()
+    with pytest.raises(
+        InvalidInput, match=r"observations: .*\(C, H, W\), got .*channels last.*move"
+    ):
+        fit(model, Comparisons(clips, [[0, 1], [2, 3]], [0, 1]))
+    assert model.spec is None
+    first = (*shape[:-3], shape[-1], *shape[-3:-1])
+    for fine in (first, (3, 84, 4), (4, 12, 3), (64, 4, 4)):
+        FrameSpec(fine, ()).check_layout()
+
+
 def test_images_before_and_after_are_one_image():
     assert FrameSpec((2, 3, 8, 9), ()).image == (6, 8, 9)
     assert FrameSpec((3, 8, 9), ()).image == (3, 8, 9)

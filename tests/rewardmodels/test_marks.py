@@ -103,7 +103,7 @@ def test_a_mark_of_a_whole_clip_is_passed_over():
     ("rows", "said"),
     [
         (torch.tensor([[0, 1, 2]]), "expected integers of shape"),
-        (torch.tensor([[0.0, 1, 2, 1]]), "got torch.float32"),
+        (torch.tensor([[0.5, 1, 2, 1]]), "got torch.float32"),
         (torch.tensor([[0, 1, 2, 1], [8, 1, 2, 1]]), "clips from 0 to 7 .* got 8 in row 1"),
         (torch.tensor([[0, 3, 2, 1]]), r"first frame <= last frame .*got \[3, 2, 11\] in row 0"),
         (torch.tensor([[0, -1, 2, 1]]), r"0 <= first frame .*got \[-1, 2, 11\]"),

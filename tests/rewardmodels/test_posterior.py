@@ -104,9 +104,9 @@ def test_no_pairs_and_no_clips(belief):
 
 
 def test_refuses_other_shapes(belief):
-    with pytest.raises(InvalidInput, match=r"pairs: expected shape \(Q, 2\), got \(2,\)"):
+    with pytest.raises(InvalidInput, match=r"pairs: expected .*shape \(Q, 2\), got .*\(2,\)"):
         belief.difference(torch.tensor([0, 1]))
-    with pytest.raises(InvalidInput, match="n: expected at least 1 draw, got 0"):
+    with pytest.raises(InvalidInput, match="n: expected at least 1, got 0"):
         belief.rsample(0)
     with pytest.raises(InvalidInput, match=r"samples: .*got \(0, 3\)"):
         SampledPosterior(torch.zeros(0, 3))

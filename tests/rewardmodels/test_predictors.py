@@ -1,12 +1,24 @@
 """Properties of every predictor in the registry, beyond the conformance checks."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from rewardmodels import PREDICTORS, Clips, Comparisons, InvalidInput, PairBatch, RewardModel, fit
+from rewardmodels import (
+    PREDICTORS,
+    Calibrated,
+    Clips,
+    Comparisons,
+    InvalidInput,
+    LaplaceHead,
+    PairBatch,
+    RewardModel,
+    fit,
+)
 from rewardmodels import model as model_module
 from rewardmodels.checks import CHECKS
 
@@ -163,13 +175,42 @@ def test_the_command_line_makes_it(name):
         ("Epinet", {"index_dim": 0}), ("Epinet", {"samples": 0}), ("Epinet", {"epinet_width": 0}),
         ("Epinet", {"training_indices": 0}), ("Epinet", {"prior_scale": -1.0}),
         ("GPHead", {"inducing": 0}), ("GPHead", {"random_features": 0}),
-        ("GPHead", {"random_features": 7}),
+        ("GPHead", {"random_features": 7}), ("GPHead", {"inducing": 2.5}),
+        ("DeepEnsemble", {"members": 2.5}), ("DeepEnsemble", {"members": "3"}),
+        ("MCDropout", {"samples": True}), ("LaplaceHead", {"hidden": (8.5,)}),
+        ("LaplaceHead", {"hidden": 8}), ("LaplaceHead", {"discrete_actions": 1.5}),
     ],
 )  # fmt: skip
 def test_hyper_parameters_out_of_range_are_refused(name, settings):
     ((argument, _),) = settings.items()
     with pytest.raises(InvalidInput, match=f"{argument}: "):
         PREDICTORS[name](**settings)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deep", "pickle"],
+)
+def test_a_copy_gives_the_same_posterior_and_goes_its_own_way(make, model, copied):
+    clips, state = linear_clips(n=10), torch.get_rng_state()
+    again, calibrated = copied(model), copied(Calibrated(model))
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = model.posterior(clips)
+    assert torch.equal(again.posterior(clips).covariance, expected.covariance)
+    assert torch.equal(calibrated.model.posterior(clips).covariance, expected.covariance)
+    fit(again, linear_comparisons(20), epochs=1)
+    assert torch.equal(model.posterior(clips).mean, expected.mean)
+    one, other = (fit(x, linear_comparisons(20), epochs=1) for x in (make(), copied(make())))
+    assert torch.equal(one.posterior(clips).mean, other.posterior(clips).mean)
+
+
+def test_a_network_of_ones_own_is_copied_too():
+    made = LaplaceHead(network=torch.nn.Linear(5, 3))
+    one, other = (
+        fit(x, linear_comparisons(20), epochs=1) for x in (made, pickle.loads(pickle.dumps(made)))
+    )
+    assert torch.equal(*(x.posterior(linear_clips()).mean for x in (one, other)))
 
 
 @pytest.mark.gpu

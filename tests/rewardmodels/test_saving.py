@@ -1,6 +1,7 @@
 """Saved models, refused files, and atomic writes."""
 
 import json
+import math
 import pickle
 import struct
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from rewardmodels import (
     Clips,
     Comparisons,
     DeepEnsemble,
+    InvalidInput,
     NotFitted,
     UnreadableFile,
     fit,
@@ -24,7 +26,7 @@ from rewardmodels import (
     save,
 )
 from rewardmodels.networks import MemberMLP
-from rewardmodels.saving import atomic_path
+from rewardmodels.saving import atomic_path, content_checksum
 
 CLIPS = Clips(torch.randn(12, 3, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(12, 3))
 ANSWERS = Comparisons(CLIPS, torch.arange(12).view(6, 2), torch.tensor([0, 1, 1, 0, 0.5, 1]))
@@ -133,23 +135,88 @@ def test_a_missing_file_is_no_damaged_one(tmp_path):
 
 
 def rewritten(file: Path, about: Any = None, **tensors: torch.Tensor | None) -> None:
-    """Writes the file again, with other metadata or tensors."""
+    """Writes the file again, with other metadata or tensors and their checksum."""
     with safetensors.safe_open(file, "pt") as opened:
         header = json.loads(opened.metadata()["rewardmodels"])
-    if isinstance(about, dict):
-        about = {**header, **about}
+    header.pop("checksum", None)
     kept = {**safetensors.torch.load_file(file), **tensors}
-    safetensors.torch.save_file(
-        {name: value for name, value in kept.items() if value is not None},
-        file,
-        {"rewardmodels": json.dumps(header if about is None else about)},
-    )
+    kept = {name: value for name, value in kept.items() if value is not None}
+    if about is None or isinstance(about, dict):
+        about = {**header, **(about or {})}
+        about["checksum"] = content_checksum(about, kept)
+    safetensors.torch.save_file(kept, file, {"rewardmodels": json.dumps(about)})
+
+
+def test_a_flipped_bit_anywhere_is_refused(file):
+    whole = file.read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    places = [*range(0, header, 23), *range(header, len(whole), 101)]
+    for i, place in enumerate(places):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << i % 8
+        file.write_bytes(damaged)
+        with pytest.raises(UnreadableFile):
+            load(file)
+
+
+def test_every_tensor_is_covered_by_the_checksum(file):
+    with safetensors.safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = safetensors.torch.load_file(file)
+    for name, value in tensors.items():
+        changed = {**tensors, name: ~value if value.dtype == torch.bool else value + 1}
+        safetensors.torch.save_file(changed, file, metadata)
+        with pytest.raises(UnreadableFile, match="checksum"):
+            load(file)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_tensors_that_are_not_finite_are_neither_read_nor_written(file, tmp_path, number):
+    model = load(file)
+    learned = dict(model.named_parameters())
+    for name, value in model.state_dict().items():
+        if not value.is_floating_point() or (number == math.inf and name not in learned):
+            continue
+        broken = value.clone()
+        broken.view(-1)[-1] = number
+        rewritten(file, **{name: broken})
+        with pytest.raises(UnreadableFile, match="NaN or infinity"):
+            load(file)
+        rewritten(file, **{name: value})
+    load(file)
+    with torch.no_grad():
+        model.network.weights[0][0, 0, 0] = number
+    with pytest.raises(InvalidInput, match="NaN or infinity"):
+        save(model, tmp_path / "broken")
+
+
+def test_another_runs_model_has_another_checksum(model, file, tmp_path):
+    other = fit(DeepEnsemble(members=3, hidden=(8, 4)), ANSWERS, epochs=1)
+    one, two = save(model, tmp_path / "one"), save(other, tmp_path / "two")
+    load(file, checksum=one)
+    with pytest.raises(UnreadableFile, match="another one"):
+        load(tmp_path / "two", checksum=one)
+    load(tmp_path / "two", checksum=two)
+
+
+def test_a_file_without_a_checksum_is_read_if_its_format_had_none(model, file):
+    with safetensors.safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["rewardmodels"])
+    tensors = safetensors.torch.load_file(file)
+    del header["checksum"]
+    for version in (3, 4):
+        text = json.dumps({**header, "format": version})
+        safetensors.torch.save_file(tensors, file, {"rewardmodels": text})
+        if version == 3:
+            assert torch.equal(load(file).posterior(CLIPS).samples, model.posterior(CLIPS).samples)
+    with pytest.raises(UnreadableFile, match="checksum"):
+        load(file)
 
 
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"format": 4}, "expected format 3 or older, got 4; update rewardmodels"),
+        ({"format": 5}, "expected format 4 or older, got 5; update rewardmodels"),
         ({"format": "new"}, "damaged"),
         ({"format": None}, "damaged"),
         ({"class": "os.system"}, "expected one of DeepEnsemble, .*, got a os.system"),
@@ -194,6 +261,7 @@ def test_tensors_that_do_not_fit_are_refused(file, name, value):
         load(file)
 
 
+@pytest.mark.filterwarnings("ignore::rewardmodels.FewComparisonsWarning")
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])
 def test_a_calibrated_model_comes_back_calibrated(model, method, tmp_path):
     calibrated = Calibrated(model, method)
@@ -210,6 +278,7 @@ def test_a_calibrated_model_comes_back_calibrated(model, method, tmp_path):
     assert torch.equal(*sets)
 
 
+@pytest.mark.filterwarnings("ignore::rewardmodels.FewComparisonsWarning")
 def test_a_calibration_that_is_missing_is_noticed(model, tmp_path):
     save(Calibrated(model).calibrate(ANSWERS, random=True), tmp_path / "model")
     rewritten(tmp_path / "model", **{"calibration.scores": None})

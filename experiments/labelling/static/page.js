@@ -11,6 +11,7 @@ let chosen = 0;              // side of the clip that keys act on
 let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
 let unsaved = 0;             // requests that aren't confirmed yet
 let renewing = 0;
+let run = { state: "", text: "", command: "" };
 const answeredHere = new Set();  // queries answered here; an older reply may still list them
 const undoable = JSON.parse(sessionStorage.getItem("undoable") || "[]");
 const WORDS = { left: "Left is better", right: "Right is better", same: "The same", unsure: "Can’t tell", skip: "Skipped" };
@@ -64,8 +65,8 @@ function enqueue(job) {
   return queue;
 }
 
-function remember(kind, id, query) {
-  undoable.push({ kind, id, query });
+function remember({ kind, id, receipt }, query) {
+  undoable.push({ kind, id, receipt, query });
   undoable.splice(0, undoable.length - 50);
   storeUndoable();
 }
@@ -79,10 +80,19 @@ function storeUndoable() {
 
 function update(state) {
   if (!state) return post("next").then(update);
-  const named = state.name !== "";
-  $("welcome").hidden = named;
-  $("work").hidden = !named;
-  if (!named) { $("name").focus(); return; }
+  run = state.run;
+  if ($("status").textContent === "Loading…") showStatus("");
+  const ended = ["over", "gone", "unshown"].includes(run.state);
+  const ask = state.name === "" && !ended;
+  $("welcome").hidden = !ask;
+  $("work").hidden = ask;
+  $("answers").hidden = $("others").hidden = ended;
+  if (ask) { $("name").focus(); return; }
+  if (!state.queries) {   // there is nothing to compare from here on
+    pairs.forEach(discard);
+    pairs = [];
+    return showRun();
+  }
   const wanted = state.queries.filter((query) => !answeredHere.has(query.id));
   // The pair on the screen stays there; after an undo, the reopened pair comes first.
   const front = state.query || (pairs[0] && pairs[0].id);
@@ -92,6 +102,7 @@ function update(state) {
   pairs = wanted.map((query) => have.get(query.id) || load(query));
   for (const [id, pair] of have) if (!wanted.some((query) => query.id === id)) discard(pair);
   if (pairs[0] !== before) show();
+  showRun();
   const { same, repeated } = state.agreement;
   $("progress-text").textContent = `${state.answered} of ${state.budget} answered` +
     (state.declined ? `, ${state.declined} skipped or unsure` : "") +
@@ -101,6 +112,16 @@ function update(state) {
   storeUndoable();
   clearTimeout(renewing);
   renewing = setTimeout(renew, pairs.length ? 1000 * state.renew_seconds : 2000);
+}
+
+// What the run is doing: alone where there is no pair, above one if the run was stopped.
+function showRun() {
+  const [text, command] = $("run").children;
+  $("run").hidden = pairs.length > 0 && run.state !== "paused";
+  $("run").classList.toggle("alone", pairs.length === 0);
+  text.textContent = run.text;
+  command.textContent = run.command;
+  command.hidden = !run.command;
 }
 
 function renew() {
@@ -178,7 +199,6 @@ function show() {
     other.classList.toggle("now", pair && other === pair.root);
     other.inert = !(pair && other === pair.root);
   }
-  $("empty").hidden = Boolean(pair);
   for (const button of document.querySelectorAll("[data-choice]")) button.disabled = !pair;
   if (!pair) return;
   endMark();
@@ -254,7 +274,7 @@ function answer(choice, event) {
   show();
   enqueue(async () => {
     const state = await postUntilConfirmed("answer", { query: pair.id, choice, seconds });
-    if (state) remember("answer", state.id, pair.id);
+    if (state) remember(state, pair.id);
     showStatus(`Saved: ${WORDS[choice].toLowerCase()}.`);
     await update(state);
   });
@@ -265,7 +285,7 @@ function undo() {
     const last = undoable.pop();
     storeUndoable();
     if (!last) return showStatus("There is nothing to undo.");
-    const state = await postUntilConfirmed("undo", { kind: last.kind, id: last.id });
+    const state = await postUntilConfirmed("undo", { kind: last.kind, id: last.id, receipt: last.receipt });
     if (last.kind === "answer") answeredHere.delete(last.query);
     else for (const drawn of stage.querySelectorAll(`[data-undo="${last.kind}-${last.id}"]`)) erase(drawn);
     showStatus(`Undone: your last ${last.kind}.`);
@@ -289,7 +309,7 @@ function rate(side, stars) {
   fillStars(row, stars);
   enqueue(async () => {
     const reply = await postUntilConfirmed("rate", { query: pair.id, side, stars });
-    if (reply) { row.dataset.undo = `rating-${reply.id}`; remember("rating", reply.id); }
+    if (reply) { row.dataset.undo = `rating-${reply.id}`; remember(reply); }
     showStatus(`Saved: ${stars} of 5 for the ${side ? "right" : "left"} clip.`);
   });
 }
@@ -314,7 +334,7 @@ function saveMark(pair, side, first, last, good, drawn) {
       const reply = await postUntilConfirmed("mark", { query: pair.id, side, first, last, good });
       if (!reply) return;
       drawn.dataset.undo = `mark-${reply.id}`;
-      remember("mark", reply.id);
+      remember(reply);
       showStatus(`Saved: frames ${first} to ${last} of the ${side ? "right" : "left"} clip are ${good ? "good" : "bad"}.`);
     } catch (error) {
       drawn.remove();

@@ -5,6 +5,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from experiments.envs import vector
 from experiments.envs.tasks import TASKS, Task, find_task, make_env
 from experiments.envs.vector import make_vec_env
 from rewardmodels.errors import InvalidInput, UnknownName
@@ -131,7 +132,9 @@ def test_gymnasiums_copies_are_plain_environments():
             np.testing.assert_array_equal(got if last is None else last, np.float32(observation))
             assert steps[t][1][i] == np.float32(reward)
             if t == 14:
-                np.testing.assert_array_equal(steps[t][0][i], np.float32(env.reset()[0]))
+                (second,) = np.random.SeedSequence([7 + i, 1]).generate_state(1)
+                begun = np.float32(env.reset(seed=int(second))[0])
+                np.testing.assert_array_equal(steps[t][0][i], begun)
 
 
 @pytest.mark.parametrize("backend", ["envpool", "gymnasium"])
@@ -151,6 +154,35 @@ def test_the_seed_decides_everything_from_the_next_reset_on(backend):
     venv.seed(6)
     np.testing.assert_array_equal(whole(venv), other)
     assert not np.array_equal(venv.reset(), other[0])
+
+
+class Noisy(gym.Wrapper):
+    """Draws in each step, and not just in resets."""
+
+    def step(self, action):
+        return super().step(action + self.np_random.normal(size=action.shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("Hopper", "envpool"), ("Hopper", "gymnasium"), ("noisy", "gymnasium")],
+)
+def test_an_episode_goes_on_in_another_process(name, backend, monkeypatch):
+    task = replace(TASKS["Pendulum" if name == "noisy" else name], horizon=20)
+    if name == "noisy":
+        monkeypatch.setattr(vector, "make_env", lambda task: Noisy(make_env(task)))
+    one, other = (make_vec_env(task, 3, seed=4, backend=backend) for _ in range(2))
+    one.reset()
+    for _ in range(2):
+        one.reset()
+    actions = random_actions(one.action_space, 3, 80)
+    for action in actions[:50]:  # the third of these episodes lasts since step 40
+        one.step(action)
+    assert one.episodes() == [5, 5, 5]
+    other.resume(one.episodes(), list(actions[40:50].swapaxes(0, 1)))
+    for action in actions[50:]:
+        for mine, theirs in zip(one.step(action)[:3], other.step(action)[:3], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
@@ -204,12 +236,3 @@ def test_any_gymnasium_id_is_a_task():
     _, steps = play(venv, 999)
     assert [t for t, step in enumerate(steps, 1) if step[2].any()] == [999]
     assert venv.states().shape == (2, 2)
-
-
-def test_discrete_observations_stay_whole_numbers():
-    venv = make_vec_env(find_task("FrozenLake-v1"), 2, 0)
-    venv.reset()
-    for _ in range(100):
-        observations, _, dones, infos = venv.step(np.array([0, 1]))
-    assert dones.all()
-    assert observations.dtype == infos[0]["terminal_observation"].dtype == np.int64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from active import FeedbackStore
 from experiments.benchmarks.page import (
@@ -150,6 +152,58 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path, browser):
     assert marks == [(first[0], *held, 1), (first[1], 5, 14, 0)]
     assert held[0] < held[1]
     assert rows(tmp_path, "SELECT clip, rating FROM ratings")[0] == (first[0], 0.75)
+
+
+@needs_chromium
+def test_the_page_tells_what_becomes_of_the_run(tmp_path, browser, monkeypatch):
+    put_queries(tmp_path, "HalfCheetah", 3, clips=6)
+    (tmp_path / "config.yaml").write_text("task: HalfCheetah\ncomparisons: 3\n")
+    (tmp_path / "metrics.csv").write_text("step,comparisons,task_return\n0,0,-300\n3000,3,90\n")
+    lock = FileLock(tmp_path / ".lock")
+
+    def told(state: str, name: str) -> None:
+        wait_until(page, f"run.state === '{state}'")
+        photograph(page, name)
+
+    with serve_in_background(tmp_path, "HalfCheetah") as link, lock:
+        page = browser.new_page()
+        page.goto(f"{link}x")
+        photograph(page, "wrong-link")
+        assert page.locator("h1").count() == 1
+        reader = browser.new_context(java_script_enabled=False).new_page()
+        reader.goto(link)
+        photograph(reader, "link")
+        reader.click("button")
+        assert reader.url == link.partition("?")[0]
+        page = open_page(browser, link)
+        answer_pairs(page, 1)
+        lock.release()
+        page.reload()
+        next_loaded(page)
+        told("paused", "paused")
+        lock.acquire()
+        answer_pairs(page, 2)
+        told("running", "all-given")
+        wait_until(page, "!document.getElementById('curve').hidden")
+        (tmp_path / "result.json").write_text("{}")
+        told("over", "over")
+        assert page.is_hidden("#answers")
+        assert page.is_visible("#curve")
+        newcomer = browser.new_context().new_page()
+        newcomer.goto(link)
+        wait_until(newcomer, "run.state === 'over'")
+        assert newcomer.is_hidden("#name")
+        (tmp_path / "answers.sqlite").rename(tmp_path / "moved.sqlite")
+        told("gone", "gone")
+    (tmp_path / "moved.sqlite").rename(tmp_path / "answers.sqlite")
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "videos")
+    monkeypatch.setenv("MUJOCO_GL", "nothing")
+    with serve_in_background(tmp_path, "HalfCheetah") as link:
+        page = browser.new_page()
+        page.goto(link)
+        told("unshown", "no-pictures")
+        assert page.is_hidden("#name")
 
 
 def test_kills_neither_lose_nor_double_answers(tmp_path):

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sqlite3
 import stat
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from starlette.testclient import TestClient
 
 from active import Counts, FeedbackStore, all_pairs
 from experiments.labelling import label
 from experiments.labelling.auth import Authentication, Person, is_loopback
 from experiments.labelling.server import make_app
-from experiments.labelling.videos import Videos
-from rewardmodels import Clips, UnreadableFile
+from experiments.labelling.videos import Videos, VideoUnavailable
+from rewardmodels import Clips, InvalidInput, UnreadableFile
 
 HERE = "http://127.0.0.1:8765"
 ANSWER = {"query": 1, "choice": "left", "seconds": 1.0}
@@ -69,9 +75,12 @@ def ann(client, app) -> TestClient:
     return sign_in(client, app)
 
 
-def sign_in(client: TestClient, app: Authentication, name: str = "Ann") -> TestClient:
+def sign_in(
+    client: TestClient, app: Authentication, name: str = "Ann", session: str = ""
+) -> TestClient:
     client.cookies.clear()
-    client.headers["cookie"] = app.set_cookie(Person(f"{name}-1", name)).partition(";")[0]
+    person = Person(session or f"{name}-1", name)
+    client.headers["cookie"] = app.set_cookie(person).partition(";")[0]
     return client
 
 
@@ -85,26 +94,65 @@ def contents(run: Path) -> str:
     return repr(rows)
 
 
+def receipt_of(reply: dict[str, object]) -> dict[str, object]:
+    """Body of the request that takes some feedback back."""
+    return {name: reply[name] for name in ("kind", "id", "receipt")}
+
+
 def query_ids(reply) -> list[int]:
     return [query["id"] for query in reply.json()["queries"]]
 
 
-def test_a_token_works_once_and_is_replaced_by_a_cookie(client, app):
+def enter(client: TestClient, token: str):
+    return client.post("/", data={"token": token})
+
+
+def test_a_token_is_replaced_by_a_cookie_once_and_previews_leave_it(client, app):
     assert client.get("/").status_code == 403
     assert client.post("/api/next").status_code == 403
-    first = client.get(f"/?token={app.tokens[0]}")
+    for _ in range(2):
+        preview = client.get(f"/?token={app.tokens[0]}")
+        assert preview.status_code == 200
+        assert "set-cookie" not in preview.headers
+        assert f'value="{app.tokens[0]}"' in preview.text
+    used, other = app.tokens
+    first = enter(client, used)
     assert (first.status_code, first.headers["location"]) == (303, "/")
     flags = {flag.strip() for flag in first.headers["set-cookie"].split(";")}
     assert {"HttpOnly", "SameSite=Strict"} <= flags
     assert "<title>" in client.get("/").text
-    assert client.post("/api/next").json() == {"name": ""}
+    assert client.post("/api/next").json()["name"] == ""
     assert client.post("/api/answer", json=ANSWER).status_code == 422  # without a name
     assert client.post("/api/name", json={"name": "  Ånn O’B "}).json()["name"] == "Ånn O’B"
     assert client.post("/api/next").json()["name"] == "Ånn O’B"
-    assert client.get(f"/?token={app.tokens[1]}").status_code == 303  # has a cookie: not used up
+    assert client.get(f"/?token={other}").status_code == 303  # has a cookie: not used up
+    assert enter(client, other).status_code == 303
     client.cookies.clear()
-    for token, status in ((app.tokens[0], 403), ("guessed", 403), (app.tokens[1], 303)):
-        assert client.get(f"/?token={token}").status_code == status
+    for token, status in ((used, 403), ("guessed", 403), (other, 303), (app.add_token(), 303)):
+        client.cookies.clear()
+        assert enter(client, token).status_code == status
+    client.cookies.clear()
+    assert client.get(f"/?token={used}").status_code == 403
+
+
+def test_this_machine_may_use_a_token_again(app):
+    with TestClient(app, base_url=HERE, follow_redirects=False, client=("127.0.0.1", 9)) as client:
+        cookies = set()
+        for _ in range(2):
+            client.cookies.clear()
+            cookies.add(enter(client, app.tokens[0]).headers["set-cookie"])
+    assert len(cookies) == 2  # a session each
+
+
+@pytest.mark.parametrize("path", ["/", "/?token=x", "/?token=%22%3E%3Cscript%3E"])
+def test_a_stranger_gets_a_page_with_its_style_and_nothing_else(client, path):
+    reply = client.get(path)
+    assert reply.status_code == 403
+    assert reply.headers["content-type"].startswith("text/html")
+    assert "<script>" not in reply.text
+    assert client.get(path, headers={"host": "evil.example"}).status_code == 403
+    found = [client.get(f"/{name}").status_code for name in ("page.css", "enter.js", "page.js")]
+    assert found == [200, 200, 403]
 
 
 def test_a_cookie_survives_a_restart_and_cannot_be_forged(client, app, run):
@@ -160,14 +208,15 @@ def test_answers_marks_ratings_and_undo_reach_the_store(ann, run):
     assert [clip["frames"] for clip in state["queries"][0]["clips"]] == [6, 6]
     one, two = (clip["id"] for clip in state["queries"][0]["clips"])
     shown = {"first": 2, "last": 5, "good": False}
-    mark = ann.post("/api/mark", json={"query": 1, "side": 1, **shown}).json()["id"]
-    rating = ann.post("/api/rate", json={"query": 1, "side": 0, "stars": 4}).json()["id"]
+    marked = ann.post("/api/mark", json={"query": 1, "side": 1, **shown}).json()
+    rated = ann.post("/api/rate", json={"query": 1, "side": 0, "stars": 4}).json()
+    mark = marked["id"]
     state = ann.post("/api/next").json()
     assert state["queries"][0]["clips"][1]["marks"] == [{"id": mark, **shown}]
-    ids = {}
+    given = {}
     for query, choice in enumerate(("left", "right", "same", "unsure", "skip"), 1):
         reply = ann.post("/api/answer", json={"query": query, "choice": choice, "seconds": 0.25})
-        ids[query] = reply.json()["id"]
+        given[query] = receipt_of(reply.json())
     state = reply.json()
     assert (state["answered"], state["declined"], state["budget"]) == (3, 2, 10)
     assert query_ids(reply) == [6, 7, 8]
@@ -176,10 +225,10 @@ def test_answers_marks_ratings_and_undo_reach_the_store(ann, run):
         assert stored == [("Ann", value) for value in (0.0, 1.0, 0.5, None, None)]
         assert [m[1:] for m in store.marks.rows()] == [(two, 2, 5, False, "Ann")]
         assert [r[1:] for r in store.marks.ratings()] == [(one, 0.75, "Ann")]
-        undone = ann.post("/api/undo", json={"kind": "answer", "id": ids[2]})
+        undone = ann.post("/api/undo", json=given[2])
         assert undone.json()["query"] == query_ids(undone)[0] == 2
-        ann.post("/api/undo", json={"kind": "mark", "id": mark})
-        ann.post("/api/undo", json={"kind": "rating", "id": rating})
+        ann.post("/api/undo", json=receipt_of(marked))
+        ann.post("/api/undo", json=receipt_of(rated))
         assert store.counts() == Counts(10, 2, 2)
         assert store.marks.rows() == store.marks.ratings() == []
 
@@ -211,11 +260,12 @@ def test_answers_marks_ratings_and_undo_reach_the_store(ann, run):
         ("mark", {**MARK, "query": 99}, 404),
         ("rate", {"query": 1, "side": 0, "stars": 6}, 422),
         ("rate", {"query": 5, "side": 0, "stars": 3}, 409),
-        ("undo", {"kind": "answer", "id": 1}, 404),
-        ("undo", {"kind": "clips", "id": 1}, 422),
+        ("undo", {"kind": "answer", "id": 1, "receipt": "é"}, 404),
+        ("undo", {"kind": "answer", "id": 1}, 422),
+        ("undo", {"kind": "clips", "id": 1, "receipt": ""}, 422),
         ("name", {"name": " "}, 422),
         ("name", {"name": "x" * 65}, 422),
-        ("name", {"name": "a\nb"}, 422),
+        *(("name", {"name": f"a{c}b"}, 422) for c in "\0\n\x1b\x85\u2028"),
         ("nowhere", {}, 404),
     ],
 )
@@ -264,16 +314,28 @@ def test_repeated_requests_and_expired_leases_change_nothing(ann, run):
     assert contents(run) == before
 
 
-def test_leaving_returns_queries_and_undo_is_limited_to_ones_own_answers(ann, app):
+def test_leaving_returns_queries(ann, app):
     ann.post("/api/next")
-    given = ann.post("/api/answer", json=ANSWER).json()["id"]
+    ann.post("/api/answer", json=ANSWER)
     bob = sign_in(ann, app, "Bob")
     assert query_ids(bob.post("/api/next")) == [5, 6, 7]
-    assert bob.post("/api/undo", json={"kind": "answer", "id": given}).status_code == 404
     bob.post("/api/leave")
     ann = sign_in(bob, app)
     replies = [ann.post("/api/answer", json={**ANSWER, "query": query}) for query in (2, 3, 4)]
     assert query_ids(replies[-1]) == [5, 6, 7]
+
+
+def test_only_the_session_that_gave_feedback_takes_it_back(ann, app, run):
+    ann.post("/api/next")
+    given = receipt_of(ann.post("/api/answer", json=ANSWER).json())
+    other = sign_in(ann, app, session="another", name="Ann")
+    forged = app.receipt(Person("another", "Ann"), "mark", given["id"])
+    before = contents(run)
+    for receipt in (given["receipt"], forged):
+        assert other.post("/api/undo", json={**given, "receipt": receipt}).status_code == 404
+    assert contents(run) == before
+    ann = sign_in(other, app_of(run))  # a restart doesn't matter
+    assert ann.post("/api/undo", json=given).json()["query"] == 1
 
 
 def test_queries_are_repeated_and_agreement_is_counted(run):
@@ -319,9 +381,129 @@ def test_label_refuses_what_it_cannot_serve(run, settings, argument):
         label(**{"run": run, **settings})
 
 
+@pytest.fixture
+def serve(monkeypatch):
+    """Let `label` print, and call `serve.during` with its application in place of serving."""
+    uvicorn = pytest.importorskip("uvicorn")
+
+    def run(server, sockets) -> None:
+        serve.during(server.config.app)
+
+    serve = SimpleNamespace(during=lambda app: None)
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    return serve
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::"])
+def test_printed_links_work_where_the_server_listens(run, serve, capsys, host):
+    def open_link(app: Authentication) -> None:
+        printed = capsys.readouterr()
+        link = printed.out.split()[0]
+        assert "0.0.0.0" not in link
+        assert "[::]" not in link
+        assert ("encrypted" in printed.err) == (host != "127.0.0.1")
+        with TestClient(app, follow_redirects=False) as client:
+            assert client.get(link).status_code == 200
+
+    serve.during = open_link
+    try:
+        label(run, task="Hopper", host=host, port=0)
+    except InvalidInput:
+        if host != "::":
+            raise
+        pytest.skip("no IPv6 here")
+
+
+def test_enter_in_a_terminal_prints_one_more_link(run, serve, capsys, monkeypatch):
+    terminal, end = pytest.importorskip("pty").openpty()
+
+    def press_enter(app: Authentication) -> None:
+        os.write(terminal, b"\n")
+        printed = capsys.readouterr().out
+        for _ in range(500):
+            if printed.count("token=") == 2:
+                break
+            time.sleep(0.01)
+            printed += capsys.readouterr().out
+        assert [line.partition("token=")[2] for line in printed.split()] == app.tokens
+        assert len(app.tokens) == 2
+
+    serve.during = press_enter
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with os.fdopen(end) as stdin, os.fdopen(terminal, "wb"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        label(run, task="Hopper", port=0)
+
+
 def test_loopback_addresses():
     assert all(map(is_loopback, ("127.0.0.2", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "192.168.0.7", "example.com")))
+
+
+def progress(client: TestClient) -> tuple[str, list[int]]:
+    reply = client.post("/api/next")
+    return reply.json()["run"]["state"], query_ids(reply)
+
+
+def test_the_page_knows_whether_the_run_goes_on(ann, run):
+    assert progress(ann) == ("unknown", [1, 2, 3])
+    lock = FileLock(run / ".lock")
+    with lock:
+        assert progress(ann) == ("waiting", [1, 2, 3])
+        with FeedbackStore(run / "answers.sqlite") as store:
+            for query in range(2, 11):
+                store.answer(query, 1.0, "bob")
+            assert progress(ann) == ("waiting", [1])
+            store.answer(1, 1.0, "bob")
+        assert progress(ann) == ("running", [])
+    assert progress(ann) == ("paused", [])
+    with lock:  # looking didn't take it
+        assert progress(ann)[0] == "running"
+
+
+def test_a_run_that_is_over_offers_no_questions_and_keeps_the_answer_being_given(ann, run):
+    ann.post("/api/next")
+    (run / "result.json").write_text("{}")
+    reply = ann.post("/api/answer", json=ANSWER)  # was on the screen
+    assert reply.status_code == 200
+    assert "1 comparison" in reply.json()["run"]["text"]
+    assert progress(ann) == ("over", [])
+    assert ann.post("/api/undo", json=receipt_of(reply.json())).status_code == 200
+
+
+def test_without_pictures_the_page_says_so_before_it_asks(run, monkeypatch, capsys):
+    async def get(self, job):
+        raise VideoUnavailable("no OpenGL library.")
+
+    monkeypatch.setattr(InstantVideos, "get", get)
+    app = app_of(run)
+    with TestClient(app, base_url=HERE) as client:
+        state = sign_in(client, app).post("/api/next").json()
+        assert state["run"]["state"] == "unshown"
+        assert "no OpenGL library" in state["run"]["text"]
+        assert "queries" not in state
+        assert "no OpenGL library" in capsys.readouterr().err
+        (run / "result.json").write_text("{}")
+        assert progress(client) == ("over", [])
+
+
+def test_nothing_is_accepted_for_a_store_that_is_gone(ann, run):
+    ann.post("/api/next")
+    given = receipt_of(ann.post("/api/answer", json=ANSWER).json())
+    (run / "answers.sqlite").rename(run / "moved.sqlite")
+    for replaced in (False, True):
+        if replaced:
+            FeedbackStore(run / "answers.sqlite").close()
+        assert ann.post("/api/next").json()["run"]["state"] == "gone"
+        for path, body in (
+            ("answer", {**ANSWER, "query": 2}),
+            ("mark", {**MARK, "query": 2}),
+            ("rate", {"query": 2, "side": 0, "stars": 3}),
+            ("undo", given),
+        ):
+            assert ann.post(f"/api/{path}", json=body).status_code == 410
+    with FeedbackStore(run / "answers.sqlite") as store:
+        assert store.counts() == Counts(0, 0, 0)
 
 
 def test_the_learning_curve_skips_rows_without_a_return(ann, run):

@@ -117,6 +117,25 @@ def test_a_clip_without_states_or_images_is_refused(tmp_path):
     renderer.close()
 
 
+def test_a_check_finds_what_keeps_clips_from_being_drawn(lamp, tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in ("bare", "empty", "blind", "images")]
+    for folder in folders:
+        folder.mkdir()
+    bare = Clips(torch.rand(2, 4, 2), torch.rand(2, 4, 1))
+    renderers = [renderer_of(folders[0], bare), *(ClipRenderer(f, lamp) for f in folders[1:])]
+    with pytest.raises(RenderingUnavailable, match="clip 1: "):
+        renderers[0].check()
+    renderers[1].check()
+    monkeypatch.setattr(Lamp, "render", lambda self: None)
+    with pytest.raises(RenderingUnavailable, match="task: "):
+        renderers[2].check()
+    monkeypatch.setattr(Lamp, "reset", lambda self, **_: (np.zeros((8, 8, 3), np.uint8), {}))
+    monkeypatch.setattr(Lamp, "observation_space", gym.spaces.Box(0, 255, (8, 8, 3), np.uint8))
+    renderers[3].check()
+    for renderer in renderers:
+        renderer.close()
+
+
 def test_a_requested_video_overtakes_prefetched_ones(tmp_path):
     async def order() -> list[Any]:
         videos, drawn = Videos(tmp_path, "Hopper"), []
@@ -163,7 +182,7 @@ def test_the_best_clip_has_the_highest_learned_return(tmp_path, monkeypatch):
         def posterior(self, clips: Clips) -> SampledPosterior:
             return SampledPosterior(clips.observations.sum((1, 2))[None])
 
-    monkeypatch.setattr(module, "load", lambda path: Sum())
+    monkeypatch.setattr(module, "load_model", lambda path, settings: Sum())
     assert best_clip(tmp_path, 5).tolist() == states[17:22, 1].tolist()
     (folder / "model.safetensors").unlink()
     assert best_clip(tmp_path, 5) is None

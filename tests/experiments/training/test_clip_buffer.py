@@ -50,6 +50,15 @@ def test_every_place_within_an_episode_is_cut_once(steps, recent):
     assert set(cut) == places(ends, first, 4)
 
 
+@pytest.mark.parametrize("steps", [0, 12, 47])
+def test_current_actions_are_those_since_an_episode_ended(steps):
+    clip_buffer = ClipBuffer(capacity=20, n_envs=3)
+    ends = record(clip_buffer, steps, seed=steps)
+    for env, actions in enumerate(clip_buffer.current_actions()):
+        began = max((t + 1 for t in range(steps) if ends[t, env]), default=0)
+        assert [-a[1] for a in actions] == list(range(max(began, steps - 20), steps))
+
+
 def test_places_are_equally_likely():
     clip_buffer = ClipBuffer(capacity=20, n_envs=2)
     ends = record(clip_buffer, 33, seed=5)

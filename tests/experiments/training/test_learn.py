@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from active import Constant, FeedbackStore, QueryStrategy, WhenUnsure
+from experiments.benchmarks.page import outcome
 from experiments.cli import main
 from experiments.training.config import LearnConfig
 from experiments.training.learn import Learner, learn, score_reward
-from experiments.training.rewards import relabel
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import Clips, SampledPosterior, load
+from rewardmodels import Clips, DeepEnsemble, SampledPosterior, load
+from rewardmodels.wrappers import relabel
 
 from ..studying import TINY, tiny
 
@@ -94,7 +95,7 @@ def test_clips_are_consecutive_frames_of_the_task(finished):
 def test_the_policys_reward_is_the_models(finished):
     learner = Learner(tiny(finished), RunDirectory(finished))
     assert learner.rounds_done == ROUNDS
-    learner.seed(ROUNDS)
+    learner.seed(ROUNDS, "train")
     model = load(finished / "model.safetensors")
     scale, shift = json.loads((learner.run.checkpoints[-1] / "reward.json").read_text())
     assert scale > 0
@@ -154,22 +155,37 @@ def compared(out):
         return {q.id: q.preference for q in answers.queries() if q.teacher is not None}
 
 
+def check_identical(out, finished):
+    """All but the time taken is the same, to the last bit."""
+    assert outcome(out) == outcome(finished)
+    one, other = (
+        pd.read_csv(run / "metrics.csv").drop(columns="seconds") for run in (out, finished)
+    )
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+    for file in ("model.safetensors", "frames.npz"):
+        if (finished / file).exists():
+            assert (out / file).read_bytes() == (finished / file).read_bytes()
+
+
 def check_kills(finished, out, start, kills, last, seed):
     """Kill a run at random moments, resume it, and compare it with an uninterrupted one."""
     luck, before = random.Random(seed), {}
+
+    def wait(process):
+        getattr(process, "join", getattr(process, "wait", None))()
+
     for _ in range(kills):
         process = start()
         time.sleep(luck.uniform(0, last))
         os.kill(process.pid, signal.SIGKILL)
-        getattr(process, "join", getattr(process, "wait", None))()
+        wait(process)
         now = compared(out)
         assert before.items() <= now.items(), "no comparison is lost or changed"
         before = now
-        assert RunDirectory(out).exists or not list(out.glob("[!c]*"))
-    assert main(command(out)) == 0
+        assert RunDirectory(out).exists or not list(out.glob("[!.c]*"))
+    wait(start())
     assert before.items() <= compared(out).items()
-    counted = ("step", "comparisons", "queries", "skipped")
-    assert metrics(out, *counted) == metrics(finished, *counted)
+    check_identical(out, finished)
     with sqlite3.connect(out / "answers.sqlite") as db:
         rounds = db.execute("SELECT round, count(*) FROM queries GROUP BY round").fetchall()
         assert rounds == [(r, due(r) - (due(r - 1) if r else 0)) for r in range(ROUNDS)]
@@ -178,9 +194,6 @@ def check_kills(finished, out, start, kills, last, seed):
         ).fetchone()
         assert answers == distinct == COMPARISONS
     db.close()
-    one, other = (json.loads((d / "result.json").read_text()) for d in (out, finished))
-    for name in ("steps", "comparisons", "queries", "skipped", "task", "reward", "seed"):
-        assert one[name] == other[name]
     assert (out / "report.html").exists()
 
 
@@ -198,48 +211,53 @@ def test_a_killed_run_resumes_without_loss(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_command_resumes_without_loss(finished, tmp_path):
-    out = tmp_path / "run"
+def test_a_killed_command_resumes_without_loss(tmp_path):
+    out, unkilled = tmp_path / "run", tmp_path / "unkilled"
     program, null = Path(sys.executable).with_name("rewardmodels"), subprocess.DEVNULL
 
     def start():
         return subprocess.Popen([program, *command(out)], stdout=null, stderr=null)
 
     started = time.monotonic()
-    start_up = subprocess.run([program, "learn", "--help"], capture_output=True)
-    assert start_up.returncode == 0
-    whole = time.monotonic() - started
-    seconds = json.loads((finished / "result.json").read_text())["wall_seconds"]
-    check_kills(finished, out, start, kills=8, last=whole + 0.8 * seconds, seed=0)
+    subprocess.run([program, *command(unkilled)], stdout=null, stderr=null, check=True)
+    check_kills(unkilled, out, start, kills=8, last=0.9 * (time.monotonic() - started), seed=0)
+
+
+def die_after(patch, cls, name):
+    """Interrupt the process as a method returns."""
+    method = getattr(cls, name)
+
+    def interrupted(*given, **named):
+        method(*given, **named)
+        raise KeyboardInterrupt
+
+    patch.setattr(cls, name, interrupted)
 
 
 @pytest.mark.usefixtures("_no_report")
-def test_a_round_killed_between_query_and_comparison_is_completed(tmp_path, monkeypatch):
-    out = tmp_path / "run"
+def test_a_run_interrupted_at_every_save_point_is_the_same(finished, tmp_path):
+    put, answer = (FeedbackStore, "add_queries"), (FeedbackStore, "answer")
+    save, resume = (Learner, "save_round"), False
 
-    def die(*_):
-        raise KeyboardInterrupt
+    def config():
+        own = {"activation": "leaky_relu", "weight_decay": 0.01}  # the command's, as `finished` has
+        return tiny(tmp_path / "run", model=DeepEnsemble(members=2, hidden=(8,), **own))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(FeedbackStore, "answer", die)
-        words = ["learn", *FLAGS, "--rounds=1", "--steps=2048", "--out", str(out)]
-        assert main(words) == 130
-    with FeedbackStore(out / "answers.sqlite") as answers:
-        assert answers.counts() == (due(0), 0, 0)
-    assert main(["learn", "--resume", "--out", str(out)]) == 0
-    assert metrics(out, "queries", "comparisons") == [[due(0)], [due(0)]]
+    for method in (put, answer, save, put, answer, save, save):
+        with pytest.MonkeyPatch.context() as patch:
+            die_after(patch, *method)
+            with pytest.raises(KeyboardInterrupt):
+                learn(config(), resume=resume, progress=False)
+        resume = True
+    learn(config(), resume=True, progress=False)
+    check_identical(tmp_path / "run", finished)
 
 
 @pytest.mark.usefixtures("_no_report")
 def test_seconds_add_up_across_interruptions(tmp_path, monkeypatch):
-    out, keep = tmp_path / "run", Learner.save_round
-
-    def keep_once(learner, *args):
-        keep(learner, *args)
-        raise KeyboardInterrupt
-
+    out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "save_round", keep_once)
+        die_after(patch, Learner, "save_round")
         patch.setattr(time, "monotonic", lambda: 0.0)
         with pytest.raises(KeyboardInterrupt):
             learn(tiny(out, reward="zero"), progress=False)
@@ -255,23 +273,20 @@ def test_seconds_add_up_across_interruptions(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_an_off_policy_algorithm_learns_resumes_and_relabels(tmp_path):
     config = tiny(tmp_path / "run", algorithm="SAC", steps=3000, comparisons=12)
-    keep = Learner.save_round
-
-    def keep_once(learner, *args):
-        keep(learner, *args)
-        raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Learner, "save_round", keep_once)
+        die_after(patch, Learner, "save_round")
         with pytest.raises(KeyboardInterrupt):
             learn(config, progress=False)
     result = learn(config, resume=True, progress=False)
     assert result["steps"] == 3000
     assert result["comparisons"] == 12
+    unkilled = tiny(tmp_path / "unkilled", algorithm="SAC", steps=3000, comparisons=12)
+    learn(unkilled, progress=False)
+    check_identical(config.out, unkilled.out)
     learner = Learner(config, RunDirectory(config.out))
     buffer = learner.agent.replay_buffer
     assert buffer.size() == 3000
-    learner.seed(ROUNDS)
+    learner.seed(ROUNDS, "train")
     relabel(learner.agent, learner.env.reward)
     model = load(config.out / "model.safetensors")
     for row in (0, 1500, 2999):
@@ -296,7 +311,7 @@ def test_warm_up_splits_the_initial_comparisons(tmp_path):
 
 def test_a_schedule_may_depend_on_the_posterior_of_the_latest_clips(finished):
     learner = Learner(tiny(finished), RunDirectory(finished))
-    learner.seed(0)
+    learner.seed(0, "ask")
     first, tenth = COMPARISONS // 4, math.floor(COMPARISONS / 10 + 0.5)
     for level, more in ((0.0, tenth), (math.log(2), 0)):
         learner.schedule = WhenUnsure(level)
@@ -308,7 +323,7 @@ def test_a_schedule_may_depend_on_the_posterior_of_the_latest_clips(finished):
 def test_a_random_agent_is_reset_after_start_over_steps(tmp_path):
     config = tiny(tmp_path / "run", start_over=100)
     learner = Learner(config, RunDirectory(config.out))
-    learner.seed(0)
+    learner.seed(0, "ask")
     learner._act_at_random()
     first = learner.clip_buffer.sample(40, 10_000, learner.rng)
     # 40 frames inside stretches of 100, in each of 32 copies of `latest` steps.
@@ -330,7 +345,7 @@ def test_clips_are_weighted_by_rank_in_optimistic_return(finished, focus):
     strategy = Remembers()
     learner = Learner(tiny(finished), RunDirectory(finished))
     learner.config.strategy, learner.config.focus = strategy, focus
-    learner.seed(0)
+    learner.seed(0, "ask")
     learner._choose(learner._latest_clips(20), 5)
     order = np.argsort(strategy.hope.numpy())
     np.testing.assert_allclose(strategy.weights[order], (np.arange(1, 21) / 20) ** focus, rtol=1e-6)

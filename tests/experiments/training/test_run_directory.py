@@ -157,8 +157,15 @@ def test_a_run_is_resumed_with_the_same_settings_only(tmp_path):
 def test_a_result_is_read_back(tmp_path):
     run = started(tmp_path / "run")
     assert run.result is None
-    run.write_result({"final_return": -3.5, "versions": {"python": "3"}})
-    assert RunDirectory(run.path).result == {"final_return": -3.5, "versions": {"python": "3"}}
-    (run.path / "result.json").write_text('{"final')
-    with pytest.raises(UnreadableFile, match=r"result\.json"):
-        _ = run.result
+    result = {"task": "T", "reward": "zero", "steps": 9, "comparisons": 0, "final_return": -3.5}
+    result |= {"final_returns": [-4.0, -3.0], "aurc": None, "versions": {"python": "3"}}
+    run.write_result(result)
+    assert RunDirectory(run.path).result == result
+    flips = {**result, "backflips_per_1000_steps": 0.5}  # and no `backflips`
+    for damaged in (
+        *({**result, "final_returns": "-4"}, {**result, "final_returns": None}, flips, {}),
+        *({**result, "aurc": {}}, {**result, "steps": [9]}, {**result, "versions": 3}),
+    ):
+        run.write_result(damaged)
+        with pytest.raises(UnreadableFile, match=r"result\.json"):
+            _ = run.result
