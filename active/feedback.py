@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from active.acquisition import check_pairs
+from rewardmodels import comparisons as kinds
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
 from rewardmodels.errors import InvalidInput, UnknownName, UnreadableFile, require, require_rows
@@ -105,6 +106,14 @@ class Rating(NamedTuple):
     clip: int
     rating: float
     teacher: str
+
+
+class Feedback(NamedTuple):
+    """Feedback of all kinds, each None if there is none, by the names that `fit` has for them."""
+
+    comparisons: Comparisons | None
+    marks: kinds.Marks | None
+    ratings: kinds.Ratings | None
 
 
 class Agreement(NamedTuple):
@@ -315,6 +324,38 @@ class FeedbackStore:
             return None
         clips, pairs = self.clips_of([query.id for query in answered])
         return Comparisons(clips, pairs, torch.tensor([query.preference for query in answered]))
+
+    def feedback(self) -> Feedback:
+        """Return all comparisons, marks and ratings, whoever gave them, as `fit` takes them.
+
+        Errors are as in `clips_of`, and InvalidInput for a mark that ends past its clip.
+
+        Example:
+            >>> import tempfile
+            >>> from rewardmodels import DeepEnsemble, fit
+            >>> clips = Clips(torch.rand(4, 5, 2), torch.rand(4, 5, 1))
+            >>> with FeedbackStore(Path(tempfile.mkdtemp()) / "answers.sqlite") as store:
+            ...     for query in store.add_queries(clips, torch.tensor([[0, 1], [2, 3]]), round=0):
+            ...         _ = store.answer(query, 1.0, "ann")
+            ...     _ = store.marks.add(1, 0, 2, good=True, teacher="ann")
+            ...     model = fit(DeepEnsemble(), **store.feedback()._asdict(), epochs=1)
+        """
+        marks, ratings = self.marks.rows(), self.marks.ratings()
+        marked, rated = (list(dict.fromkeys(row.clip for row in rows)) for rows in (marks, ratings))
+        raters = list(dict.fromkeys(row.teacher for row in ratings))
+        rows = [(marked.index(m.clip), m.first, m.last, int(m.good)) for m in marks]
+        return Feedback(
+            self.comparisons(),
+            kinds.Marks(self.clips(marked), torch.tensor(rows)) if marks else None,
+            kinds.Ratings(
+                self.clips(rated),
+                torch.tensor([rated.index(row.clip) for row in ratings]),
+                torch.tensor([row.rating for row in ratings], dtype=torch.double),
+                torch.tensor([raters.index(row.teacher) for row in ratings]),
+            )
+            if ratings
+            else None,
+        )
 
     def clips_of(self, query_ids: Sequence[int]) -> tuple[Clips, Tensor]:
         """Return the clips that queries show.

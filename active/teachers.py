@@ -12,7 +12,8 @@ import math
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from active.acquisition import check_pairs
-from active.feedback import FeedbackStore, Query, import_feedback
+from active.feedback import FeedbackStore, Mark, Query, Rating, import_feedback
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Marks
 from rewardmodels.errors import InvalidInput, require
@@ -227,17 +228,18 @@ class HumanTeacher(Teacher):
 
     Both commands have the run's `answers.sqlite` open; either may be stopped and started again. As
     many queries are kept open as comparisons are due. The first training waits for all comparisons
-    due; later ones go on with those that there are.
+    due, and so do later ones unless they are told to go on with fewer.
 
     Args:
-        patience: Share of the comparisons due, from 0 to 1, that later trainings wait for. At 0 a
-            run with a fast simulator may end before the budget is spent.
+        patience: Share of the comparisons due, from 0 to 1, that later trainings wait for. At 0
+            they go on with those that there are, and a run with a fast simulator may end before
+            the budget is spent.
 
     Raises:
         InvalidInput: A patience outside [0, 1].
     """
 
-    def __init__(self, patience: float = 0.0) -> None:
+    def __init__(self, patience: float = 1.0) -> None:
         require("patience", 0 <= patience <= 1, "a share from 0 to 1", patience)
         self.patience = patience
 
@@ -245,6 +247,7 @@ class HumanTeacher(Teacher):
         """Keep as many queries open as comparisons are missing, and wait for the required ones."""
         store, due = request.store, request.due
         required = due if request.first else int(self.patience * due)
+        page, said = shlex.join(["rewardmodels", "label", str(store.path.parent)]), 0
         while True:
             counts = store.counts()
             still_open = counts.put - counts.answered - counts.skipped
@@ -252,8 +255,9 @@ class HumanTeacher(Teacher):
                 request.propose(missing)
             if counts.answered >= required:
                 return  # queries skipped from now on are replaced in the next round
-            page = shlex.join(["rewardmodels", "label", str(store.path.parent)])
-            request.report(f"waiting for {required - counts.answered} comparisons: {page}")
+            if (wanted := required - counts.answered) != said:
+                request.report(f"waiting for {wanted} comparisons: {page}")
+                said = wanted
             time.sleep(_POLL_SECONDS)
 
 
@@ -263,7 +267,7 @@ class ReplayTeacher(Teacher):
 
     Another policy makes other clips, which nobody has compared. So the recorded queries are put
     instead of a strategy's, in their order and as many in each round as are due, until there are
-    no more. Skipped and open ones are left out.
+    no more, with the marks and ratings of their clips. Skipped and open ones are left out.
 
     Args:
         file: File of the store, or directory of an export.
@@ -291,15 +295,16 @@ class ReplayTeacher(Teacher):
         require("file", self.file.exists(), expected, f"{file}, which doesn't exist")
 
     def check(self, observation: Sequence[int] | None, action: Sequence[int] | None) -> None:
-        """Raise if the recording holds no comparison or clips of another task.
+        """Raise if the recording holds no comparison, a wrong mark or clips of another task.
 
         Raises:
-            InvalidInput: No comparison, or frames of another shape.
+            InvalidInput: No comparison, a mark past its clip's end, or frames of another shape.
             UnreadableFile: A damaged recording.
         """
         with self._recorded() as (store, answered):
             require("file", bool(answered), "comparisons", f"{self.file} without any")
             clips, _ = store.clips_of([answered[0].id])
+            store.feedback()
         for name, wanted in (("observations", observation), ("actions", action)):
             shape = tuple(getattr(clips, name).shape[2:])
             if wanted is not None:
@@ -308,15 +313,21 @@ class ReplayTeacher(Teacher):
                 require("file", shape == tuple(wanted), expected, got)
 
     def collect(self, request: Request) -> None:
-        """Put the next recorded queries into the store, with their comparisons."""
+        """Put the next recorded queries into the store, with all that was said of their clips."""
         store = request.store
         with self._recorded() as (recorded, answered):
             if more := [query.id for query in answered[len(store.queries()) : request.due]]:
                 store.add_queries(*recorded.clips_of(more), round=request.round)
-        # All of them, since a run may have been killed between a query and its comparison.
-        for query, old in zip(store.queries(), answered, strict=False):
-            if query.teacher is None:
-                store.answer(query.id, old.preference, str(old.teacher))
+            # All of them, since a run may have been killed between a query and its comparison.
+            clips: dict[int, int] = {}  # from the recording's ids to the store's
+            for query, old in zip(store.queries(), answered, strict=False):
+                if query.teacher is None:
+                    store.answer(query.id, old.preference, str(old.teacher))
+                clips |= zip(recorded.shown(old.id), store.shown(query.id), strict=True)
+            said = [*recorded.marks.rows(), *recorded.marks.ratings()]
+            _add_missing(
+                store, (row._replace(clip=clips[row.clip]) for row in said if row.clip in clips)
+            )
 
     @contextmanager
     def _recorded(self) -> Iterator[tuple[FeedbackStore, list[Query]]]:
@@ -328,6 +339,19 @@ class ReplayTeacher(Teacher):
                 import_feedback(self.file, file)
             with FeedbackStore(file) as store:
                 yield store, [query for query in store.queries() if query.preference is not None]
+
+
+def _add_missing(store: FeedbackStore, said: Iterable[Mark | Rating]) -> None:
+    """Add marks and ratings, of any id, except those that are there since an interruption."""
+    there = Counter(row[1:] for row in (*store.marks.rows(), *store.marks.ratings()))
+    for row in said:
+        there[row[1:]] -= 1
+        if there[row[1:]] >= 0:
+            continue
+        if isinstance(row, Mark):
+            store.marks.add(row.clip, row.first, row.last, good=row.good, teacher=row.teacher)
+        else:
+            store.marks.rate(row.clip, row.rating, teacher=row.teacher)
 
 
 # B-Pref's variants, as far as they are the same on every task (Lee et al. 2021, §5): skipping and

@@ -5,7 +5,8 @@ The agent never sees the task's reward. Three processes alternate (§2.2):
 1. the policy interacts with the environment, and is trained by ordinary reinforcement learning
    to maximise the sum of predicted rewards;
 2. pairs of clips are chosen from what it did, and a teacher says which of each pair is better;
-3. the reward model is fitted to all comparisons collected so far.
+3. the reward model is fitted to all comparisons collected so far, and to the marks and ratings
+   that people give beside them.
 
 The paper runs them asynchronously; here they take turns, in `rounds`, so that a run can be
 repeated, and goes on where it stopped.
@@ -227,13 +228,13 @@ class Learner:
         self.seed(round, "ask")  # for teachers that draw from the global generators
 
     def fit_reward(self, store: FeedbackStore) -> None:
-        """Fit the model to all comparisons so far, and replace the reward by the new one."""
-        comparisons = store.comparisons()
-        if comparisons is None or len(comparisons) < MIN_COMPARISONS:
+        """Fit the model to all feedback so far, and replace the reward by the new one."""
+        feedback = store.feedback()
+        if feedback.comparisons is None or len(feedback.comparisons) < MIN_COMPARISONS:
             return  # the teacher has skipped nearly everything so far
         self.env.refit(
-            self.model, comparisons, self._latest_clips(100), pessimism=self.config.pessimism,
-            epochs=self.config.epochs, seed=self.config.seed,
+            self.model, clips=self._latest_clips(100), pessimism=self.config.pessimism,
+            **feedback._asdict(), epochs=self.config.epochs, seed=self.config.seed,
         )  # fmt: skip
         if isinstance(self.agent, OffPolicyAlgorithm):
             assert self.env.reward is not None

@@ -2,6 +2,7 @@
 
 import csv
 import multiprocessing
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -80,29 +81,29 @@ def metrics(out):
         return list(csv.DictReader(file))
 
 
-def test_training_waits_for_the_first_share_alone(tmp_path, monkeypatch):
+def test_an_impatient_run_waits_for_the_first_share_alone(tmp_path, monkeypatch):
     fitted, fit = [], rewards.fit
     monkeypatch.setattr(rewards, "fit", lambda m, c, **k: fitted.append(len(c)) or fit(m, c, **k))
     out = tmp_path / "run"
     with somebody(out, most=FIRST):  # who then goes home
-        result = learn(tiny(out, HumanTeacher()), progress=False)
+        result = learn(tiny(out, HumanTeacher(patience=0.0)), progress=False)
     assert fitted == [FIRST] * ROUNDS
     # As many stand open as are due, round by round, though nobody answers any more.
     assert [int(row["queries"]) for row in metrics(out)] == [10, 15, 20]
     assert (result["comparisons"], result["queries"]) == (FIRST, COMPARISONS)
 
 
-def test_a_patient_run_has_every_answer_that_is_due(tmp_path):
+def test_a_run_waits_for_every_answer_that_is_due(tmp_path):
     out = tmp_path / "run"
     with somebody(out):
-        learn(tiny(out, HumanTeacher(patience=1.0)), progress=False)
+        learn(tiny(out, HumanTeacher()), progress=False)
     assert [int(row["comparisons"]) for row in metrics(out)] == [10, 15, 20]
 
 
 def test_what_people_skip_is_put_anew(tmp_path):
     out = tmp_path / "run"
     with somebody(out, skip=lambda query: query.id % 2 == 1):
-        result = learn(tiny(out, HumanTeacher(patience=1.0)), progress=False)
+        result = learn(tiny(out, HumanTeacher()), progress=False)
     assert result["comparisons"] == COMPARISONS
     assert result["skipped"] >= COMPARISONS - 1
     assert result["queries"] == result["comparisons"] + result["skipped"]
@@ -239,6 +240,48 @@ def test_a_replay_cut_off_between_query_and_answer_goes_on(recorded, tmp_path, m
         said = [query.preference for query in store.queries()]
         with FeedbackStore(recorded) as then:
             assert said == [q.preference for q in then.queries() if q.preference is not None][:12]
+
+
+def give(file, kind):
+    """Marks or ratings of ten clips by two people, in random order."""
+    with FeedbackStore(file) as store:
+        for clip in torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist():
+            teacher = f"person {clip % 2}"
+            if kind == "marks":
+                store.marks.add(clip + 1, clip, clip + 9, good=clip % 3 > 0, teacher=teacher)
+            elif kind == "ratings":
+                store.marks.rate(clip + 1, clip / 10, teacher=teacher)
+
+
+def test_marks_and_ratings_change_what_is_learned(recorded, tmp_path):
+    models = {}
+    for number, kind in enumerate(["none", "marks", "ratings", "none"]):
+        source, out = tmp_path / f"{number}.sqlite", tmp_path / str(number)
+        shutil.copy(recorded, source)
+        give(source, kind)
+        if kind == "ratings":  # as well from an export as from a store
+            export_feedback(source, tmp_path / "export")
+            source = tmp_path / "export"
+        learn(tiny(out, ReplayTeacher(source)), progress=False)
+        models.setdefault(kind, []).append((out / "model.safetensors").read_bytes())
+    assert models["none"][0] == models["none"][1]
+    assert len({models[kind][0] for kind in models}) == 3
+
+
+def test_marks_and_ratings_are_replayed_once_with_their_clips(recorded, tmp_path):
+    source = tmp_path / "recorded.sqlite"
+    shutil.copy(recorded, source)
+    for kind in ("marks", "ratings"):
+        give(source, kind)
+    with FeedbackStore(source) as then, FeedbackStore(tmp_path / "answers.sqlite") as now:
+        for due in (2, 2, 20):  # the second time as after an interruption
+            ReplayTeacher(source).collect(Request(now, 0, due, propose=len))
+            # Query 5, of clips 9 and 10, was left out.
+            assert len(now.marks.rows()) == len(now.marks.ratings()) == min(2 * due, 8)
+        replayed = {mark.clip: mark[2:] for mark in now.marks.rows()}
+        for mark in then.marks.rows():
+            if mark.clip <= 8:
+                assert replayed[mark.clip] == mark[2:]
 
 
 def test_a_recording_of_another_task_is_refused_before_anything_is_made(recorded, tmp_path):
