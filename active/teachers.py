@@ -324,7 +324,7 @@ class ReplayTeacher(Teacher):
                 if query.teacher is None:
                     store.answer(query.id, old.preference, str(old.teacher))
                 clips |= zip(recorded.shown(old.id), store.shown(query.id), strict=True)
-            said = [*recorded.marks.rows(), *recorded.marks.ratings()]
+            said: list[Mark | Rating] = [*recorded.marks.rows(), *recorded.marks.ratings()]
             _add_missing(
                 store, (row._replace(clip=clips[row.clip]) for row in said if row.clip in clips)
             )
