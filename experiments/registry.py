@@ -259,12 +259,13 @@ def describe(value: Any) -> Any:
         for name, acquisition in active.ACQUISITIONS.items():
             if value is acquisition:
                 return name
-        if "<" in value.__qualname__:
-            raise InvalidInput(
-                f"{value.__qualname__}: expected a function or class at the top level of a module, "
-                "which a repeated run can import; move it there."
-            )
-        return f"{value.__module__}.{value.__qualname__}"
+        if "<" not in value.__qualname__:
+            return f"{value.__module__}.{value.__qualname__}"
+    if inspect.isfunction(value) or inspect.isclass(value) or isinstance(value, partial):
+        raise InvalidInput(
+            f"{value}: expected a function or class at the top level of a module, "
+            "which a repeated run can import; move it there."
+        )
     attributes = vars(value)
     if isinstance(value, RewardModel):
         attributes = {**value.hparams, "network": value.make_network}

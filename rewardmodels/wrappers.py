@@ -59,10 +59,10 @@ class LearnedReward:
 
     Example:
         >>> from rewardmodels import Calibrated, Comparisons, DeepEnsemble, fit
-        >>> clips = Clips(torch.randn(20, 5, 3), torch.randn(20, 5, 1))
-        >>> comparisons = Comparisons(clips, torch.arange(20).view(10, 2), torch.ones(10))
-        >>> model = fit(DeepEnsemble(members=3), comparisons[:6], epochs=1)
-        >>> calibrated = Calibrated(model).calibrate(comparisons[6:], random=True)
+        >>> clips = Clips(torch.randn(80, 5, 3), torch.randn(80, 5, 1))
+        >>> comparisons = Comparisons(clips, torch.arange(80).view(40, 2), torch.ones(40))
+        >>> model = fit(DeepEnsemble(members=3), comparisons[:10], epochs=1)
+        >>> calibrated = Calibrated(model).calibrate(comparisons[10:], random=True)
         >>> reward = LearnedReward(calibrated, pessimism=1.0)
         >>> reward(np.zeros((7, 3)), np.zeros((7, 1))).shape
         (7,)

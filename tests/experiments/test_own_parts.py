@@ -185,7 +185,7 @@ def test_a_run_is_learned_reported_and_exported(run):
 
 def test_a_guard_of_ones_own_is_made_and_used_again(run, folder, capsys):
     own = shutil.copytree(run, folder / "guarded")
-    words = ["guard", str(own), "--calibration=26", "--familiar=2", "--episodes=1"]
+    words = ["guard", str(own), "--calibration=26", "--familiar=2", "--episodes=1", "--trust"]
     named = ["--detector=own_parts.Detector", "--statistic=own_parts.Statistic"]
     assert main([*words, *named]) == 0
     assert "Recording 28" in capsys.readouterr().out
@@ -210,13 +210,14 @@ def test_a_guard_of_ones_own_is_made_and_used_again(run, folder, capsys):
     ],
 )
 def test_a_detector_that_cannot_be_used_is_refused_before_any_work(run, capsys, detector, reason):
-    line = refused(capsys, "guard", run, "--detector", detector)
+    line = refused(capsys, "guard", run, "--detector", detector, "--trust")
     assert line.startswith("detector: expected ")
     assert reason in line
 
 
 def test_people_are_not_asked_about_what_cannot_be_drawn(run, capsys):
-    assert "state" in refused(capsys, "label", run)
+    assert "trust" in refused(capsys, "label", run)
+    assert "state" in refused(capsys, "label", run, "--trust")
 
 
 def test_an_environment_draws_its_states_or_is_refused(folder):

@@ -106,8 +106,8 @@ def test_a_refit_keeps_mean_and_std_of_the_latest_clips():
 
 @pytest.mark.parametrize("kappa", [0.0, 1.5])
 def test_a_calibrated_reward_is_divided_by_the_temperature(model, kappa):
-    clips = some_clips(seed=5)
-    answers = Comparisons(clips, torch.arange(20).view(10, 2), torch.ones(10))
+    clips = some_clips(60, seed=5)
+    answers = Comparisons(clips, torch.arange(60).view(30, 2), torch.ones(30))
     calibrated = Calibrated(model).calibrate(answers, random=True)
     frames = clips.observations[:, 0].numpy(), clips.actions[:, 0].numpy()
     expected = LearnedReward(model, kappa)(*frames) / calibrated.temperature
