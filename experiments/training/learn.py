@@ -290,12 +290,13 @@ class Learner:
 
     def _due(self, round: int, answered: int) -> int:
         """Total number of comparisons wanted before a round's training."""
-        a_round = self.steps // self.policy_rounds
+        a_round, trained = self.steps // self.policy_rounds, max(0, round - self.warm_up + 1)
+        total_steps = max(1, (self.policy_rounds - 1) * a_round)
         # In warm-up there is no policy yet to be uncertain about.
         fitted = self.model.fitted and round >= self.warm_up
         due = self.schedule.comparisons_by(
-            max(0, round - self.warm_up + 1) * a_round,
-            total_steps=max(1, (self.policy_rounds - 1) * a_round),
+            total_steps if trained == self.policy_rounds - 1 else trained * a_round,
+            total_steps=total_steps,
             budget=self.comparisons,
             answered=answered,
             posterior=self._posterior if fitted else None,

@@ -309,6 +309,13 @@ def test_warm_up_splits_the_initial_comparisons(tmp_path):
         assert [len(answers.queries(round)) for round in range(4)] == [4, 4, 4, 12]
 
 
+@pytest.mark.usefixtures("_no_report")
+def test_one_round_asks_for_the_whole_budget(tmp_path):
+    settings = {"rounds": 1, "steps": 2048, "comparisons": 12, "schedule": Constant(initial=0.5)}
+    result = learn(tiny(tmp_path / "run", **settings), progress=False)
+    assert result["comparisons"] == 12
+
+
 def test_a_schedule_may_depend_on_the_posterior_of_the_latest_clips(finished):
     learner = Learner(tiny(finished), RunDirectory(finished))
     learner.seed(0, "ask")
