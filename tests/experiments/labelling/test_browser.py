@@ -109,6 +109,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path, browser):
 
         for given in range(30):
             if given == 12:
+                idle(page)
                 page.close(run_before_unload=False)
                 page = context.new_page()
                 page.on("pageerror", lambda error: errors.append(error))
@@ -124,6 +125,7 @@ def test_thirty_answers_by_keyboard_are_in_the_store_exactly(tmp_path, browser):
                 next_loaded(page)
                 key = "ArrowUp"
                 page.keyboard.press(key)
+            wait_until(page, f"!pairs.length || pairs[0].id !== {query}")
             given_answers[query] = KEYS[key]
         idle(page)
         wait_until(page, "!document.getElementById('curve').hidden")

@@ -189,7 +189,7 @@ def test_a_small_study_of_tasks_people_and_speed_leaves_a_page(fitted, tmp_path,
     own = f"{__name__}.Own"
     small = study.Settings(
         data=tmp_path, tasks=["Pendulum"], predictors=["LaplaceHead", own], seeds=1,
-        comparisons=40, length=10, tests=200,
+        comparisons=100, length=10, tests=200,
     )  # fmt: skip
     run = studies.Run(tmp_path / "study")
     found = studies.run_study(study, small, run, progress=False)
