@@ -167,23 +167,19 @@ def check_identical(out, finished):
             assert (out / file).read_bytes() == (finished / file).read_bytes()
 
 
-def check_kills(finished, out, start, kills, last, seed):
+def check_kills(finished, out, start, finish, kills, last, seed):
     """Kill a run at random moments, resume it, and compare it with an uninterrupted one."""
     luck, before = random.Random(seed), {}
-
-    def wait(process):
-        getattr(process, "join", getattr(process, "wait", None))()
-
     for _ in range(kills):
         process = start()
         time.sleep(luck.uniform(0, last))
         os.kill(process.pid, signal.SIGKILL)
-        wait(process)
+        getattr(process, "join", getattr(process, "wait", None))()
         now = compared(out)
         assert before.items() <= now.items(), "no comparison is lost or changed"
         before = now
         assert RunDirectory(out).exists or not list(out.glob("[!.c]*"))
-    wait(start())
+    assert finish() == 0
     assert before.items() <= compared(out).items()
     check_identical(out, finished)
     with sqlite3.connect(out / "answers.sqlite") as db:
@@ -207,7 +203,9 @@ def test_a_killed_run_resumes_without_loss(finished, tmp_path):
         return process
 
     seconds = json.loads((finished / "result.json").read_text())["wall_seconds"]
-    check_kills(finished, out, start, kills=5, last=0.6 * seconds, seed=1)
+    check_kills(
+        finished, out, start, lambda: main(command(out)), kills=5, last=0.6 * seconds, seed=1
+    )
 
 
 @pytest.mark.slow
@@ -220,7 +218,8 @@ def test_a_killed_command_resumes_without_loss(tmp_path):
 
     started = time.monotonic()
     subprocess.run([program, *command(unkilled)], stdout=null, stderr=null, check=True)
-    check_kills(unkilled, out, start, kills=8, last=0.9 * (time.monotonic() - started), seed=0)
+    last = 0.9 * (time.monotonic() - started)
+    check_kills(unkilled, out, start, lambda: start().wait(), kills=8, last=last, seed=0)
 
 
 def die_after(patch, cls, name):
