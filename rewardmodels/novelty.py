@@ -27,7 +27,7 @@ NoveltySetting = Literal["learned", "off"] | float
 """Novelty of a fit: learned by pseudo-shifts, none, or the amplitude of every input."""
 
 CONSTANT_AMPLITUDE = 3.0
-"""Least amplitude of inputs that were constant: one unit of them matters as much as all else."""
+"""Amplitude of inputs that were constant: one unit of them matters as much as all else."""
 _LEAST_AMPLITUDE = 1e-6  # of the others, so that the posterior returns to the prior at last
 _GROWTH = 4.0  # squared excess from which variance grows faster than the square of a linear reward
 _FURTHEST = 1e8  # excess beyond which variance stays: its fourth power is within single precision
@@ -46,6 +46,7 @@ _MOST_COMPARISONS, _MOST_FRAMES = 2000, 100_000
 _UNITS = 32
 _STEPS, _LEARNING_RATE = 100, 0.3
 _PENALTIES = torch.logspace(-2, 2, 5)
+_DECISIVE = 10.0  # nats by which answers have to be less likely
 _AMPLITUDES = torch.cat([torch.zeros(1), torch.logspace(-3, 2, 21)])
 _TEMPERATURES = torch.logspace(0, 1, 30)  # 1 to 10
 
@@ -244,10 +245,11 @@ def learned_amplitudes(
 
     A logistic regression on random units for each pseudo-shift, all trained together, learns from
     what is not held out, and one more leaves out an ordinary quarter, by which the temperature of
-    all is chosen: only what a shift adds to their errors counts. Each input's amplitude is the
-    least within one standard error of the one with the best log loss on its shift and that
-    quarter. Inputs without a shift take the median, those that were constant at least
-    `CONSTANT_AMPLITUDE`, since no comparison can speak for them.
+    all is chosen: only what a shift adds to their errors counts. An input gets an amplitude if its
+    shift and that quarter are decisive (10 nats, a likelihood interval over eight inputs and many
+    amplitudes) that it needs one, and then the largest that they don't rule out. Inputs without a
+    shift take the median, those that were constant `CONSTANT_AMPLITUDE`, since no comparison can
+    speak for them.
 
     Args:
         inputs: `(N, T, D)` of the comparisons' clips, normalised and pooled.
@@ -305,26 +307,21 @@ def learned_amplitudes(
         variance = (root[places[:, 1]] - root[places[:, 0]]).square().sum(1)
         return losses(difference[k, rows], power * _AMPLITUDES[:, None] * variance, rows)
 
-    found: dict[bool, list[float]] = {False: [], True: []}
-    for k, (j, sparse, _) in enumerate(shifts):
-        each = tried(k, j) if sparse else torch.cat([tried(k, j), tried(-1, j)], 1)
-        amplitude = float(_AMPLITUDES[_least_of_the_best(each)])
-        amplitudes[j] = max(amplitude, _LEAST_AMPLITUDE)
-        found[sparse].append(amplitude)
-    others = torch.ones(size, dtype=torch.bool)
+    for k, (j, _, _) in enumerate(shifts):
+        each = torch.cat([tried(k, j), tried(-1, j)], 1)
+        amplitudes[j] = max(_LEAST_AMPLITUDE, float(_AMPLITUDES[_cautious(each.sum(1))]))
+    others = ~constant
     others[[shift.input for shift in shifts]] = False
-    if found[False]:
-        amplitudes[others & ~constant] = max(_LEAST_AMPLITUDE, median(found[False]))
-    if found[True]:
-        amplitudes[constant] = max(CONSTANT_AMPLITUDE, median(found[True]))
+    dense = [float(amplitudes[shift.input]) for shift in shifts if not shift.sparse]
+    if dense:
+        amplitudes[others] = median(dense)
     return amplitudes
 
 
-def _least_of_the_best(losses: Tensor) -> int:
-    """First row of `(A, Q)` losses whose mean is within a standard error of the least mean."""
-    worse = losses - losses[losses.mean(1).argmin()]
-    allowed = worse.std(1) / math.sqrt(losses.shape[1])
-    return int((worse.mean(1) <= allowed).nonzero()[0])
+def _cautious(losses: Tensor) -> int:
+    """Last of A amplitudes that the data haven't ruled out; but the first, if it is one of them."""
+    possible = (losses <= losses.min() + _DECISIVE).nonzero().flatten().tolist()
+    return 0 if possible[0] == 0 else possible[-1]
 
 
 def _train(
