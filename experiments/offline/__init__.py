@@ -1,0 +1,1 @@
+"""Reward models of preferences that somebody has already given: fit, score, ask."""
