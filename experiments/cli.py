@@ -393,6 +393,14 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         "fit a reward model to a file of preferences, and report how far it can be trusted",
         _call("experiments.offline.fit:fit_file", positional=True, config="FitConfig"),
     ),
+    "score": (
+        "score comparisons or items by a fitted model, and flag what it doesn't know",
+        _call("experiments.offline.score:score_file", positional=True, config="ScoreConfig"),
+    ),
+    "ask": (
+        "choose which pairs to have compared next, by a fitted model",
+        _call("experiments.offline.ask:ask_file", positional=True, config="AskConfig"),
+    ),
     "export": (
         "write a run's comparisons, marks and ratings as CSV or Parquet",
         _call("active.feedback:export_feedback", positional=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,43 @@ class PreferenceTable:
     def __getitem__(self, index: Any) -> PreferenceTable:
         optional = (None if x is None else x[index] for x in (self.groups, self.tested))
         return PreferenceTable(self.comparisons[index], self.names, self.rows[index], *optional)
+
+
+@dataclass(frozen=True, eq=False)
+class ItemTable:
+    """Single items of a table.
+
+    Args:
+        items: N clips of one frame without action.
+        names: Names of the D features.
+        rows: `(N,)` long, the table's row of each.
+        groups: `(N,)` long, equal where rows belong together; None for no such column.
+    """
+
+    items: Clips
+    names: tuple[str, ...]
+    rows: Tensor
+    groups: Tensor | None = None
+
+    @classmethod
+    def from_frame(
+        cls, frame: pd.DataFrame, names: Sequence[str], columns: Columns | None = None
+    ) -> ItemTable:
+        """Read the features of these names, one column each.
+
+        Raises:
+            InvalidInput: Columns that aren't there, or numbers that can't be used.
+        """
+        columns = columns or Columns()
+        missing = [name for name in names if name not in frame]
+        expected = f"columns first_… and second_…, or of the features {', '.join(names[:5])} …"
+        require("table", not missing, expected, f"none of the name {missing[:1]}")
+        items = Clips.of_items(as_tensor("features", frame[list(names)].to_numpy()).float())
+        groups = None
+        if columns.group in frame:
+            numbers = frame[columns.group].factorize(use_na_sentinel=False)[0]
+            groups = torch.from_numpy(numbers).long()
+        return cls(items, tuple(names), torch.arange(len(frame)), groups)
 
 
 def _sides(frame: pd.DataFrame, columns: Columns) -> tuple[str, str]:

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 
 from experiments.datasets.files import PreferenceFile
-from experiments.registry import find_class
+from experiments.registry import find_class, foreign_imports
 from rewardmodels import Calibrated, InvalidInput, UnreadableFile, load, save
 from rewardmodels.saving import write_text_atomically
-from rewardmodels.tables import Columns
+from rewardmodels.tables import Columns, ItemTable, PreferenceTable
 
 
 @dataclass(frozen=True)
@@ -70,26 +70,45 @@ class FittedRun:
             ) from error
         return found
 
-    def model(self) -> Calibrated:
+    def model(self, *, trust: bool = False) -> Calibrated:
         """The model that was kept.
 
+        Args:
+            trust: Import its class, which may be a stranger's code.
+
         Raises:
-            InvalidInput, UnreadableFile: As of `about`, or another model than the fit's.
+            InvalidInput: A class that isn't ours, without `trust`.
+            UnreadableFile: Another model than the fit's, or a damaged one.
         """
         about = self.about()
-        file = self.path / "model.safetensors"
-        cls: Any = find_class("model", about["model"].partition("(")[0])
-        model: Calibrated = load(file, cls, checksum=about["checksum"])
+        path = about["model"].partition("(")[0]
+        if foreign_imports(path) and not trust:
+            raise InvalidInput(
+                f"trust: expected a model of rewardmodels, got {path!r}, whose import could run "
+                "any code. Pass --trust if you trust who wrote it."
+            )
+        cls: Any = find_class("model", path)
+        model: Calibrated = load(self.path / "model.safetensors", cls, checksum=about["checksum"])
         return model
 
-    def source(self, file: Path, **columns: str | None) -> PreferenceFile:
-        """A file to be read as the one that the model was fitted to."""
+    def table(self, file: Path) -> PreferenceTable | ItemTable:
+        """Comparisons, or single items, of a file with the columns of the one fitted to.
+
+        Raises:
+            InvalidInput: Other features than the model's.
+        """
         about = self.about()
-        embed, features = (about.get(name) for name in ("embed", "features"))
-        given = {name: value for name, value in columns.items() if value is not None}
-        return PreferenceFile(
-            file,
-            Columns(**{**about["columns"], **given}),
-            features and Path(features),
-            embed and Path(embed),
-        )
+        embed, features = (about[name] and Path(about[name]) for name in ("embed", "features"))
+        columns = Columns(**about["columns"])
+        frame = PreferenceFile(file, columns, features, embed).frame()
+        if set(about["names"]) <= set(frame):
+            return ItemTable.from_frame(frame, about["names"], columns)
+        if columns.preference not in frame:
+            frame = frame.assign(**{columns.preference: 1.0})
+        table = PreferenceTable.from_frame(frame, columns)
+        if list(table.names) != about["names"]:
+            raise InvalidInput(
+                f"file: expected the features that the model was fitted to, "
+                f"{', '.join(about['names'][:5])} …, got {', '.join(table.names[:5])} … in {file}."
+            )
+        return table
