@@ -116,7 +116,7 @@ class PreferenceTable:
             groups = torch.from_numpy(frame[columns.group].factorize(use_na_sentinel=False)[0])
             groups = groups.long()[rows]
         if columns.split in frame:
-            tested = torch.from_numpy((frame[columns.split] == "test").to_numpy(bool))[rows]
+            tested = as_tensor(columns.split, (frame[columns.split] == "test").to_numpy())[rows]
         return cls(comparisons, names, rows, groups, tested)
 
     def differences(self) -> Tensor:

@@ -199,9 +199,9 @@ class _Fitting:
             predict(_calibrated_on_others(part, parts), self.comparisons(part.tested).compact())
             .join(self.regressions(part))
             .assign(
-                row=self.table.rows[part.tested],
-                preference=self.table.comparisons.preference[part.tested],
-                group=self.groups[part.tested],
+                row=self.table.rows[part.tested].numpy(),
+                preference=self.table.comparisons.preference[part.tested].numpy(),
+                group=self.groups[part.tested].numpy(),
             )
             for part in parts
         ]
