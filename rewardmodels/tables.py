@@ -94,7 +94,7 @@ class PreferenceTable:
         frame = frame if isinstance(frame, pd.DataFrame) else pd.DataFrame(dict(frame))
         columns = columns or Columns()
         require("table", len(frame) > 0, "at least one row", "none")
-        first, second = _sides(frame, columns)
+        first, second = sides(frame, columns)
         if features is not None:
             items, named = as_tensor("features", features), None
             pairs = torch.stack([_ids(frame, side, len(items)) for side in (first, second)], 1)
@@ -167,7 +167,12 @@ class ItemTable:
         return cls(items, tuple(names), torch.arange(len(frame)), groups)
 
 
-def _sides(frame: pd.DataFrame, columns: Columns) -> tuple[str, str]:
+def sides(frame: pd.DataFrame, columns: Columns) -> tuple[str, str]:
+    """Names, or prefixes, of the columns of the first and of the second side.
+
+    Raises:
+        InvalidInput: There are no such columns.
+    """
     given = [columns.first, columns.second]
     for first, second in _SIDES.items():
         sides = given[0] or first, given[1] or second

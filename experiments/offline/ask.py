@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pandas as pd
 import torch
 
 from active import all_pairs
+from experiments.offline.people import describe, put_questions
 from experiments.offline.run import FittedRun
 from experiments.registry import make_named
 from experiments.studies import check_least
 from rewardmodels import Calibrated, Clips
 from rewardmodels.saving import write_text_atomically
-from rewardmodels.tables import PreferenceTable
+from rewardmodels.tables import PreferenceTable, sides
 
 MOST_PAIRS = 20_000  # of items, among which queries are chosen
 
@@ -30,6 +32,9 @@ class AskConfig:
         n: Number of pairs.
         strategy: Registered name or import path, with arguments or without.
         out: CSV for them; None for `ask.csv` in the run's directory.
+        label: Put them before people, by `rewardmodels label RUN`; the next fit uses the answers.
+        show: What people see of an item: text with columns' names in braces, such as "{title} for
+            {price}"; None for all columns of the item by name.
         seed: Of the strategy's draws.
         trust: Import the model's class, though it isn't one of rewardmodels.
 
@@ -42,6 +47,8 @@ class AskConfig:
     n: int = 50
     strategy: str = "GreedyInformation"
     out: Path | None = None
+    label: bool = False
+    show: str | None = None
     seed: int = 0
     trust: bool = False
 
@@ -66,26 +73,42 @@ def ask_file(config: AskConfig) -> pd.DataFrame:
     strategy = make_named("strategy", config.strategy)
     run = FittedRun(config.run)
     model = run.model(trust=config.trust)
-    table = run.table(config.file)
+    frame, table = run.read(config.file)
     draw = torch.Generator().manual_seed(config.seed)
     if isinstance(table, PreferenceTable):
         clips, pairs = table.comparisons.clips, table.comparisons.pairs
+        rows = table.rows[:, None].expand(-1, 2)
+        of_side = [_of_side(frame, side) for side in sides(frame, run.columns)]
     else:
         clips, pairs = table.items, _pairs(table.groups, len(table.items))
+        rows, of_side = table.rows[pairs], [frame, frame]
     candidates = torch.randperm(len(pairs), generator=draw)[:MOST_PAIRS]
     chosen = candidates[_select(strategy, model, clips, pairs[candidates], config.n, draw)]
+    asked, places = clips[pairs[chosen].flatten()], torch.arange(2 * len(chosen)).view(-1, 2)
+    found = pd.DataFrame(rows[chosen].numpy(), columns=["first", "second"])
+    probability = model.posterior(asked).preference(places)
+    found["probability"] = probability.double().cpu().numpy()
+    texts = [
+        describe(part.iloc[row].to_dict(), config.show)
+        for pair in rows[chosen].tolist()
+        for part, row in zip(of_side, pair, strict=True)
+    ]
     if isinstance(table, PreferenceTable):
-        found = pd.DataFrame({"row": table.rows[chosen].numpy()})
-    else:
-        rows = table.rows[pairs[chosen]].numpy()
-        found = pd.DataFrame({"first": rows[:, 0], "second": rows[:, 1]})
-    some = model.posterior(clips[pairs[chosen].flatten()])
-    places = torch.arange(2 * len(chosen)).view(-1, 2)
-    found["probability"] = some.preference(places).double().cpu().numpy()
+        found = found.rename(columns={"first": "row"}).drop(columns="second")
     out = config.out or config.run / "ask.csv"
     write_text_atomically(out, found.to_csv(index=False))
     print(f"{len(found):,} pairs of {len(pairs):,}, by {config.strategy}: {out}")
+    if config.label:
+        put_questions(config.run, asked, places, texts)
+        print(f"To answer them: rewardmodels label {shlex.quote(str(config.run))}")
     return found
+
+
+def _of_side(frame: pd.DataFrame, side: str) -> pd.DataFrame:
+    """Columns of one side, without its prefix."""
+    columns = {name: name.removeprefix(f"{side}_") for name in map(str, frame.columns)}
+    mine = {name: short for name, short in columns.items() if name in (side, f"{side}_{short}")}
+    return frame[list(mine)].rename(columns=mine)
 
 
 def _select(

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from experiments.analysis.page import Origin, markdown, write_page
 from experiments.datasets.files import PreferenceFile
 from experiments.datasets.people import HumanData, baseline
+from experiments.offline.people import answers
 from experiments.offline.report import fit_report
 from experiments.offline.run import FittedRun
 from experiments.offline.selection import candidates, choose
@@ -81,6 +82,17 @@ class FitConfig:
         if self.seed < 0:
             raise InvalidInput(f"seed: expected a number of at least 0, got {self.seed}.")
 
+    def command(self) -> str:
+        """The command with these settings."""
+        words, usual = (
+            ["rewardmodels", "fit", str(self.file)],
+            flatten(asdict(FitConfig(self.file))),
+        )
+        for name, value in flatten(asdict(self)).items():
+            if value != usual[name]:
+                words += [f"--{name}", str(value)]
+        return shlex.join(words)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -102,7 +114,8 @@ class Part:
 def fit_file(config: FitConfig) -> dict[str, Any]:
     """Fit a model to a file of preferences, and write it with a report.
 
-    The directory gets `model.safetensors`, `fit.json` (settings, and the numbers of the report),
+    What people answered to questions of `rewardmodels ask --label`, which is in the directory, is
+    used as well. It gets `model.safetensors`, `fit.json` (settings, and the numbers of the report),
     `rows.csv` (the prediction for each row of the file) and `report.html`.
 
     Returns:
@@ -117,6 +130,7 @@ def fit_file(config: FitConfig) -> dict[str, Any]:
     run = FittedRun(config.out)
     run.check_writable()
     table = PreferenceFile(config.file, config.columns, config.features, config.embed).read()
+    table = _with_answers(table, answers(config.out))
     fitting = _Fitting(config.model, table, config.seed)
     with tqdm(bar_format="{desc}", leave=False) as bar:
         bar.set_description_str("fitting to parts of the comparisons")
@@ -127,9 +141,9 @@ def fit_file(config: FitConfig) -> dict[str, Any]:
         model, chosen = fitting.kept(parts)
     rows = fitting.predictions(parts)
     report = fit_report(rows, curve, chosen, grouped=table.groups is not None)
+    command = config.command()
     about = {"names": table.names, "chosen": chosen, "numbers": dict(report.numbers)}
-    run.write(model, rows, {**asdict(config), **about})
-    command = shlex.join(["rewardmodels", "fit", str(config.file), "--out", str(config.out)])
+    run.write(model, rows, {**asdict(config), **about, "command": command})
     seconds = timeit.default_timer() - started
     origin = Origin(command, flatten(asdict(config)), versions(), seconds)
     page = write_page(config.out, report, origin, "fit.html.jinja")
@@ -137,6 +151,28 @@ def fit_file(config: FitConfig) -> dict[str, Any]:
     print(markdown([replace(report.sections[0], title="", text="")]).partition("|")[2])
     print(f"Report: {page}")
     return dict(report.numbers)
+
+
+def _with_answers(table: PreferenceTable, given: Comparisons | None) -> PreferenceTable:
+    """The table, and below it what people answered since, as rows of -1 and below.
+
+    An answer is in the group of its first item, if the table has that, else in one of its own.
+    """
+    if given is None:
+        return table
+    n, known = len(given), table.comparisons
+    groups = tested = None
+    if table.groups is not None:
+        items = known.clips.observations[known.pairs[:, 0]].numpy()
+        of_item = {x.tobytes(): int(g) for x, g in zip(items, table.groups, strict=True)}
+        asked = given.clips.observations[given.pairs[:, 0]].numpy()
+        new = int(table.groups.max()) + 1
+        own = [of_item.get(x.tobytes(), new + k) for k, x in enumerate(asked)]
+        groups = torch.cat([table.groups, torch.tensor(own)])
+    if table.tested is not None:
+        tested = torch.cat([table.tested, torch.zeros(n, dtype=torch.bool)])
+    rows = torch.cat([table.rows, -1 - torch.arange(n)])
+    return PreferenceTable(Comparisons.cat([known, given]), table.names, rows, groups, tested)
 
 
 class _Fitting:

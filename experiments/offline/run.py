@@ -70,6 +70,11 @@ class FittedRun:
             ) from error
         return found
 
+    @property
+    def columns(self) -> Columns:
+        """Names of the columns of the file that was fitted to."""
+        return Columns(**self.about()["columns"])
+
     def model(self, *, trust: bool = False) -> Calibrated:
         """The model that was kept.
 
@@ -91,18 +96,17 @@ class FittedRun:
         model: Calibrated = load(self.path / "model.safetensors", cls, checksum=about["checksum"])
         return model
 
-    def table(self, file: Path) -> PreferenceTable | ItemTable:
-        """Comparisons, or single items, of a file with the columns of the one fitted to.
+    def read(self, file: Path) -> tuple[pd.DataFrame, PreferenceTable | ItemTable]:
+        """A file with the columns of the one fitted to, and its comparisons or single items.
 
         Raises:
             InvalidInput: Other features than the model's.
         """
-        about = self.about()
+        about, columns = self.about(), self.columns
         embed, features = (about[name] and Path(about[name]) for name in ("embed", "features"))
-        columns = Columns(**about["columns"])
         frame = PreferenceFile(file, columns, features, embed).frame()
         if set(about["names"]) <= set(frame):
-            return ItemTable.from_frame(frame, about["names"], columns)
+            return frame, ItemTable.from_frame(frame, about["names"], columns)
         if columns.preference not in frame:
             frame = frame.assign(**{columns.preference: 1.0})
         table = PreferenceTable.from_frame(frame, columns)
@@ -111,4 +115,4 @@ class FittedRun:
                 f"file: expected the features that the model was fitted to, "
                 f"{', '.join(about['names'][:5])} …, got {', '.join(table.names[:5])} … in {file}."
             )
-        return table
+        return frame, table

@@ -69,7 +69,7 @@ def score_file(config: ScoreConfig) -> pd.DataFrame:
     torch.set_num_threads(1)
     run = FittedRun(config.run)
     model = run.model(trust=config.trust)
-    table = run.table(config.file)
+    _, table = run.read(config.file)
     if isinstance(table, PreferenceTable):
         if config.best_of:
             raise InvalidInput("best_of: expected a file of single items, got comparisons.")

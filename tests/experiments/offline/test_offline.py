@@ -1,6 +1,7 @@
 """`rewardmodels fit`, `score` and `ask`, on a small file whose truth is a sum of two columns."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,12 @@ import pandas as pd
 import pytest
 
 from experiments.cli import main
+from experiments.labelling.auth import Person
+from experiments.labelling.questions import Questions
 from experiments.offline import fit as fit_module
 from experiments.offline.ask import AskConfig, ask_file
 from experiments.offline.fit import FitConfig, fit_file
+from experiments.offline.people import answers
 from experiments.offline.report import _twice, fit_report
 from experiments.offline.run import FittedRun
 from experiments.offline.score import ScoreConfig, score_file
@@ -133,6 +137,38 @@ def test_ask_chooses_where_an_answer_teaches_most(run, tmp_path):
     frame.to_csv(tmp_path / "pairs.csv", index=False)
     asked = ask_file(AskConfig(run, tmp_path / "pairs.csv", 1, "Entropy", tmp_path / "ask.csv"))
     assert asked["row"].tolist() == [1]  # the other is clear
+
+
+def test_what_people_answer_is_asked_as_text_and_used_by_the_next_fit(run, items, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    show = "{a} and {b}"
+    ask_file(AskConfig(copied, items, 2, "Uniform", label=True, show=show))
+    person = Person(session="s", name="ann")
+    questions = Questions(copied, repeat_every=0, lease_seconds=60)
+    asked = questions.state(person)["queries"]
+    texts = {clip["text"] for query in asked for clip in query["clips"]}
+    assert texts == {"0 and 0", "1 and 1", "2 and 0", "500 and 0"}
+    for query in asked:
+        questions.rate(person, query["id"], side=0, stars=query["id"])
+        questions.answer(person, query["id"], "right", 1.0)
+    progress = questions.progress()
+    questions.store.close()
+    assert progress.command.startswith("rewardmodels fit")
+    assert f"--out {run}" in progress.command
+    given = answers(copied)
+    assert len(given) == 3  # two comparisons, and two ratings that differ
+    table = fit_module.PreferenceTable.from_frame(preferences())
+    extended = fit_module._with_answers(table, given)
+    assert len(extended) == ROWS + 3
+    assert extended.rows[-3:].tolist() == [-1, -2, -3]
+    assert not {*extended.groups[-3:].tolist()} & {*table.groups.tolist()}
+
+
+def test_an_answer_is_in_its_item_s_group():
+    table = fit_module.PreferenceTable.from_frame(preferences())
+    extended = fit_module._with_answers(table, table.comparisons[[12, 40]])
+    assert extended.groups[-2:].tolist() == table.groups[[12, 40]].tolist()
 
 
 def test_settings_that_are_given_are_not_chosen():
