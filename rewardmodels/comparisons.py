@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from torch import Tensor
 from rewardmodels.arrays import ArrayLike, as_integers, as_pairs, as_tensor
 from rewardmodels.clips import Clips, as_rows
 from rewardmodels.errors import require, require_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from rewardmodels.tables import Columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +80,35 @@ class Comparisons:
         offsets = torch.tensor([0, *(len(part.clips) for part in parts[:-1])]).cumsum(0)
         pairs = [part.pairs + offset for part, offset in zip(parts, offsets, strict=True)]
         return cls(clips, torch.cat(pairs), torch.cat([part.preference for part in parts]))
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: pd.DataFrame | Mapping[str, Any],
+        columns: Columns | None = None,
+        *,
+        features: ArrayLike | None = None,
+    ) -> Comparisons:
+        """Comparisons of items from a data frame; arguments and errors of `PreferenceTable`'s.
+
+        Example:
+            >>> import pandas as pd
+            >>> table = pd.DataFrame({"chosen_price": [3.0, 1.0], "rejected_price": [4.0, 2.0]})
+            >>> Comparisons.from_frame(table).preference
+            tensor([0., 0.])
+        """
+        from rewardmodels.tables import PreferenceTable
+
+        return PreferenceTable.from_frame(frame, columns, features=features).comparisons
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: Any, columns: Columns | None = None, *, features: ArrayLike | None = None
+    ) -> Comparisons:
+        """Comparisons of items from a Hugging Face data set, or anything else with `to_pandas`."""
+        valid = hasattr(dataset, "to_pandas")
+        require("dataset", valid, "one split, or a table with `to_pandas`", type(dataset).__name__)
+        return cls.from_frame(dataset.to_pandas(), columns, features=features)
 
 
 @dataclass(frozen=True, eq=False)

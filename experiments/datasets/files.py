@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError, safe_open
 
-from rewardmodels import InvalidInput
-from rewardmodels.tables import Columns, PreferenceTable
+from experiments.datasets.embedding import embed_columns
+from rewardmodels import InvalidInput, UnreadableFile
+from rewardmodels.arrays import ArrayLike
+from rewardmodels.errors import require
+from rewardmodels.tables import Columns, ItemTable, PreferenceTable
+
+_COPIES = 3  # of a file's bytes, while it is read
+_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json")
+_MATRICES = (".npy", ".safetensors")
 
 
 @dataclass(frozen=True)
 class PreferenceFile:
-    """A file of comparisons and how to read it.
+    """A file of comparisons, or of single items, and how to read it.
 
     Args:
         path: CSV, Parquet, JSON lines, or the folder of a Hugging Face data set.
@@ -29,12 +42,163 @@ class PreferenceFile:
     embed: Path | None = None
 
     def frame(self) -> pd.DataFrame:
-        """The table, one row a comparison."""
-        if not self.path.exists():
-            raise InvalidInput(f"file: expected one that exists, got {self.path}.")
-        return pd.read_csv(self.path)
+        """The table, one row a comparison.
 
-    def read(self) -> PreferenceTable:
-        """The comparisons."""
-        features = None if self.features is None else np.load(self.features, mmap_mode="c")
-        return PreferenceTable.from_frame(self.frame(), self.columns, features=features)
+        Raises:
+            InvalidInput: No such file, an empty one, one of another kind, or one too large for this
+                machine's memory.
+            UnreadableFile: A damaged file.
+        """
+        require("file", self.path.exists(), "one that exists", self.path)
+        folder = self.path.is_dir()
+        suffix = self.path.suffix.lower()
+        expected = f"{', '.join(_SUFFIXES)}, or the folder of a Hugging Face data set"
+        require("file", folder or suffix in _SUFFIXES, expected, self.path.name)
+        _check_size(self.path)
+        try:
+            if folder:
+                frame = _read_dataset(self.path)
+            elif suffix == ".parquet":
+                _need("pyarrow", "parquet", "Parquet files")
+                frame = pd.read_parquet(self.path)
+            elif suffix in (".csv", ".tsv"):
+                # A text may well be "None" or "NA".
+                strict: Any = {"keep_default_na": False, "na_values": [""], "low_memory": False}
+                frame = pd.read_csv(self.path, sep="\t" if suffix == ".tsv" else ",", **strict)
+            else:
+                frame = _read_json(self.path)
+        except (OSError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+            if isinstance(error, InvalidInput):
+                raise
+            what = " ".join(str(error).split())
+            raise UnreadableFile(
+                f"{self.path}: expected a table ({suffix or 'datasets'}), got a damaged one: {what}"
+            ) from error
+        require("file", len(frame) > 0, "at least one row", f"none in {self.path}")
+        return frame
+
+    def read(self, *, names: Sequence[str] | None = None, labelled: bool = True) -> PreferenceTable:
+        """The comparisons.
+
+        Args:
+            names: Names of the features that a model was fitted to; None for all.
+            labelled: False for pairs that weren't compared yet.
+
+        Raises:
+            InvalidInput: What `frame` or `PreferenceTable` refuses, or labels from which nothing
+                can be learned.
+            UnreadableFile: A damaged file.
+        """
+        frame, features, named = self._read(names, pairs=True)
+        table = PreferenceTable.from_frame(
+            frame, self.columns, features=features, names=named or names, labelled=labelled
+        )
+        if labelled:
+            table.check()
+        return table
+
+    def items(self, *, names: Sequence[str] | None = None) -> ItemTable:
+        """Single items, to be scored; arguments and errors are those of `read`."""
+        frame, features, named = self._read(names, pairs=False)
+        return ItemTable.from_frame(frame, self.columns, features=features, names=named or names)
+
+    def _read(
+        self, names: Sequence[str] | None, *, pairs: bool
+    ) -> tuple[pd.DataFrame, ArrayLike | None, Sequence[str] | None]:
+        both = self.features is not None and self.embed is not None
+        require("features", not both, "a matrix, or a model that makes one of texts", "both")
+        features = None if self.features is None else read_matrix(self.features)
+        frame = self.frame()
+        if self.embed is None:
+            return frame, features, None
+        columns = self.columns
+        sides = columns.sides(frame, whole=True) if pairs else (columns.item,)
+        return embed_columns(frame, sides, columns.prompt, self.embed)
+
+
+def read_matrix(path: Path) -> ArrayLike:
+    """Map a matrix `(N, D)` into memory, without reading it.
+
+    Args:
+        path: A .npy file, or a .safetensors file with one tensor.
+
+    Raises:
+        InvalidInput: No such file, or one of another kind.
+        UnreadableFile: A damaged file.
+    """
+    require("features", path.is_file(), "a file that exists", path)
+    require("features", path.suffix in _MATRICES, " or ".join(_MATRICES), path.name)
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, mmap_mode="c")  # a private map, as PyTorch wants to write
+        with safe_open(path, "pt") as file:
+            tensors = list(file.keys())
+            require("features", len(tensors) == 1, "a file with one tensor", tensors[:10])
+            return file.get_tensor(tensors[0])
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise UnreadableFile(f"{path}: expected a matrix, got a damaged file: {error}") from error
+
+
+def _read_dataset(folder: Path) -> pd.DataFrame:
+    """A Hugging Face data set; a dictionary of them gets its keys as the column `split`."""
+    _need("datasets", "text", "folders of Hugging Face data sets")
+    from datasets import DatasetDict, load_from_disk
+
+    data = load_from_disk(str(folder))
+    if not isinstance(data, DatasetDict):
+        return data.to_pandas()
+    parts = [part.to_pandas().assign(split=name) for name, part in data.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _need(module: str, extra: str, what: str) -> None:
+    got = f"none; pip install 'rewardmodels[{extra}]' brings it"
+    require(module, find_spec(module) is not None, f"it to be installed for {what}", got)
+
+
+def _read_json(path: Path) -> pd.DataFrame:
+    """One object a line, or a list of objects."""
+    text = path.read_text("utf-8").strip()
+    if text.startswith("["):
+        records = json.loads(text)
+    else:
+        records = []
+        for row, line in enumerate(text.split("\n")):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{error} in row {row} (the first is row 0)") from error
+    odd = [row for row, record in enumerate(records) if not isinstance(record, dict)]
+    if odd:
+        raise ValueError(f"no object with columns by name in row {odd[0]} (the first is row 0)")
+    return pd.DataFrame(records)
+
+
+def _check_size(path: Path) -> None:
+    """Refuse what doesn't fit into memory, before it is read."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    require("file", size > 0, "at least one row", f"nothing in {path}")
+    free = available_memory()
+    expected = f"at most {free / _COPIES / 2**30:.1f} GiB, a third of the memory that is free"
+    got = (
+        f"{size / 2**30:.1f} GiB; put the features into a .npy matrix (--features), which is "
+        "mapped into memory, and their row numbers into the file"
+    )
+    require("file", _COPIES * size <= free, expected, got)
+
+
+def available_memory() -> float:
+    """Bytes of memory that are free on this machine; infinity if it doesn't tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    except OSError:
+        pass
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")

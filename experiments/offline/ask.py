@@ -16,7 +16,7 @@ from experiments.registry import make_named
 from experiments.studies import check_least
 from rewardmodels import Calibrated, Clips
 from rewardmodels.saving import write_text_atomically
-from rewardmodels.tables import PreferenceTable, sides
+from rewardmodels.tables import PreferenceTable
 
 MOST_PAIRS = 20_000  # of items, among which queries are chosen
 
@@ -78,10 +78,10 @@ def ask_file(config: AskConfig) -> pd.DataFrame:
     if isinstance(table, PreferenceTable):
         clips, pairs = table.comparisons.clips, table.comparisons.pairs
         rows = table.rows[:, None].expand(-1, 2)
-        of_side = [_of_side(frame, side) for side in sides(frame, run.columns)]
+        of_side = [_of_side(frame, side) for side in run.columns.sides(frame)]
     else:
-        clips, pairs = table.items, _pairs(table.groups, len(table.items))
-        rows, of_side = table.rows[pairs], [frame, frame]
+        clips, pairs = table.clips, _pairs(table.groups, len(table))
+        rows, of_side = pairs, [frame, frame]
     candidates = torch.randperm(len(pairs), generator=draw)[:MOST_PAIRS]
     chosen = candidates[_select(strategy, model, clips, pairs[candidates], config.n, draw)]
     asked, places = clips[pairs[chosen].flatten()], torch.arange(2 * len(chosen)).view(-1, 2)

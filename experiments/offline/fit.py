@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import sys
 import timeit
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -129,7 +131,11 @@ def fit_file(config: FitConfig) -> dict[str, Any]:
     started = timeit.default_timer()
     run = FittedRun(config.out)
     run.check_writable()
-    table = PreferenceFile(config.file, config.columns, config.features, config.embed).read()
+    with warnings.catch_warnings(record=True) as noticed:
+        warnings.simplefilter("always")
+        table = PreferenceFile(config.file, config.columns, config.features, config.embed).read()
+    for warning in noticed:
+        print(f"Note: {warning.message}", file=sys.stderr)
     table = _with_answers(table, answers(config.out))
     fitting = _Fitting(config.model, table, config.seed)
     with tqdm(bar_format="{desc}", leave=False) as bar:

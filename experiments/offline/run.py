@@ -63,7 +63,7 @@ class FittedRun:
             )
         try:
             found = json.loads(self._about.read_text(encoding="utf-8"))
-            Columns(**found["columns"]), found["names"], found["checksum"]
+            Columns(**found["columns"]), found["names"], found["checksum"], found["command"]
         except (ValueError, KeyError, TypeError) as error:
             raise UnreadableFile(
                 f"{self._about}: expected what a fit wrote, got {error}."
@@ -97,22 +97,18 @@ class FittedRun:
         return model
 
     def read(self, file: Path) -> tuple[pd.DataFrame, PreferenceTable | ItemTable]:
-        """A file with the columns of the one fitted to, and its comparisons or single items.
+        """A file with the columns of the one fitted to, and its pairs or single items.
 
         Raises:
-            InvalidInput: Other features than the model's.
+            InvalidInput: Other features than the model's, or what can't be read.
+            UnreadableFile: A damaged file.
         """
         about, columns = self.about(), self.columns
-        embed, features = (about[name] and Path(about[name]) for name in ("embed", "features"))
-        frame = PreferenceFile(file, columns, features, embed).frame()
-        if set(about["names"]) <= set(frame):
-            return frame, ItemTable.from_frame(frame, about["names"], columns)
-        if columns.preference not in frame:
-            frame = frame.assign(**{columns.preference: 1.0})
-        table = PreferenceTable.from_frame(frame, columns)
-        if list(table.names) != about["names"]:
-            raise InvalidInput(
-                f"file: expected the features that the model was fitted to, "
-                f"{', '.join(about['names'][:5])} …, got {', '.join(table.names[:5])} … in {file}."
-            )
-        return frame, table
+        features, embed = (about[name] and Path(about[name]) for name in ("features", "embed"))
+        source, names = PreferenceFile(file, columns, features, embed), about["names"]
+        frame = source.frame()
+        try:
+            columns.sides(frame, whole=bool(features or embed))
+        except InvalidInput:
+            return frame, source.items(names=names)
+        return frame, source.read(names=names, labelled=False)

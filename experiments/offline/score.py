@@ -76,7 +76,7 @@ def score_file(config: ScoreConfig) -> pd.DataFrame:
         scores = predict(model, table.comparisons)
         sure = (scores["probability"] - 0.5).abs() >= UNSURE - 0.5
     else:
-        scores = predict_items(model, table.items)
+        scores = predict_items(model, table.clips)
         sure = pd.Series(True, scores.index)
     scores["flag"] = np.select([scores["novelty"] > NOVEL, ~sure], ["novel", "unsure"], "")
     if config.best_of:
@@ -85,7 +85,8 @@ def score_file(config: ScoreConfig) -> pd.DataFrame:
         bound = scores["mean"] - kappa * scores["std"]
         scores["group"] = groups
         scores["best"] = scores.index.isin(bound.groupby(groups).idxmax())
-    scores.insert(0, "row", table.rows.numpy())
+    rows = table.rows.numpy() if isinstance(table, PreferenceTable) else np.arange(len(table))
+    scores.insert(0, "row", rows)
     out = config.out or config.run / "scores.csv"
     write_text_atomically(out, scores.to_csv(index=False))
     flags = ", ".join(f"{n:,} {flag}" for flag, n in scores["flag"].value_counts().items() if flag)

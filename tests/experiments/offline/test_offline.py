@@ -197,7 +197,7 @@ def test_another_model_in_the_directory_is_refused(run, tmp_path):
         ("fit {folder}/pairs.csv --out {folder}/pairs.csv", "got a file"),
         ("fit {folder}/pairs.csv --model Laplace", "Did you mean"),
         ("fit {folder}/pairs.csv --seed -1", "seed"),
-        ("fit {folder}/pairs.csv --columns.first left", "Name yours"),
+        ("fit {folder}/pairs.csv --columns.first left", "left"),
         ("fit {folder}/none.csv", "none.csv"),
         ("score {folder} {folder}/pairs.csv", "fit.json"),
         ("score {run} {folder}/pairs.csv --best_of mean", "single items"),
