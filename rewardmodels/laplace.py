@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rewardmodels.clips import Clips
 from rewardmodels.comparisons import Comparisons
-from rewardmodels.errors import require
+from rewardmodels.errors import is_whole, require
 from rewardmodels.likelihood import (
     check_random_answer_rate,
     negative_log_likelihood,
@@ -21,6 +21,7 @@ from rewardmodels.networks import FrameNetwork
 from rewardmodels.posterior import GaussianPosterior
 
 _LEAST_PRECISION, _MOST_PRECISION = 1e-4, 1e8
+_ROUNDS, _STEPS = 10, 300  # of prior and mode in turn; of L-BFGS, at most
 
 
 class LaplaceHead(RewardModel):
@@ -40,11 +41,17 @@ class LaplaceHead(RewardModel):
     Only the last layer is uncertain: two clips with the same features have the same return under
     every sample. While `fit` runs, epochs are compared by the network alone, without a variance.
 
+    Where no features are learned (no hidden layers, or a network of your own without parameters)
+    this is Bayesian logistic regression: when the fit ends, $\hat\theta$ is brought to the mode
+    under the prior, whatever the epochs did, so that one without held-out comparisons is enough.
+
     Args:
         prior_precision: $\lambda$, in 1 / reward units²; None for the one that maximises the
             marginal likelihood of the training comparisons (`best_precision`).
-        options: As for `RewardModel`. The last hidden layer is the features; without any, this is
-            Bayesian logistic regression.
+        standouts: Features with a prior precision of at most 1, the others with $\lambda$: those
+            whose differences correlate the most with the preferences, so that one that says much
+            isn't drowned by hundreds that say little. For features that aren't learned.
+        options: As for `RewardModel`. The last hidden layer is the features.
 
     Attributes:
         precision: The $\lambda$ in use.
@@ -55,12 +62,16 @@ class LaplaceHead(RewardModel):
     centre: Tensor
     root: Tensor
 
-    def __init__(self, prior_precision: float | None = None, **options: Any) -> None:
+    def __init__(
+        self, prior_precision: float | None = None, standouts: int = 0, **options: Any
+    ) -> None:
         super().__init__(**options)
         valid = prior_precision is None or 0 < prior_precision < math.inf
         expected = "a number above 0, or None to choose one by the marginal likelihood"
         require("prior_precision", valid, expected, prior_precision)
-        self.prior_precision = prior_precision
+        valid = is_whole(standouts) and standouts >= 0
+        require("standouts", valid, "a whole number of at least 0", standouts)
+        self.prior_precision, self.standouts = prior_precision, standouts
 
     def build(self, inputs: int) -> None:
         """Make the network; its posterior has no variance yet."""
@@ -101,15 +112,29 @@ class LaplaceHead(RewardModel):
 
     @torch.no_grad()
     def after_fit(self, comparisons: Comparisons) -> None:
-        """Choose the precision of the prior, and invert the Hessian."""
-        rows = self._rows(comparisons)
-        values, vectors = torch.linalg.eigh(rows.T @ rows)
-        values = values.clamp_min(0)
-        chosen = self.prior_precision
-        if chosen is None:
-            chosen = best_precision(values, float(self.weights.double().square().sum()))
+        """Choose the precision of the prior, go to the mode, and invert the Hessian."""
+        comparisons = comparisons.compact()
+        z, preference = self._differences(comparisons), comparisons.preference.cpu().double()
+        learned = any(parameter.requires_grad for parameter in self.network.body.parameters())
+        correlation = (preference - 0.5) @ z / z.square().mean(0).sqrt().clamp_min(1e-12)
+        first = correlation.abs().topk(0 if learned else min(self.standouts, z.shape[1])).indices
+        chosen = self.prior_precision or 1.0
+        for _ in range(1 if learned or self.prior_precision else _ROUNDS):
+            scale = torch.ones_like(z[0])  # weights times it have the precision of the others
+            scale[first] = max(1.0, chosen**0.5)
+            if not learned:
+                self._go_to_mode(z * scale, scale, preference, chosen)
+            weights = self.weights.cpu().double()
+            information = fisher_information(
+                z @ weights, random_answer_rate=self.random_answer_rate
+            )
+            rows = z * scale * information.sqrt()[:, None]
+            values, vectors = torch.linalg.eigh(rows.T @ rows)
+            values = values.clamp_min(0)
+            if self.prior_precision is None:
+                chosen = best_precision(values, float((weights / scale).square().sum()))
         self.precision.fill_(chosen)
-        self.root.copy_(vectors / (chosen + values).sqrt())
+        self.root.copy_(scale[:, None] * vectors / (chosen + values).sqrt())
 
     def compute_posterior(self, clips: Clips) -> GaussianPosterior:
         """Gaussian posterior of rank F."""
@@ -122,16 +147,32 @@ class LaplaceHead(RewardModel):
         centred = self.network.features(inputs) - self.centre[:-1]
         return centred @ self.weights[:-1], (centred @ self.root[:-1]).square().sum(1).sqrt()
 
-    def _rows(self, comparisons: Comparisons) -> Tensor:
-        r"""Rows $\sqrt{i_q} z_q$, `(Q, F)`, in double precision, which not every device has."""
-        comparisons = comparisons.compact()
+    def _differences(self, comparisons: Comparisons) -> Tensor:
+        r"""Rows $z_q$, `(Q, F)`, in double precision, which not every device has."""
         clips = comparisons.clips.to(self.device)
         features = torch.cat([self.features(part) for part in clip_chunks(clips)]).cpu().double()
         first, second = comparisons.pairs.cpu().T
-        z = features[second] - features[first]
-        difference = z @ self.weights.detach().cpu().double()
-        information = fisher_information(difference, random_answer_rate=self.random_answer_rate)
-        return z * information.sqrt()[:, None]
+        return features[second] - features[first]
+
+    def _go_to_mode(self, z: Tensor, scale: Tensor, preference: Tensor, precision: float) -> None:
+        """Set the last layer to `scale` times the mode of its scaled posterior, by L-BFGS."""
+        theta = torch.zeros_like(scale, requires_grad=True)
+        optimiser = torch.optim.LBFGS([theta], max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+        def negative_log_posterior() -> Tensor:
+            optimiser.zero_grad()
+            nll = negative_log_likelihood(
+                z @ theta, preference, random_answer_rate=self.random_answer_rate
+            )
+            loss = (nll.sum() + precision / 2 * theta.square().sum()) / len(z)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        with torch.enable_grad():
+            optimiser.step(negative_log_posterior)
+        weights = theta.detach() * scale
+        self.network.last.weight.copy_(weights[None, :-1])
+        self.network.last.bias.copy_(weights[-1:])
 
 
 def fisher_information(difference: Tensor, *, random_answer_rate: float = 0.0) -> Tensor:

@@ -19,6 +19,14 @@ from rewardmodels.calibration import log_loss
 _SETTINGS: dict[str, dict[str, object]] = {
     "weight decay 1": {"weight_decay": 1.0},
     "weight decay 30": {"weight_decay": 30.0},
+    "linear, precision 1": {"prior_precision": 1.0, "hidden": ()},
+    "linear, precision 30": {"prior_precision": 30.0, "hidden": ()},
+    "linear, precision 1000": {"prior_precision": 1000.0, "hidden": ()},
+    "linear, precision 1000, one standout": {
+        "prior_precision": 1000.0,
+        "hidden": (),
+        "standouts": 1,
+    },
 }
 """Settings that are tried, by name; AdamW multiplies weight decay by the learning rate."""
 _BATCH = 256

@@ -3,9 +3,11 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from rewardmodels import (
     Clips,
@@ -174,3 +176,30 @@ def test_a_fit_with_more_comparisons_takes_another_hessian_and_is_surer():
     assert not torch.equal(model.root, before)
     more = model.posterior(clips)
     assert more.difference(pairs).variance.median() < fewer.difference(pairs).variance.median()
+
+
+@pytest.mark.parametrize("standouts", [0, 1])
+def test_without_hidden_layers_the_weights_are_those_of_logistic_regression(standouts):
+    draw = torch.Generator().manual_seed(0)
+    items = torch.randn(60, 4, generator=draw)
+    pairs = torch.randint(30, (200, 2), generator=draw) + torch.tensor([0, 30])
+    z = items[pairs].diff(dim=1)[:, 0]
+    chance = (z @ torch.tensor([2.0, 0.3, 0.0, -0.3])).sigmoid()
+    preference = (torch.rand(200, generator=draw) < chance).float()
+    comparisons = Comparisons(Clips.of_items(items), pairs, preference)
+    model = LaplaceHead(prior_precision=25.0, standouts=standouts, hidden=())
+    fit(model, comparisons, epochs=1, options=FitOptions(held_out=0.0))
+    norm = model.frame_inputs.norm
+    scaled = (z / norm.scale).double().numpy()
+    scaled[:, 0] *= 5 if standouts else 1  # of the first, the only one that says much
+    known = LogisticRegression(C=1 / 25, fit_intercept=False, tol=1e-8)
+    known.fit(scaled, preference.numpy())
+    expected = known.coef_[0] * ([5, 1, 1, 1] if standouts else 1)
+    assert model.weights[:-1].detach().numpy() == pytest.approx(expected, abs=1e-4)
+    p = (scaled @ known.coef_[0]).clip(-50, 50)
+    p = 1 / (1 + np.exp(-p))
+    hessian = scaled.T @ (scaled * (p * (1 - p))[:, None]) + 25 * np.eye(4)
+    factor = np.array([5, 1, 1, 1] if standouts else [1, 1, 1, 1])
+    expected = np.linalg.inv(hessian) * factor * factor[:, None]
+    found = (model.root @ model.root.T)[:-1, :-1].numpy()
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
