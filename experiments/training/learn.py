@@ -49,7 +49,7 @@ from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
 from experiments.training.rewards import RewardWrapper, baseline_reward
-from experiments.training.run_directory import RunDirectory, versions
+from experiments.training.run_directory import RunDirectory, read_reward, versions
 from rewardmodels import (
     Clips,
     InvalidInput,
@@ -277,7 +277,7 @@ class Learner:
             "versions": versions(),
         }
         if self.model.fitted:
-            save(self.model, out / "model.safetensors")
+            result["model_checksum"] = save(self.model, out / "model.safetensors")
             result |= score_reward(self.model, clips, out / "frames.npz", self.clip_length)
         if config.video:
             result["video_note"] = make_video(self.task, clips, out / "video.mp4")
@@ -366,8 +366,9 @@ class Learner:
         if isinstance(self.agent, OffPolicyAlgorithm):
             save_replay(self.agent, folder / "replay.npz")
         if isinstance(reward := self.env.reward, LearnedReward):
-            save(self.model, folder / "model.safetensors")
-            write_text_atomically(folder / "reward.json", json.dumps([reward.scale, reward.shift]))
+            checksum = save(self.model, folder / "model.safetensors")
+            kept = json.dumps([reward.scale, reward.shift, checksum])
+            write_text_atomically(folder / "reward.json", kept)
 
     def _read(self, folder: Path, number: int) -> None:
         self.rounds_done, self.seconds = number + 1, self.run.rows[-1]["seconds"]
@@ -380,8 +381,8 @@ class Learner:
             load_replay(self.agent, folder / "replay.npz")
         if (folder / "model.safetensors").exists():
             file, own = folder / "model.safetensors", self.model.make_network
-            self.model = load(file, type(self.model), network=own)
-            scale, shift = json.loads((folder / "reward.json").read_text())
+            scale, shift, checksum = read_reward(folder)
+            self.model = load(file, type(self.model), network=own, checksum=checksum)
             self.env.reward = LearnedReward(self.model, self.config.pessimism, scale, shift)
 
 

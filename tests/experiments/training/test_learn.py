@@ -97,7 +97,7 @@ def test_the_policys_reward_is_the_models(finished):
     assert learner.rounds_done == ROUNDS
     learner.seed(ROUNDS, "train")
     model = load(finished / "model.safetensors")
-    scale, shift = json.loads((learner.run.checkpoints[-1] / "reward.json").read_text())
+    scale, shift, _ = json.loads((learner.run.checkpoints[-1] / "reward.json").read_text())
     assert scale > 0
     learner.env.reset()
     for _ in range(20):
