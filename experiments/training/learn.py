@@ -149,10 +149,10 @@ class Learner:
 
         copies = PPO_ENVS if config.algorithm in ("PPO", "A2C") else 1
         self.clip_length = min(config.clip_length, self.task.horizon)
-        self.start_over = max(settings.start_over, 2 * self.clip_length)
+        self.start_over = min(max(settings.start_over, 2 * self.clip_length), self.task.horizon)
         # Steps of each copy that show the current policy: whole episodes, since copies start
         # together, and a Hopper that fell is a poor sample of one that stood.
-        self.latest = max(self.steps // (self.policy_rounds * copies), self.task.horizon)
+        self.latest = max(self.steps // (self.policy_rounds * copies), self._enough_steps(copies))
         self.clip_buffer = ClipBuffer(self.latest, copies)
         venv = make_vec_env(self.task, copies, config.seed)
         reward = baseline_reward(config.reward, config.seed)
@@ -311,6 +311,13 @@ class Learner:
             actions = [self.env.action_space.sample() for _ in range(self.env.num_envs)]
             self.env.step(np.stack(actions))
         self.env.episode_returns.clear()
+
+    def _enough_steps(self, copies: int) -> int:
+        """Steps of each copy that have clips for as many pairs as comparisons, however cut."""
+        horizon, clips = self.task.horizon, -(-(math.isqrt(2 * self.comparisons) + 2) // copies)
+        if horizon - 2 * self.clip_length + 2 >= clips:  # both parts of an episode cut in two
+            return horizon
+        return horizon * (1 - -clips // (horizon - self.clip_length + 1))  # and whole ones
 
     def _latest_clips(self, n: int) -> Clips:
         return self.clip_buffer.sample(self.clip_length, n, self.rng)
