@@ -111,7 +111,7 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
             guard of other settings, a detector or statistic that can't be kept in a file, an action
             that isn't the environment's, or a shift that doesn't change the task.
         UnknownName: No such detector, statistic or shift.
-        UnreadableFile: A damaged guard, or a missing agent.
+        UnreadableFile: A damaged guard, a missing agent, or another model than the run's.
         StaleThreshold: A guard of another agent, such as this one before more training.
     """
     torch.set_num_threads(1)
@@ -120,7 +120,8 @@ def guard_run(config: GuardConfig) -> list[dict[str, Any]]:
     if not config.trust:
         run.check_trusted(only=("task", "model"))
     task, seed = _task(run), config.seed
-    model: RewardModel = load_model(run.path / "model.safetensors", run.settings)
+    checksum = (run.result or {}).get("model_checksum")
+    model: RewardModel = load_model(run.path / "model.safetensors", run.settings, checksum)
     scorer = model.frame_scorer()
     with make_env(task) as usual_env:
         size = math.prod(usual_env.observation_space.shape or ())

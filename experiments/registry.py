@@ -140,22 +140,27 @@ def make_named(kind: str, name: str, **offered: Any) -> Any:
         ) from error
 
 
-def load_model(file: Path, settings: Mapping[str, Any]) -> Any:
+def load_model(file: Path, settings: Mapping[str, Any], checksum: str | None) -> Any:
     """Load the model of a run of these settings, which name its class and its network.
+
+    Args:
+        file: Of the model.
+        settings: Of the run.
+        checksum: The one that the run has of its model; None in runs of earlier versions.
 
     Raises:
         UnknownName: The class can't be imported from here.
-        UnreadableFile: Another kind of file, a damaged one, or one of another class.
+        UnreadableFile: Another kind of file, a damaged one, one of another class, or another model.
     """
     model = settings.get("model")
     if not isinstance(model, Mapping) or "class_path" not in model:
-        return load(file)
+        return load(file, checksum=checksum)
     network = (model.get("init_args") or {}).get("network")
     if network is not None:
         module, _, name = network.rpartition(".")
         network = getattr(import_named("model.network", module), name, None)
     cls: Any = find_class("model", model["class_path"])
-    return load(file, cls, network=network)
+    return load(file, cls, network=network, checksum=checksum)
 
 
 def _import_class(

@@ -29,7 +29,7 @@ from experiments.envs.rendering import Renderer, RenderingUnavailable, write_vid
 from experiments.envs.tasks import find_task, make_env, simulator_state
 from experiments.registry import load_model
 from experiments.training.clip_buffer import ClipBuffer
-from experiments.training.run_directory import RunDirectory
+from experiments.training.run_directory import RunDirectory, read_reward
 from rewardmodels import RewardModelsError
 
 Job = int | Literal["best", "check"]
@@ -279,7 +279,8 @@ def best_clip(run: Path, frames: int = BEST_FRAMES) -> NDArray[np.floating[Any]]
         return None
     newest = checkpoints[-1]
     try:
-        model = load_model(newest / "model.safetensors", RunDirectory(run).settings)
+        _, _, checksum = read_reward(newest)
+        model = load_model(newest / "model.safetensors", RunDirectory(run).settings, checksum)
         buffer = ClipBuffer.load(newest / "clip_buffer.npz")
     except FileNotFoundError:
         return None

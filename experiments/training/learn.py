@@ -49,7 +49,7 @@ from experiments.training.clip_buffer import ClipBuffer
 from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
 from experiments.training.rewards import RewardWrapper, baseline_reward
-from experiments.training.run_directory import RunDirectory, versions
+from experiments.training.run_directory import RunDirectory, read_reward, versions
 from rewardmodels import (
     Clips,
     InvalidInput,
@@ -149,10 +149,10 @@ class Learner:
 
         copies = PPO_ENVS if config.algorithm in ("PPO", "A2C") else 1
         self.clip_length = min(config.clip_length, self.task.horizon)
-        self.start_over = max(settings.start_over, 2 * self.clip_length)
+        self.start_over = min(max(settings.start_over, 2 * self.clip_length), self.task.horizon)
         # Steps of each copy that show the current policy: whole episodes, since copies start
         # together, and a Hopper that fell is a poor sample of one that stood.
-        self.latest = max(self.steps // (self.policy_rounds * copies), self.task.horizon)
+        self.latest = max(self.steps // (self.policy_rounds * copies), self._enough_steps(copies))
         self.clip_buffer = ClipBuffer(self.latest, copies)
         venv = make_vec_env(self.task, copies, config.seed)
         reward = baseline_reward(config.reward, config.seed)
@@ -278,7 +278,7 @@ class Learner:
             "versions": versions(),
         }
         if self.model.fitted:
-            save(self.model, out / "model.safetensors")
+            result["model_checksum"] = save(self.model, out / "model.safetensors")
             result |= score_reward(self.model, clips, out / "frames.npz", self.clip_length)
         if config.video:
             result["video_note"] = make_video(self.task, clips, out / "video.mp4")
@@ -312,6 +312,13 @@ class Learner:
             actions = [self.env.action_space.sample() for _ in range(self.env.num_envs)]
             self.env.step(np.stack(actions))
         self.env.episode_returns.clear()
+
+    def _enough_steps(self, copies: int) -> int:
+        """Steps of each copy that have clips for as many pairs as comparisons, however cut."""
+        horizon, clips = self.task.horizon, -(-(math.isqrt(2 * self.comparisons) + 2) // copies)
+        if horizon - 2 * self.clip_length + 2 >= clips:  # both parts of an episode cut in two
+            return horizon
+        return horizon * (1 - -clips // (horizon - self.clip_length + 1))  # and whole ones
 
     def _latest_clips(self, n: int) -> Clips:
         return self.clip_buffer.sample(self.clip_length, n, self.rng)
@@ -367,8 +374,9 @@ class Learner:
         if isinstance(self.agent, OffPolicyAlgorithm):
             save_replay(self.agent, folder / "replay.npz")
         if isinstance(reward := self.env.reward, LearnedReward):
-            save(self.model, folder / "model.safetensors")
-            write_text_atomically(folder / "reward.json", json.dumps([reward.scale, reward.shift]))
+            checksum = save(self.model, folder / "model.safetensors")
+            kept = json.dumps([reward.scale, reward.shift, checksum])
+            write_text_atomically(folder / "reward.json", kept)
 
     def _read(self, folder: Path, number: int) -> None:
         self.rounds_done, self.seconds = number + 1, self.run.rows[-1]["seconds"]
@@ -381,8 +389,8 @@ class Learner:
             load_replay(self.agent, folder / "replay.npz")
         if (folder / "model.safetensors").exists():
             file, own = folder / "model.safetensors", self.model.make_network
-            self.model = load(file, type(self.model), network=own)
-            scale, shift = json.loads((folder / "reward.json").read_text())
+            scale, shift, checksum = read_reward(folder)
+            self.model = load(file, type(self.model), network=own, checksum=checksum)
             self.env.reward = LearnedReward(self.model, self.config.pessimism, scale, shift)
 
 

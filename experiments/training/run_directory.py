@@ -315,6 +315,25 @@ class RunDirectory:
         return content
 
 
+def read_reward(checkpoint: Path) -> tuple[float, float, str | None]:
+    """Scale and shift of a checkpoint's learned reward, and the checksum of its model.
+
+    The checksum is None in a checkpoint of an earlier version.
+
+    Raises:
+        UnreadableFile: A damaged file.
+        FileNotFoundError: There is no learned reward.
+    """
+    file = checkpoint / "reward.json"
+    try:
+        scale, shift, checksum = [*json.loads(file.read_text("utf-8")), None][:3]
+    except (ValueError, TypeError) as error:
+        raise UnreadableFile(
+            f"{file}: expected scale, shift and checksum, got a damaged file ({in_short(error)})."
+        ) from error
+    return scale, shift, checksum
+
+
 def in_short(error: Exception) -> str:
     """Say in one line what was wrong: the first sentence of an error that may have pages."""
     return " ".join(str(error).split()).partition(". ")[0][:200] or type(error).__name__
@@ -372,7 +391,7 @@ def _read_result(file: Path) -> Any:
     lists = ["final_returns", *counts]
     for name in {**dict.fromkeys(needed), **found}:
         value = found.get(name)
-        if name in ("task", "reward", "algorithm", "video_note"):
+        if name in ("task", "reward", "algorithm", "video_note", "model_checksum"):
             valid = isinstance(value, str)
         elif name == "versions":
             valid = isinstance(value, Mapping)

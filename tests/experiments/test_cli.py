@@ -23,7 +23,7 @@ from experiments.training import learn as learning
 from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import Clips
+from rewardmodels import Clips, load, save
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
 pytestmark = pytest.mark.usefixtures("_short_updates")
@@ -493,6 +493,15 @@ def test_a_damaged_run_is_refused(file, line, unfinished, capsys):
     raw = (unfinished / file).read_bytes()
     (unfinished / file).write_bytes(raw[: len(raw) // 2] + b"\x00" * 40)
     assert line in refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
+
+
+def test_another_runs_model_is_refused(unfinished, capsys):
+    file = unfinished / "checkpoints" / "0000" / "model.safetensors"
+    model = load(file)
+    next(model.parameters()).data += 1
+    save(model, file)
+    line = refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
+    assert "model.safetensors: expected the file with checksum" in line
 
 
 @pytest.mark.parametrize("kind", ["plain", "lightning"])

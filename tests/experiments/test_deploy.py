@@ -11,7 +11,7 @@ import yaml
 from experiments.deploy import GuardConfig, guard_run
 from experiments.training.learn import learn
 from ood import StaleThreshold, load_monitor
-from rewardmodels import InvalidInput, UnknownName, UnreadableFile
+from rewardmodels import InvalidInput, UnknownName, UnreadableFile, load, save
 
 from .studying import tiny
 
@@ -146,6 +146,15 @@ def test_a_missing_agent_and_a_damaged_guard_are_named(run):
         guard(run)
     (folder / "agent.zip").touch()
     with pytest.raises(UnreadableFile, match=r"earlier version, whose agent\.zip"):
+        guard(run)
+
+
+def test_another_runs_model_is_refused(run):
+    file = run / "model.safetensors"
+    model = load(file)
+    next(model.parameters()).data += 1
+    save(model, file)
+    with pytest.raises(UnreadableFile, match="expected the file with checksum"):
         guard(run)
 
 

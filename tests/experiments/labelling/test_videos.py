@@ -169,6 +169,7 @@ def test_the_best_clip_has_the_highest_learned_return(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints" / "0003"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").touch()
+    (folder / "reward.json").write_text('[1, 0, "abc"]')
     steps, envs = 40, 2
     frame_rewards = np.zeros((steps, envs, 1), np.float32)
     frame_rewards[17:22, 1] = 1.0
@@ -182,7 +183,8 @@ def test_the_best_clip_has_the_highest_learned_return(tmp_path, monkeypatch):
         def posterior(self, clips: Clips) -> SampledPosterior:
             return SampledPosterior(clips.observations.sum((1, 2))[None])
 
-    monkeypatch.setattr(module, "load_model", lambda path, settings: Sum())
+    models = {"abc": Sum()}  # by checksum
+    monkeypatch.setattr(module, "load_model", lambda path, settings, known: models[known])
     assert best_clip(tmp_path, 5).tolist() == states[17:22, 1].tolist()
     (folder / "model.safetensors").unlink()
     assert best_clip(tmp_path, 5) is None

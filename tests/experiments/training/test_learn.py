@@ -97,7 +97,7 @@ def test_the_policys_reward_is_the_models(finished):
     assert learner.rounds_done == ROUNDS
     learner.seed(ROUNDS, "train")
     model = load(finished / "model.safetensors")
-    scale, shift = json.loads((learner.run.checkpoints[-1] / "reward.json").read_text())
+    scale, shift, _ = json.loads((learner.run.checkpoints[-1] / "reward.json").read_text())
     assert scale > 0
     learner.env.reset()
     for _ in range(20):
@@ -438,3 +438,21 @@ def test_scores_of_a_perfect_and_of_a_constant_reward(tmp_path):
     constant = score_reward(FirstNumber(0), clips, file, 10)
     assert constant["epic_distance"] is constant["reward_correlation"] is None
     assert constant["aurc"] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "SAC"])
+@pytest.mark.parametrize("clip_length", [8, 9, 12, 16])
+def test_however_episodes_are_cut_there_are_pairs_for_all_comparisons(
+    algorithm, clip_length, tmp_path
+):
+    short = {"horizon": 16, "steps": 8, "rounds": 1, "comparisons": 10, "candidates": 10}
+    config = tiny(tmp_path / "run", algorithm=algorithm, clip_length=clip_length, **short)
+    learner = Learner(config, RunDirectory(config.out))
+    learner.seed(0, "ask")
+    learner._act_at_random()
+    learner.env.reset()  # as training does
+    for _ in range(40):
+        found = len(learner._latest_clips(10))
+        assert found * (found - 1) // 2 >= 10
+        actions = [learner.env.action_space.sample() for _ in range(learner.env.num_envs)]
+        learner.env.step(np.stack(actions))
