@@ -154,6 +154,9 @@ class SyntheticTeacher(Teacher):
         same_threshold: $d_\text{same}$, at least 0, reward units; at None only exact ties at
             infinite rationality are "the same".
         as_published: Compare as B-Pref's public code does.
+        marks: How many of each comparison's two clips, 0 to 2, have their best part marked good
+            and their worst bad, as by a `SyntheticMarker` with the same flip rate. 1 is the first
+            clip, which is the better one as often as the worse.
 
     Raises:
         InvalidInput: A value outside its range.
@@ -175,6 +178,7 @@ class SyntheticTeacher(Teacher):
         skip_threshold: float | None = None,
         same_threshold: float | None = None,
         as_published: bool = False,
+        marks: int = 0,
     ) -> None:
         require("rationality", rationality >= 0, "a number, at least 0", rationality)
         require("myopia", 0 <= myopia <= 1, "a discount from 0 to 1", myopia)
@@ -186,7 +190,28 @@ class SyntheticTeacher(Teacher):
         require("same_threshold", valid, "a finite number from 0 or None", same)
         self.rationality, self.myopia, self.flip_rate = rationality, myopia, flip_rate
         self.skip_threshold, self.same_threshold = skip_threshold, same_threshold
-        self.as_published = as_published
+        require("marks", marks in (0, 1, 2), "0, 1 or 2 clips of each comparison", marks)
+        self.as_published, self.marks = as_published, marks
+
+    def collect(self, request: Request) -> None:
+        """Compare the round's queries, and mark clips of those that aren't skipped."""
+        super().collect(request)
+        store = request.store
+        compared = [q.id for q in store.queries(request.round) if q.preference is not None]
+        if not (self.marks and compared):
+            return
+        # One clip may be in several pairs, and is marked once.
+        ids = sorted({clip for query in compared for clip in store.shown(query)[: self.marks]})
+        # A stream of their own, since an interruption may have left marks alone to be given.
+        draw = request.generator and torch.Generator().manual_seed(
+            request.generator.initial_seed() + 1
+        )
+        marks = SyntheticMarker(flip_rate=self.flip_rate).mark(store.clips(ids), draw)
+        said = (
+            Mark(0, ids[clip], first, last, bool(good), type(self).__name__)
+            for clip, first, last, good in marks.rows.tolist()
+        )
+        _add_missing(store, said)
 
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
@@ -373,12 +398,13 @@ class SyntheticMarker:
 
     Candidates are the parts of `length` frames with the highest and the lowest sum of true rewards,
     the first of several. A part is marked if its mean reward is above that of the clip's other
-    frames (or below it, for a bad one) by at least `threshold`; with probability $\epsilon$ the
-    mark is flipped. Clips of no more than `length` frames aren't marked.
+    frames (or below it, for a bad one), and that by at least `stands_out` standard deviations of a
+    frame's reward over all clips; with probability $\epsilon$ the mark is flipped. Clips of no more
+    than `length` frames aren't marked.
 
     Args:
         length: Frames of a part, at least 1.
-        threshold: Least difference of the means, at least 0, reward units per frame.
+        stands_out: Least difference of the means, at least 0, standard deviations.
         flip_rate: $\epsilon$ from 0 to 1, probability that good is marked bad, or bad good.
 
     Raises:
@@ -387,16 +413,16 @@ class SyntheticMarker:
     Example:
         >>> clips = Clips(torch.zeros(2, 4, 1), torch.zeros(2, 4, 1),
         ...               rewards=torch.tensor([[0.0, 5.0, 0.0, -2.0], [1.0, 1.0, 1.0, 1.0]]))
-        >>> SyntheticMarker(length=1, threshold=0.5).mark(clips).rows
+        >>> SyntheticMarker(length=1).mark(clips).rows
         tensor([[0, 1, 1, 1],
                 [0, 3, 3, 0]])
     """
 
-    def __init__(self, length: int = 5, threshold: float = 0.0, flip_rate: float = 0.0) -> None:
+    def __init__(self, length: int = 5, stands_out: float = 0.5, flip_rate: float = 0.0) -> None:
         require("length", length >= 1, "at least 1 frame", length)
-        require("threshold", 0 <= threshold < math.inf, "a finite number from 0", threshold)
+        require("stands_out", 0 <= stands_out < math.inf, "a finite number from 0", stands_out)
         require("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate)
-        self.length, self.threshold, self.flip_rate = length, threshold, flip_rate
+        self.length, self.stands_out, self.flip_rate = length, stands_out, flip_rate
 
     def mark(self, clips: Clips, generator: torch.Generator | None = None) -> Marks:
         """Mark N clips.
@@ -404,7 +430,7 @@ class SyntheticMarker:
         Args:
             clips: With the task's own rewards.
             generator: Source of flips, on the CPU. Each clip takes the same number of draws, so
-                that its marks depend on its place alone.
+                that a flip depends on its place alone.
 
         Returns:
             Two marks a clip at most, by clip, the good one first.
@@ -417,6 +443,9 @@ class SyntheticMarker:
         if clips.length <= self.length:
             return Marks(clips, torch.zeros(0, 4, dtype=torch.long))
         lengths = clips.lengths.cpu()
+        # Means of equal rewards differ by rounding.
+        least = 1e-9 * rewards.abs().max()
+        threshold = self.stands_out * rewards[clips.mask.cpu()].std()
         sums = rewards.unfold(1, self.length, 1).sum(2)
         outside = torch.arange(sums.shape[1]) > (lengths - self.length)[:, None]
         rows = []
@@ -424,8 +453,8 @@ class SyntheticMarker:
             sign = 2 * good - 1
             best, start = (sign * sums).masked_fill(outside, -math.inf).max(1)
             rest = (sign * rewards.sum(1) - best) / (lengths - self.length)
-            marked = best / self.length - rest >= self.threshold
-            marked &= lengths > self.length
+            gap = best / self.length - rest
+            marked = (gap > least) & (gap >= threshold) & (lengths > self.length)
             given = torch.where(draws[:, good] < self.flip_rate, 1 - good, good)
             clip, last = torch.arange(len(start)), start + self.length - 1
             rows.append(torch.stack([clip, start, last, given], 1)[marked])
