@@ -235,7 +235,7 @@ def _call(path: str, *, positional: bool = False, config: str = "") -> Command:
         ])  # fmt: skip
         again = shlex.join(["rewardmodels", *words.split(), *arguments])
         with _interruptible(lambda: f"The same command goes on: {again}"):
-            function(cls(**settings)) if config else function(**settings)
+            function(cls(**parser.instantiate(settings))) if config else function(**settings)
 
     return command
 
@@ -388,6 +388,18 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
     "guard": (
         "run a trained agent under a guard, which the first call fits and calibrates",
         _call("experiments.deploy:guard_run", positional=True, config="GuardConfig"),
+    ),
+    "fit": (
+        "fit a reward model to a file of preferences, and report how far it can be trusted",
+        _call("experiments.offline.fit:fit_file", positional=True, config="FitConfig"),
+    ),
+    "score": (
+        "score comparisons or items by a fitted model, and flag what it doesn't know",
+        _call("experiments.offline.score:score_file", positional=True, config="ScoreConfig"),
+    ),
+    "ask": (
+        "choose which pairs to have compared next, by a fitted model",
+        _call("experiments.offline.ask:ask_file", positional=True, config="AskConfig"),
     ),
     "export": (
         "write a run's comparisons, marks and ratings as CSV or Parquet",

@@ -312,15 +312,24 @@ class RewardModel(L.LightningModule, ABC):
         self.check_fitted()
         require("clips", isinstance(clips, Clips), "Clips", type(clips).__name__)
         self.check(clips)
-        assert self.novelty is not None
         clips = clips.to(self.device)
         with self._evaluating():
             posterior = self.compute_posterior(clips)
-            if not self.novelty.active:
-                return posterior
-            parts = [self.novelty.root(self.clip_inputs(x), x.mask) for x in clip_chunks(clips)]
-        root = torch.cat(parts)
+        root = self.novelty_root(clips)
         return posterior.plus(root) if root.any() else posterior
+
+    @torch.no_grad()
+    def novelty_root(self, clips: Clips) -> Tensor:
+        """Root `(N, R)` of the covariance that `novelty` adds to N returns, in reward units.
+
+        Its rows differ by as much as two clips do by what was never compared.
+        """
+        assert self.novelty is not None
+        if not self.novelty.active:
+            return self.novelty.amplitude.new_zeros(len(clips), 1)
+        with self._evaluating():
+            parts = [self.novelty.root(self.clip_inputs(x), x.mask) for x in clip_chunks(clips)]
+        return torch.cat(parts)
 
     def frame_posterior(self, observations: ArrayLike, actions: ArrayLike) -> ReturnPosterior:
         """Joint posterior over the rewards of B single frames, each a clip of length one.

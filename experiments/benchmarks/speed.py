@@ -75,6 +75,11 @@ def benchmark_speed(quick: bool = False, json: Path | None = None) -> dict[str, 
         "greedy_seconds": seconds_to_select(GreedyInformation(samples=100), clips=1000),
         "kcenter_seconds": seconds_to_select(KCenter(samples=100), clips=1000, pairs=1000),
         **{f"frame_us.{name}": frame_us(name) for name in PREDICTORS},
+        **{
+            f"{key}.{name}": ratio
+            for name in PREDICTORS
+            for key, ratio in novelty_cost(name, repeats=1 if quick else 3).items()
+        },
         **guard_steps(steps=300 if quick else 3000),
     }
     for name in _MONITORS:
@@ -186,6 +191,38 @@ def frame_us(predictor: str, times: int = 3000) -> float:
     frame = clips.observations[0, 0].numpy(), clips.actions[0, 0].numpy()
     with threadpool_limits(1):
         return 1e6 * _median_seconds(lambda: scorer(*frame), times)
+
+
+def novelty_cost(predictor: str, repeats: int = 3) -> dict[str, float]:
+    """Processor time with novelty over that without, taking turns, of medians.
+
+    Returns:
+        `novelty_fit`: a fit to 300 comparisons of clips of 25 frames. `novelty_clips`: the
+        posterior of 1,000 clips like them; `novelty_far_clips`: of some whose every frame is novel.
+    """
+    draw = torch.Generator().manual_seed(0)
+    clips = _random_clips(600, 25, draw)
+    returns = clips.observations[..., 0].sum(1)
+    pairs = torch.arange(600).view(300, 2)
+    better = (returns[pairs[:, 1]] > returns[pairs[:, 0]]).float()
+    ordinary = _random_clips(1000, 25, draw)
+    far = replace(ordinary, observations=ordinary.observations * 10)
+    known = Comparisons(clips, pairs, better)
+    seconds: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for novelty in ("learned", "off"):
+            model = PREDICTORS[predictor]()
+            calls: dict[str, Callable[[], object]] = {
+                "fit": partial(fit, model, known, novelty=novelty),
+                "clips": partial(model.posterior, ordinary),
+                "far_clips": partial(model.posterior, far),
+            }
+            for name, call in calls.items():
+                started = time.process_time()
+                call()
+                seconds.setdefault(f"{name} {novelty}", []).append(time.process_time() - started)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return {f"novelty_{name}": median[f"{name} learned"] / median[f"{name} off"] for name in calls}
 
 
 def guard_steps(

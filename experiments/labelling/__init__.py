@@ -59,25 +59,27 @@ def label(
     from experiments.envs.rendering import check_renderable
     from experiments.labelling.auth import is_loopback
     from experiments.labelling.server import make_app
-    from experiments.labelling.videos import Videos
+    from experiments.labelling.videos import NoVideos, Videos
     from experiments.training.run_directory import RunDirectory
 
+    items = (run / "fit.json").is_file()  # of a file of preferences, shown as text
     if not any((run / name).is_file() for name in ("answers.sqlite", "config.yaml")):
         raise InvalidInput(
             f"run: expected a run directory with answers.sqlite or config.yaml, got {run}. "
-            f"Make one with `rewardmodels learn --teacher human --out {run}`."
+            f"Make one with `rewardmodels learn --teacher human --out {run}`; or put questions "
+            "into that of a fit with `rewardmodels ask --label`."
         )
     for name, value, least in (("people", people, 1), ("repeat_every", repeat_every, 0)):
         if value < least:
             raise InvalidInput(f"{name}: expected at least {least}, got {value}.")
     if not 0 <= port < 2**16:
         raise InvalidInput(f"port: expected a number from 0 to {2**16 - 1}, got {port}.")
-    if not trust:
+    if not trust and not items:
         RunDirectory(run).check_trusted(only=("model",) if task else ("task", "model"))
     task = task or RunDirectory(run).task
-    if task is None:
+    if task is None and not items:
         raise InvalidInput(f"task: expected --task, since {run} has no config.yaml that names it.")
-    if task not in TASKS:  # where one of ours can't be drawn, the page says so
+    if task is not None and task not in TASKS:  # where one of ours can't be drawn, the page says so
         check_renderable(find_task(task, RunDirectory(run).settings.get("horizon")))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -89,9 +91,8 @@ def label(
         ) from error
     with listening:
         port = listening.getsockname()[1]
-        app = make_app(
-            run, Videos(run, task), host=host, port=port, people=people, repeat_every=repeat_every
-        )
+        videos = NoVideos() if task is None else Videos(run, task)
+        app = make_app(run, videos, host=host, port=port, people=people, repeat_every=repeat_every)
         address = _address(host)
         shown = f"[{address}]" if ":" in address else address
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from active import FeedbackStore
 from experiments.labelling.auth import Person
+from experiments.offline.people import read_shown
 from experiments.training.run_directory import RunDirectory
 from rewardmodels import InvalidInput, RewardModelsError
 
@@ -58,6 +60,7 @@ class Questions:
         self.run = RunDirectory(run)
         self.repeat_every, self.lease_seconds = repeat_every, lease_seconds
         self.store = FeedbackStore(run / "answers.sqlite")
+        self.items = read_shown(run)
         self._random = random.Random(0)
         self._frames: dict[int, int] = {}
         self._budget = self.run.settings.get("comparisons")
@@ -82,6 +85,12 @@ class Questions:
         except RunGone as gone:
             return Progress("gone", str(gone))
         counts, path = self.store.counts(), self.run.path
+        waiting = counts.put > counts.answered + counts.skipped
+        if self.items:
+            text = "Other people have the questions that are left." if waiting else ""
+            text = text or "All questions are answered. Fit again, and they count:"
+            command = json.loads((path / "fit.json").read_text(encoding="utf-8"))["command"]
+            return Progress("waiting" if waiting else "paused", text, "" if waiting else command)
         if (path / "result.json").is_file():
             given = f"{counts.answered} comparison{'s' * (counts.answered != 1)}"
             text = f"The run is over: {given} given. It asks no more; you can close this page."
@@ -91,7 +100,6 @@ class Questions:
         if held is False:
             text = "The run was stopped. Answers are kept, and count once it is resumed with"
             return Progress("paused", text, resume)
-        waiting = counts.put > counts.answered + counts.skipped
         if self._budget and counts.answered >= self._budget:
             text = "All comparisons are given. The agent trains on with them and asks no more."
         elif waiting:
@@ -198,7 +206,8 @@ class Questions:
             for mark in self.store.marks.of(clip)
             if mark.teacher == person.name
         ]
-        return {"id": clip, "frames": self._length(clip), "marks": marks}
+        shown = {"id": clip, "frames": self._length(clip), "marks": marks}
+        return shown | {"text": self.items[clip]} if clip in self.items else shown
 
     def _length(self, clip: int) -> int:
         if clip not in self._frames:

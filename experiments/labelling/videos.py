@@ -142,6 +142,29 @@ class Videos:
         return None if reply["file"] is None else self.folder / reply["file"]
 
 
+class NoVideos(Videos):
+    """In place of `Videos` where clips are shown as text."""
+
+    def __init__(self) -> None:
+        """Nothing is drawn."""
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    async def stop(self) -> None:
+        """Nothing to end."""
+
+    def prefetch(self, jobs: Sequence[Job]) -> None:
+        """Nothing to draw."""
+
+    def forget(self, job: Job) -> None:
+        """Nothing to draw again."""
+
+    async def get(self, job: Job) -> Path | None:
+        """There is no video."""
+        return None
+
+
 class ClipRenderer:
     """Renders clips of a feedback store to video files, each once.
 

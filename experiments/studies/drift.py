@@ -90,7 +90,7 @@ SIDE, LINE = 320, 24  # pixels of a picture, and of a line of text above it
 GRID = ("arms", "seeds", "first_seed")
 QUICK = {
     "arms": ("frozen", "guarded", "zero"), "before": 20_480, "steps": 4096, "horizon": 100,
-    "seeds": 1, "batch": 4, "more": 8, "predictor": "LaplaceHead",
+    "seeds": 1, "batch": 4, "more": 8, "task": "Hopper", "comparisons": 6,
 }  # fmt: skip
 
 
@@ -98,8 +98,8 @@ QUICK = {
 class Settings:
     """Settings of the study.
 
-    With the defaults 4 of 5 Hoppers lost 30% or more on the frozen reward; a HalfCheetah that was
-    trained beforehand improved even on a reward from 8 comparisons.
+    With the defaults ten of ten Ants were worse after training on the frozen reward than before.
+    Hopper, Walker2d and Swimmer learned from as few comparisons.
 
     Args:
         task: A MuJoCo task that `rewardmodels learn` takes.
@@ -126,10 +126,10 @@ class Settings:
         UnknownName: A task, predictor or arm that doesn't exist.
     """
 
-    task: str = "Hopper"
+    task: str = "Ant"
     arms: Sequence[str] = ARMS
-    predictor: str = "DeepEnsemble"
-    comparisons: int = 6
+    predictor: str = "LaplaceHead"
+    comparisons: int = 20
     more: int = 100
     batch: int = 20
     length: int = 25
@@ -137,10 +137,10 @@ class Settings:
     kappa: float = 2.0
     level: float = 0.05
     alpha: float = 0.05
-    before: int = 150_000
-    steps: int = 65_536
+    before: int = 0
+    steps: int = 200_000
     horizon: int = 250
-    seeds: int = 5
+    seeds: int = 10
     first_seed: int = 0
     agents: Path = Path("runs/agents")
 

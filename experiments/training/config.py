@@ -20,6 +20,7 @@ from active import (
 from experiments.envs.tasks import TASKS, check_env, find_task
 from experiments.envs.vector import MAX_SEED
 from rewardmodels import DeepEnsemble, InvalidInput, RewardModel
+from rewardmodels.novelty import NoveltySetting, check_novelty
 
 RewardName = Literal["learned", "task", "zero", "constant", "random"]
 
@@ -110,6 +111,8 @@ class LearnConfig:
         clip_length: Frames per clip; the episode's length where that is shorter.
         candidates: Clips from which a round's pairs are chosen.
         epochs: Maximal passes over the comparisons at each fit.
+        novelty: Uncertainty outside the range of compared frames, as of `rewardmodels.fit`:
+            "learned" (again once there are half as many comparisons again), "off", or an amplitude.
         evaluate: Episodes for the evaluation of the final policy.
         video: Make a video of the final policy.
         threads: Threads of PyTorch. The networks are so small that one is fastest, and lets
@@ -139,6 +142,7 @@ class LearnConfig:
     clip_length: int = 25
     candidates: int = 300
     epochs: int = 40
+    novelty: NoveltySetting = "learned"
     evaluate: int = 32
     video: bool = True
     threads: int = 1
@@ -167,6 +171,7 @@ class LearnConfig:
                 )
             if value > (limit := most.get(name, math.inf if name == "focus" else 10**10)):
                 raise InvalidInput(f"{name}: expected at most {limit:,}, got {value}.")
+        check_novelty(self.novelty)
         assert self.comparisons is not None
         if self.candidates * (self.candidates - 1) // 2 < self.comparisons:
             raise InvalidInput(

@@ -235,6 +235,7 @@ class Learner:
         self.env.refit(
             self.model, clips=self._latest_clips(100), pessimism=self.config.pessimism,
             **feedback._asdict(), epochs=self.config.epochs, seed=self.config.seed,
+            novelty=self.config.novelty,
         )  # fmt: skip
         if isinstance(self.agent, OffPolicyAlgorithm):
             assert self.env.reward is not None

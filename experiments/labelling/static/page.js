@@ -146,10 +146,10 @@ function load(query) {
 function prepare(pair, figure, side) {
   const name = side ? "Right clip" : "Left clip";
   const clip = pair.clips[side];
-  const video = figure.querySelector("video");
+  const video = clip.text === undefined ? figure.querySelector("video") : written(figure, clip.text);
   figure.setAttribute("aria-label", name);
-  video.setAttribute("aria-label", `${name}, ${clip.frames} frames`);
-  video.src = `/video/${clip.id}`;
+  video.setAttribute("aria-label", clip.text === undefined ? `${name}, ${clip.frames} frames` : name);
+  if (clip.text === undefined) video.src = `/video/${clip.id}`;
   video.addEventListener("error", () => { if (video.hasAttribute("src")) explainFailure(figure, clip); });
   video.addEventListener("ended", () => loopInStep(pair));
   figure.addEventListener("focusin", () => choose(side));
@@ -173,6 +173,18 @@ function prepare(pair, figure, side) {
   }
   for (const mark of clip.marks) drawMark(figure, clip, mark);
   return video;
+}
+
+// A text in place of a video, that answers as one that has ended: it has no parts to mark.
+function written(figure, text) {
+  const shown = document.createElement("div");
+  shown.className = "text";
+  shown.textContent = text;
+  Object.assign(shown, { currentTime: 0, readyState: 4, ended: true, play: async () => {}, pause() {}, load() {} });
+  figure.querySelector("video").replaceWith(shown);
+  figure.querySelector(".line").remove();
+  $("play").hidden = true;
+  return shown;
 }
 
 // Removing a video doesn't close its connection, and a browser allows only six.
@@ -253,7 +265,8 @@ function animate() {
   const pair = pairs[0];
   if (pair) pair.figures.forEach((figure, side) => {
     const part = pair.videos[side].currentTime * FPS / pair.clips[side].frames;
-    figure.querySelector(".head").style.left = `${100 * Math.min(1, part)}%`;
+    const head = figure.querySelector(".head");
+    if (head) head.style.left = `${100 * Math.min(1, part)}%`;
   });
   if (growing) extendMark(growing);
   requestAnimationFrame(animate);
@@ -345,7 +358,7 @@ function saveMark(pair, side, first, last, good, drawn) {
 
 let growing = null;          // mark that grows while + or − is held
 function startMark(side, good) {
-  if (growing || !pairs[0]) return;
+  if (growing || !pairs[0] || pairs[0].clips[side].text !== undefined) return;
   choose(side);
   const pair = pairs[0];
   if (pair.videos[side].ended) {   // it waits for the other clip: the mark begins with the next loop

@@ -315,6 +315,14 @@ def test_one_round_asks_for_the_whole_budget(tmp_path):
     assert result["comparisons"] == 12
 
 
+@pytest.mark.usefixtures("_no_report")
+@pytest.mark.parametrize(("novelty", "active"), [("off", False), (0.5, True)])
+def test_novelty_is_that_of_the_settings(novelty, active, tmp_path):
+    learn(tiny(tmp_path / "run", rounds=1, steps=2048, novelty=novelty), progress=False)
+    model = load(tmp_path / "run" / "model.safetensors")
+    assert model.novelty.active == active
+
+
 def test_a_schedule_may_depend_on_the_posterior_of_the_latest_clips(finished):
     learner = Learner(tiny(finished), RunDirectory(finished))
     learner.seed(0, "ask")
