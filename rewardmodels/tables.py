@@ -163,7 +163,7 @@ class PreferenceTable:
             preference = _preference(frame, columns, sides[0])
         rows = np.arange(len(frame))
         if columns.weight in frame:
-            weight = _whole(frame, columns.weight, 1, _MOST_ANSWERS)
+            weight = whole_numbers(frame, columns.weight, 1, _MOST_ANSWERS)
             most = f"at most {_MOST_ANSWERS} answers in all"
             require(columns.weight, weight.sum() <= _MOST_ANSWERS, most, weight.sum())
             rows = rows.repeat(weight)
@@ -225,10 +225,17 @@ class PreferenceTable:
                     )
 
     def differences(self) -> Tensor:
-        """Features `(Q, D)` of the second item minus those of the first."""
-        items = self.comparisons.clips.observations[:, 0]
+        """Features `(Q, D)` of the second item minus those of the first, summed over frames."""
+        clips = self.comparisons.clips
+
+        def summed(index: Tensor) -> Tensor:
+            some = clips[index]
+            parts = (some.observations, some.actions)
+            frames = torch.cat([part[..., None].flatten(2).float() for part in parts], 2)
+            return (frames * some.mask[..., None]).sum(1)
+
         first, second = self.comparisons.pairs.T
-        return items[second] - items[first]
+        return summed(second) - summed(first)
 
     def __getitem__(self, index: Any) -> PreferenceTable:
         optional = (None if x is None else x[index] for x in (self.groups, self.tested))
@@ -308,6 +315,14 @@ def check_rows(name: str, valid: ArrayLike, expected: str, got: Any) -> None:
         shown = "nothing" if missing else value if isinstance(got, list) else reprlib.repr(value)
         more = f", and in {len(bad) - 1} more" if len(bad) > 1 else ""
         require(name, False, expected, f"{shown} in row {bad[0]} (the first is row 0){more}")
+
+
+def whole_numbers(frame: pd.DataFrame, name: str, least: int, most: int) -> NDArray[np.int64]:
+    """Read a column `(Q,)` of whole numbers in a range; raise InvalidInput with the row if not."""
+    values = _numbers(frame, [name], np.float64)[:, 0]
+    valid = (values % 1 == 0) & (values >= least) & (values <= most)
+    check_rows(name, valid, f"whole numbers from {least} to {most}", frame[name])
+    return values.astype(np.int64)
 
 
 def _warn(message: str) -> None:
@@ -441,15 +456,8 @@ def _distinct(values: Floats) -> tuple[Floats, NDArray[np.int64]]:
     return values[first] if len(first) < len(values) else values, codes.reshape(2, -1).T
 
 
-def _whole(frame: pd.DataFrame, name: str, least: int, most: int) -> NDArray[np.int64]:
-    values = _numbers(frame, [name], np.float64)[:, 0]
-    valid = (values % 1 == 0) & (values >= least) & (values <= most)
-    check_rows(name, valid, f"whole numbers from {least} to {most}", frame[name])
-    return values.astype(np.int64)
-
-
 def _ids(frame: pd.DataFrame, name: str, items: Tensor) -> NDArray[np.int64]:
-    return _whole(frame, name, 0, len(items) - 1)
+    return whole_numbers(frame, name, 0, len(items) - 1)
 
 
 def _groups(frame: pd.DataFrame, columns: Columns) -> Tensor | None:

@@ -167,7 +167,9 @@ def _settings(model: Path) -> tuple[str, int]:
 
 def _encoder(model: Path, pooled: str, longest: int) -> Any:
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(str(model), **local)

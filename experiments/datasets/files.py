@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from experiments.datasets.embedding import embed_columns
-from rewardmodels import InvalidInput, UnreadableFile
+from experiments.datasets.minari import episodes_from_minari, is_minari
+from rewardmodels import Clips, InvalidInput, UnreadableFile
 from rewardmodels.arrays import ArrayLike
 from rewardmodels.errors import require
-from rewardmodels.tables import Columns, ItemTable, PreferenceTable
+from rewardmodels.tables import Columns, ItemTable, PreferenceTable, check_rows, whole_numbers
 
 _COPIES = 3  # of a file's bytes, while it is read
 _SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json")
@@ -32,7 +35,10 @@ class PreferenceFile:
     Args:
         path: CSV, Parquet, JSON lines, or the folder of a Hugging Face data set.
         columns: Names of its columns.
-        features: Matrix of items (.npy or .safetensors), of which the file has row numbers.
+        features: Matrix of items (.npy or .safetensors), of which the file has row numbers; or
+            `minari:` and a data set's name or folder, of which it has clips: `first_episode` and
+            `first_start` beside `second_episode` and `second_start`, all from 0, and `length` in
+            frames (without it, to the episode's end).
         embed: Folder of a sentence-transformers or transformers model, where the file has texts.
     """
 
@@ -89,10 +95,13 @@ class PreferenceFile:
                 can be learned.
             UnreadableFile: A damaged file.
         """
-        frame, features, named = self._read(names, pairs=True)
-        table = PreferenceTable.from_frame(
-            frame, self.columns, features=features, names=named or names, labelled=labelled
-        )
+        if self.features is not None and is_minari(str(self.features)):
+            table = self._trajectories(names, labelled)
+        else:
+            frame, features, named = self._read(names, pairs=True)
+            table = PreferenceTable.from_frame(
+                frame, self.columns, features=features, names=named or names, labelled=labelled
+            )
         if labelled:
             table.check()
         return table
@@ -113,7 +122,64 @@ class PreferenceFile:
             return frame, features, None
         columns = self.columns
         sides = columns.sides(frame, whole=True) if pairs else (columns.item,)
-        return embed_columns(frame, sides, columns.prompt, self.embed)
+        frame, features, named = embed_columns(frame, sides, columns.prompt, self.embed)
+        _check_names("embed", names, named)
+        return frame, features, named
+
+    def _trajectories(self, names: Sequence[str] | None, labelled: bool) -> PreferenceTable:
+        """Comparisons of clips of a Minari data set's episodes."""
+        require("embed", self.embed is None, "none for trajectories", self.embed)
+        frame, episodes = self.frame(), episodes_from_minari(str(self.features))
+        sides = self.columns.sides(frame)
+        length = None
+        if "length" in frame:
+            length = whole_numbers(frame, "length", 1, episodes.length)
+        spans = np.concatenate([_spans(frame, side, episodes, length) for side in sides])
+        distinct, places = np.unique(spans, axis=0, return_inverse=True)
+        ids = zip(sides, places.reshape(2, -1), strict=True)
+        # The table checks everything but the clips themselves.
+        table = PreferenceTable.from_frame(
+            frame.assign(**dict(ids)),
+            replace(self.columns, first=sides[0], second=sides[1]),
+            features=np.zeros((len(distinct), 1)),
+            labelled=labelled,
+        )
+        episode, start, frames = torch.from_numpy(distinct).T
+        at = torch.arange(int(frames.max()))
+        index = episode[:, None], (start[:, None] + at).clamp_max(episodes.length - 1)
+        clips = Clips(
+            episodes.observations[index], episodes.actions[index], mask=at < frames[:, None]
+        )
+        named = tuple(
+            f"{kind} {i}"
+            for kind, values in {"observation": clips.observations, "action": clips.actions}.items()
+            for i in range(values[0, 0].numel())
+        )
+        _check_names("features", names, named)
+        return replace(table, comparisons=replace(table.comparisons, clips=clips), names=named)
+
+
+def _check_names(name: str, expected: Sequence[str] | None, names: Sequence[str]) -> None:
+    if expected is not None:
+        same = list(expected) == list(names)
+        got = f"{len(names)} from {names[0]} to {names[-1]}"
+        ends = f"{expected[0]} to {expected[-1]}"
+        require(name, same, f"the model's {len(expected)} features from {ends}", got)
+
+
+def _spans(
+    frame: pd.DataFrame, side: str, episodes: Clips, length: NDArray[np.int64] | None
+) -> NDArray[np.int64]:
+    """Episode, first frame and number of frames `(Q, 3)` of a side's clips."""
+    for part in ("episode", "start"):
+        require(f"{side}_{part}", f"{side}_{part}" in frame, "a column of that name", "none")
+    episode = whole_numbers(frame, f"{side}_episode", 0, len(episodes) - 1)
+    start = whole_numbers(frame, f"{side}_start", 0, episodes.length - 1)
+    left = episodes.lengths.numpy()[episode] - start
+    length = left if length is None else length
+    inside = (length <= left) & (left > 0)
+    check_rows(f"{side}_start", inside, "a clip within its episode", frame[f"{side}_start"])
+    return np.stack([episode, start, length], 1)
 
 
 def read_matrix(path: Path) -> ArrayLike:

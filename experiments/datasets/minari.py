@@ -153,19 +153,12 @@ def pool_from_minari(name_or_path: str | Path, *, levels: int = 10) -> Pool:
     if levels < 1:
         raise InvalidInput(f"levels: expected at least 1, got {levels}.")
     data = _open(name_or_path)
+    clips = _clips(data, name_or_path, rewarded=True)
     try:
-        episodes = [_clip(episode) for episode in data]
         known = data.storage.metadata
         about = list(data.storage.get_episode_metadata(data.episode_indices))
     except (OSError, KeyError, ValueError, AssertionError) as error:
-        if isinstance(error, InvalidInput):
-            raise
-        raise UnreadableFile(
-            f"{name_or_path}: expected a whole Minari data set, got a damaged one ({error!r})."
-        ) from error
-    if not episodes:
-        raise InvalidInput(f"name_or_path: expected episodes, got none in {name_or_path}.")
-    clips = Clips.cat(episodes)
+        raise _damaged(name_or_path, error) from error
     if clips.rewards is None or not clips.rewards.any():
         raise InvalidInput(
             f"name_or_path: expected a data set with rewards, got {name_or_path}, where all are 0. "
@@ -182,6 +175,16 @@ def pool_from_minari(name_or_path: str | Path, *, levels: int = 10) -> Pool:
     recorded_in = data.env_spec.id if data.env_spec else data.spec.dataset_id
     task = known.get("rewardmodels_task", recorded_in)
     return Pool(task, int(known.get("rewardmodels_seed", 0)), clips, skill, steps)
+
+
+def episodes_from_minari(name_or_path: str | Path) -> Clips:
+    """Read the whole episodes of any Minari data set, without their rewards.
+
+    Arguments and errors are those of `pool_from_minari`; a name may start with `minari:`.
+    """
+    _need_minari()
+    name_or_path = str(name_or_path).removeprefix(_MINARI)
+    return _clips(_open(name_or_path), name_or_path, rewarded=False)
 
 
 def find_pool(task: str, folder: Path, *, progress: bool = True, **made: int) -> Pool:
@@ -218,11 +221,29 @@ def _open(name_or_path: str | Path) -> Any:
         ) from error
 
 
-def _clip(episode: Any) -> Clips:
+def _clips(data: Any, name_or_path: str | Path, *, rewarded: bool) -> Clips:
+    try:
+        episodes = [_clip(episode, rewarded) for episode in data]
+    except (OSError, KeyError, ValueError, AssertionError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise _damaged(name_or_path, error) from error
+    if not episodes:
+        raise InvalidInput(f"name_or_path: expected episodes, got none in {name_or_path}.")
+    return Clips.cat(episodes)
+
+
+def _damaged(name_or_path: str | Path, error: Exception) -> UnreadableFile:
+    return UnreadableFile(
+        f"{name_or_path}: expected a whole Minari data set, got a damaged one ({error!r})."
+    )
+
+
+def _clip(episode: Any, rewarded: bool) -> Clips:
     """Convert an episode to a clip of its whole length."""
     length = len(episode.actions)
-    rewards = np.asarray(episode.rewards, np.float32)
-    if rewards.shape != (length,) or not np.isfinite(rewards).all():
+    rewards = np.asarray(episode.rewards, np.float32) if rewarded else None
+    if rewards is not None and not (rewards.shape == (length,) and np.isfinite(rewards).all()):
         raise InvalidInput(
             f"name_or_path: expected a reward for each of {length} actions of episode {episode.id},"
             " got none or NaN. A synthetic teacher compares by them: take a data set with rewards."
@@ -231,7 +252,7 @@ def _clip(episode: Any) -> Clips:
     return Clips(
         _tensor(episode.observations)[None, 1 : length + 1],
         _tensor(episode.actions)[None],
-        rewards=torch.from_numpy(rewards)[None],
+        rewards=None if rewards is None else torch.from_numpy(rewards)[None],
         states=None if states is None else _tensor(states)[None, :length],
     )
 

@@ -1,6 +1,7 @@
 """Files of preferences: formats, matrices beside them, and what is refused before it is read."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -159,3 +160,80 @@ def test_pairs_that_were_not_compared_are_read_without_labels(tmp_path):
     table = PreferenceFile(path, Columns(group="group")).read(names=["x", "y"], labelled=False)
     assert table.differences().tolist() == DIFFERENCES
     assert table.names == ("x", "y")
+
+
+@pytest.fixture
+def episodes(tmp_path):
+    """A Minari data set of episodes of 5, 6 and 7 steps, without rewards."""
+    minari = pytest.importorskip("minari")
+    from gymnasium.spaces import Box
+    from minari.data_collector import EpisodeBuffer
+    from minari.dataset.minari_storage import MinariStorage
+
+    boxes = Box(-99, 99, (2,), np.float32), Box(-99, 99, (1,), np.float32)
+    (tmp_path / "set").mkdir()
+    storage = MinariStorage.new(tmp_path / "set" / "data", *boxes, None)
+    storage.update_metadata({"dataset_id": "own/walks-v0", "minari_version": minari.__version__})
+    buffers = [
+        EpisodeBuffer(
+            observations=np.arange(2.0 * n + 2, dtype=np.float32).reshape(-1, 2) + 10 * n,
+            actions=np.arange(n, dtype=np.float32)[:, None],
+            rewards=np.full(n, np.nan),
+            terminations=np.zeros(n, bool),
+            truncations=np.arange(n) == n - 1,
+        )
+        for n in (5, 6, 7)
+    ]
+    storage.update_episodes(buffers)
+    return buffers, Path(f"minari:{tmp_path / 'set'}")
+
+
+CLIPS = pd.DataFrame(
+    {
+        "first_episode": [0, 2],
+        "first_start": [1, 4],
+        "second_episode": [2, 1],
+        "second_start": [4, 0],
+        "preference": [0, 1],
+    }
+)
+
+
+@pytest.mark.parametrize("length", [[3, 2], None])
+def test_clips_of_recorded_episodes_are_compared(episodes, tmp_path, length):
+    buffers, data = episodes
+    frame = CLIPS if length is None else CLIPS.assign(length=length)
+    table = PreferenceFile(write(frame, tmp_path / "clips.csv"), features=data).read()
+    for row in range(2):
+        summed = []
+        for side in ("first", "second"):
+            buffer, start = buffers[frame[f"{side}_episode"][row]], frame[f"{side}_start"][row]
+            end = len(buffer.actions) if length is None else start + length[row]
+            frames = [buffer.observations[start + 1 : end + 1], buffer.actions[start:end]]
+            summed.append(np.concatenate(frames, 1).sum(0))
+        np.testing.assert_allclose(table.differences()[row], summed[1] - summed[0])
+    assert table.names == ("observation 0", "observation 1", "action 0")
+    # The second of the one is the first of the other, where their lengths are the same.
+    assert len(table.comparisons.clips) == (3 if length is None else 4)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "match"),
+    [
+        ("first_episode", [0, 3], "first_episode.*3 in row 1"),
+        ("second_start", [5, 0], "second_start.*5 in row 0"),
+        ("first_start", [1, None], "first_start.*nothing in row 1"),
+        ("length", [3, 0], "length.*0 in row 1"),
+    ],
+)
+def test_clips_that_are_not_in_the_episodes_are_refused(episodes, tmp_path, column, values, match):
+    frame = CLIPS.assign(length=[3, 2]).assign(**{column: values})
+    with pytest.raises(InvalidInput, match=match):
+        PreferenceFile(write(frame, tmp_path / "clips.csv"), features=episodes[1]).read()
+
+
+def test_clips_need_a_data_set_that_is_there(tmp_path):
+    pytest.importorskip("minari")
+    path = write(CLIPS, tmp_path / "clips.csv")
+    with pytest.raises(InvalidInput):
+        PreferenceFile(path, features=Path("minari:no/such-v0")).read()
