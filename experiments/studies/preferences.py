@@ -83,7 +83,8 @@ def items(clips: Clips) -> Tensor:
 
 def regression(data: HumanData, train: np.ndarray, seed: int) -> Predict:
     """`people.baseline`, whose weights are read off its predictions for single columns."""
-    step = np.sqrt((data.features[train] ** 2).mean(0)).clip(1e-6)
+    step = np.sqrt((data.features[train] ** 2).mean(0))
+    step[step == 0] = 1.0
     features = np.concatenate([data.features[train], np.diag(step)])
     n, columns = len(train), len(step)
     known = data.comparisons[torch.from_numpy(train)]
@@ -279,7 +280,7 @@ class Settings:
     """Settings of the study.
 
     Args:
-        data: Folder with `pandalm.npz` and `train_tickets.npz`.
+        data: Folder with `pandalm.npz` and `train_tickets.npz`; must be given.
         methods: Of `METHODS`, or names of predictors or import paths.
         seeds: Draws of the folds.
         first_seed: The first of them.
@@ -289,7 +290,7 @@ class Settings:
         UnknownName: A method that doesn't exist.
     """
 
-    data: Path
+    data: Path | None = None
     methods: Sequence[str] = tuple(METHODS)
     seeds: int = 10
     first_seed: int = 100
@@ -307,6 +308,10 @@ class Settings:
 
 def cells(settings: Settings) -> list[dict[str, Any]]:
     """One cell for each method, set or shift, and seed."""
+    if settings.data is None:
+        raise InvalidInput(
+            "data: expected the folder of pandalm.npz and train_tickets.npz, got none."
+        )
     for name in SHIFTS:
         HUMAN_DATA[name](settings.data)  # or an error before any work
     tasks = [task for name, shift in SHIFTS.items() for task in (name, f"{name}/{shift}")]
