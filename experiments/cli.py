@@ -414,6 +414,10 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         _call("experiments.datasets.minari:export_pool"),
     ),
     "study predictors": ("compare predictors: calibration, uncertainty and cost", _study),
+    "study preferences": (
+        "compare predictors of people's preferences with regressions and others, and withhold some",
+        _study,
+    ),
     "study strategies": ("compare query strategies: the comparisons that they save", _study),
     "study feedback": ("measure how many comparisons are needed, by schedule and teacher", _study),
     "study marks": ("measure how many comparisons marks of parts of clips save", _study),

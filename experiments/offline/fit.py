@@ -32,10 +32,10 @@ from experiments.datasets.people import HumanData, baseline
 from experiments.offline.people import answers
 from experiments.offline.report import fit_report
 from experiments.offline.run import FittedRun
-from experiments.offline.selection import candidates, choose
+from experiments.offline.selection import candidates, choose, fit_candidate
 from experiments.registry import find_class
 from experiments.training.run_directory import flatten, versions
-from rewardmodels import Calibrated, Clips, Comparisons, FitOptions, InvalidInput, RewardModel, fit
+from rewardmodels import Calibrated, Clips, Comparisons, InvalidInput, RewardModel
 from rewardmodels.calibration import log_loss
 from rewardmodels.fitting import sharing
 from rewardmodels.tables import Columns, PreferenceTable
@@ -46,7 +46,6 @@ FOLDS = 5
 LARGE = 20_000  # comparisons from which one part is held out instead of five in turn
 CURVE = (0.125, 0.25, 0.5, 1.0)  # shares of the comparisons, each a point of the learning curve
 _MOST_NUMBERS = 20_000_000  # that the regressions learn from
-BATCH = 256
 _TINY = 1e-12
 _LEAST = 20  # comparisons of a point of the learning curve
 
@@ -224,9 +223,8 @@ class _Fitting:
             yield Part(calibrated, train, half, chosen)
 
     def fit(self, chosen: str, rows: Rows) -> RewardModel:
-        options = FitOptions(batch_size=BATCH, groups=self.groups[rows])
-        model = self.candidates[chosen]()
-        return fit(model, self.comparisons(rows), seed=self.seed, options=options)
+        make, groups = self.candidates[chosen], self.groups[rows]
+        return fit_candidate(make, self.comparisons(rows), groups, seed=self.seed)
 
     def kept(self, parts: list[Part]) -> tuple[Calibrated, str]:
         """The model that is kept, with the parts' calibration, and the candidate that it is."""
