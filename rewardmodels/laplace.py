@@ -124,9 +124,9 @@ class LaplaceHead(RewardModel):
 
     def _rows(self, comparisons: Comparisons) -> Tensor:
         r"""Rows $\sqrt{i_q} z_q$, `(Q, F)`, in double precision, which not every device has."""
-        comparisons = comparisons.compact()
-        clips = comparisons.clips.to(self.device)
-        features = torch.cat([self.features(part) for part in clip_chunks(clips)]).cpu().double()
+        comparisons = comparisons.view()
+        parts = [self.features(part.to(self.device)) for part in clip_chunks(comparisons.clips)]
+        features = torch.cat(parts).cpu().double()
         first, second = comparisons.pairs.cpu().T
         z = features[second] - features[first]
         difference = z @ self.weights.detach().cpu().double()
