@@ -428,6 +428,10 @@ _COMMANDS: dict[str, tuple[str, Command]] = {
         "time what has to be fast",
         _call("experiments.benchmarks.speed:benchmark_speed"),
     ),
+    "benchmark scale": (
+        "fit to up to 100,000 pairs of long vectors: time, memory and accuracy",
+        _call("experiments.benchmarks.scale:benchmark_scale"),
+    ),
     "benchmark page": (
         "measure what the page loses when it is killed, and how long people wait",
         _call("experiments.benchmarks.page:benchmark_page"),

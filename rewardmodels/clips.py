@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,6 +162,40 @@ class Clips:
 
 
 _FIELDS = tuple(field.name for field in fields(Clips))
+
+
+class ClipView(Clips):
+    """Some of the clips, of which no more is copied than is indexed.
+
+    So that a memory-mapped matrix of items needn't fit into memory: go through it in parts, as in
+    `view[start:stop]`. A whole tensor, such as `observations`, is copied each time it is asked for.
+
+    Args:
+        clips: N clips.
+        rows: `(M,)` long, the clips of the view.
+    """
+
+    def __init__(self, clips: Clips, rows: Tensor) -> None:
+        self._clips, self._rows = clips, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | slice | ArrayLike) -> Clips:
+        return self._clips[self._rows[as_rows(index)]]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in _FIELDS:
+            return super().__getattribute__(name)
+        value = getattr(self._clips, name)
+        return None if value is None else value[self._rows]
+
+    @property
+    def length(self) -> int:
+        return self._clips.length
+
+    def to(self, device: torch.device | str) -> Clips:
+        return self if torch.device(device) == self._clips.mask.device else self[:].to(device)
 
 
 def cut(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rewardmodels.arrays import ArrayLike, as_integers, as_pairs, as_tensor
-from rewardmodels.clips import Clips, as_rows
+from rewardmodels.clips import Clips, ClipView, as_rows
 from rewardmodels.errors import require, require_rows
 
 if TYPE_CHECKING:
@@ -66,8 +66,15 @@ class Comparisons:
 
     def compact(self) -> Comparisons:
         """Return the same comparisons with only the clips that are in some pair."""
+        viewed = self.view()
+        return replace(viewed, clips=viewed.clips[:]) if viewed is not self else self
+
+    def view(self) -> Comparisons:
+        """Return the same as `compact`, but without a copy of the clips (see `ClipView`)."""
         used, pairs = self.pairs.unique(return_inverse=True)
-        return replace(self, clips=self.clips[used], pairs=pairs)
+        if len(used) == len(self.clips):
+            return self
+        return replace(self, clips=ClipView(self.clips, used), pairs=pairs)
 
     @classmethod
     def cat(cls, parts: Sequence[Comparisons]) -> Comparisons:

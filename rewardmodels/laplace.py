@@ -113,7 +113,7 @@ class LaplaceHead(RewardModel):
     @torch.no_grad()
     def after_fit(self, comparisons: Comparisons) -> None:
         """Choose the precision of the prior, go to the mode, and invert the Hessian."""
-        comparisons = comparisons.compact()
+        comparisons = comparisons.view()
         z, preference = self._differences(comparisons), comparisons.preference.cpu().double()
         learned = any(parameter.requires_grad for parameter in self.network.body.parameters())
         correlation = (preference - 0.5) @ z / z.square().mean(0).sqrt().clamp_min(1e-12)
@@ -149,8 +149,8 @@ class LaplaceHead(RewardModel):
 
     def _differences(self, comparisons: Comparisons) -> Tensor:
         r"""Rows $z_q$, `(Q, F)`, in double precision, which not every device has."""
-        clips = comparisons.clips.to(self.device)
-        features = torch.cat([self.features(part) for part in clip_chunks(clips)]).cpu().double()
+        parts = [self.features(part.to(self.device)) for part in clip_chunks(comparisons.clips)]
+        features = torch.cat(parts).cpu().double()
         first, second = comparisons.pairs.cpu().T
         return features[second] - features[first]
 

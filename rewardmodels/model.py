@@ -533,7 +533,7 @@ def sum_frames(rewards: Tensor, clips: Clips) -> Tensor:
 
 def clip_chunks(clips: Clips, *, functions: int = 1) -> Iterator[Clips]:
     """Yield the clips in chunks that fit in cache for so many functions; at least one chunk."""
-    numbers = clips.observations[0:1, 0:1].numel()
+    numbers = clips[:1].observations[:, :1].numel()
     frames = min(_FRAMES_AT_ONCE, _NUMBERS_AT_ONCE // max(1, numbers))
     at_once = max(1, frames // (clips.length * -(-functions // _FUNCTIONS_AT_ONCE)))
     for start in range(0, max(1, len(clips)), at_once):

@@ -223,8 +223,8 @@ class _Fitting:
             yield Part(calibrated, train, half, chosen)
 
     def fit(self, chosen: str, rows: Rows) -> RewardModel:
-        make, groups = self.candidates[chosen], self.groups[rows]
-        return fit_candidate(make, self.comparisons(rows), groups, seed=self.seed)
+        make, comparisons = self.candidates[chosen], self.comparisons(rows)
+        return fit_candidate(make, comparisons, self.groups[rows], seed=self.seed)
 
     def kept(self, parts: list[Part]) -> tuple[Calibrated, str]:
         """The model that is kept, with the parts' calibration, and the candidate that it is."""

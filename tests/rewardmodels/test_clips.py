@@ -6,6 +6,7 @@ import scipy.stats
 import torch
 
 from rewardmodels import Clips, Comparisons, InvalidInput, Marks, Ratings, cut
+from rewardmodels.clips import ClipView
 
 
 def ragged(*lengths: int, padding: float = float("nan")) -> Clips:
@@ -207,3 +208,18 @@ def test_compacting_joining_and_choosing_keep_what_was_given():
 def test_whole_numbers_do_as_preferences():
     whole = Comparisons(said([[0, 1]], [1.0]).clips, torch.tensor([[0, 1]]), torch.tensor([1]))
     assert whole.preference.dtype == torch.float32
+
+
+def test_a_view_is_the_clips_it_names_and_nothing_is_copied_where_all_are_compared():
+    clips, rows = ragged(3, 2, 4, 1), torch.tensor([2, 0])
+    view, copy = ClipView(clips, rows), clips[rows]
+    assert (len(view), view.length) == (2, 4)
+    for name in ("observations", "actions", "mask", "rewards", "states", "lengths", "returns"):
+        for some in (view, view[:], view.to("cpu")):
+            assert torch.equal(getattr(some, name), getattr(copy, name))
+    assert torch.equal(view[1].observations, clips[0].observations)
+    assert ClipView(Clips(clips.observations, clips.actions), rows).rewards is None
+    comparisons = Comparisons(clips, [[0, 1], [2, 3]], [0.0, 1.0])
+    assert comparisons.compact().clips is comparisons.view().clips is clips
+    assert meaning(comparisons[1].view()) == meaning(comparisons[1])
+    assert comparisons[1].view().clips[:].observations.shape[0] == 2

@@ -1,6 +1,7 @@
 """Fits: repeatable, interruptible, and never worse than before."""
 
 import logging
+import math
 import random
 import signal
 import warnings
@@ -20,9 +21,11 @@ from rewardmodels import (
     Clips,
     Comparisons,
     DeepEnsemble,
+    Epinet,
     FitDiverged,
     FitOptions,
     InvalidInput,
+    LaplaceHead,
     PairBatch,
     fit,
     fitting,
@@ -156,6 +159,52 @@ def test_keeps_the_best_epoch_and_stops_when_it_gets_no_better():
     assert report.held_out_log_loss == pytest.approx(min(histories), rel=1e-6)
     # The kept weights, not the last ones, answer.
     assert held_out_loss(model, noise[rows]) == pytest.approx(min(histories), rel=1e-4)
+
+
+def test_a_long_epoch_takes_more_of_the_patience(monkeypatch):
+    monkeypatch.setattr(fitting, "_LONG_EPOCH", 10)
+    rows = len(held_out_rows(60))
+    epochs = []
+    for steps in (5, 10, 25):
+        epochs_run = plain(max_epochs=100)
+        size = -(-(60 - rows) // steps)
+        options = FitOptions(batch_size=size, patience=5, trainer=epochs_run)
+        # Without steps of a size that matters the first epoch stays the best.
+        model = fit(small(learning_rate=0.0), some(60), novelty="off", options=options)
+        assert model.fit_report.epochs == 1
+        epochs.append((-(-(60 - rows) // size), epochs_run.current_epoch - 1))
+    assert epochs == [(steps, min(5, math.ceil(5 * 10 / steps))) for steps, _ in epochs]
+    assert epochs[0][1] == 5 > epochs[-1][1]
+
+
+@pytest.mark.parametrize("predictor", [LaplaceHead, Epinet, DeepEnsemble])
+def test_no_step_of_a_fit_or_of_a_posterior_copies_most_of_the_clips(
+    predictor, monkeypatch, tmp_path
+):
+    """They may be in a memory-mapped file that is larger than memory."""
+    n = 300
+    np.save(tmp_path / "items.npy", np.random.default_rng(0).standard_normal((2 * n + 1, 4)))
+    clips = Clips.of_items(np.load(tmp_path / "items.npy", mmap_mode="c"))
+    pairs = torch.arange(2 * n).view(n, 2)  # all items but one
+    copied = []
+    trusted = Clips._trusted.__func__
+
+    def spy(cls: type[Clips], tensors: dict[str, torch.Tensor]) -> Clips:
+        whole = clips.observations.untyped_storage().data_ptr()
+        if tensors["observations"].untyped_storage().data_ptr() != whole:
+            copied.append(len(tensors["observations"]))
+        return trusted(cls, tensors)
+
+    monkeypatch.setattr(Clips, "_trusted", classmethod(spy))
+    monkeypatch.setattr("rewardmodels.model._FRAMES_AT_ONCE", 50)
+    monkeypatch.setattr("rewardmodels.novelty._MOST_COMPARISONS", 20)
+    answers = Comparisons(clips, pairs, torch.arange(n) % 2)
+    model = fit(predictor(hidden=(4,)), answers, epochs=2)
+    # What is held out is in memory, about 15%.
+    assert 0 < max(copied) < 0.25 * len(clips)
+    copied.clear()
+    assert len(model.posterior(clips).variance) == len(clips)
+    assert not copied
 
 
 def test_an_absurd_learning_rate_is_given_and_undone():
