@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.datasets.files import PreferenceFile
+from experiments.datasets.minari import is_minari
 from experiments.registry import find_class, foreign_imports
 from rewardmodels import Calibrated, InvalidInput, UnreadableFile, load, save
 from rewardmodels.saving import write_text_atomically
@@ -108,7 +109,8 @@ class FittedRun:
         source, names = PreferenceFile(file, columns, features, embed), about["names"]
         frame = source.frame()
         try:
-            columns.sides(frame, whole=bool(features or embed))
+            clips = is_minari(str(features))
+            columns.sides(frame, whole=bool(features or embed) and not clips)
         except InvalidInput:
             return frame, source.items(names=names)
         return frame, source.read(names=names, labelled=False)

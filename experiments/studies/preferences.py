@@ -217,7 +217,7 @@ def heads(kind: str) -> Callable[[HumanData, np.ndarray, int], Predict]:
             best, waited = (float("inf"), model.state_dict()), 0
             for _ in range(STEPS):
                 optimiser.zero_grad()
-                loss(known, one_by_one=True).backward()  # type: ignore[no-untyped-call]
+                loss(known, one_by_one=True).backward()
                 optimiser.step()
                 with torch.no_grad():
                     held_out = float(loss(left, one_by_one=False))
