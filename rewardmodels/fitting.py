@@ -32,6 +32,7 @@ _MIN_HELD_OUT = 5  # fewer held-out comparisons than this are no guide to when t
 # 0.5 s against 15 s for LaplaceHead with its defaults, 3.2 against 5.4 s for a million weights.
 _ONE_THREAD = 1 << 20
 _LONG_EPOCH = 250  # steps, of 16,000 comparisons in minibatches of 64
+_SMALLER_STEPS = 4.0  # divisor of the learning rate, after a long epoch that was no better
 _NUMBERS_AT_ONCE = 1 << 23  # observed, in one pass; gradients of a step's passes are added up
 
 
@@ -44,7 +45,9 @@ class FitOptions:
             a step's gradient is added up over smaller parts, so that memory stays within bounds.
         patience: Epochs without a better held-out log loss before stopping. Where an epoch has more
             than 250 minibatches, as many epochs as it takes for 250 times this number of
-            minibatches: with 100,000 comparisons and the defaults 4 epochs, not 20.
+            minibatches (with 100,000 comparisons and the defaults 4 epochs, not 20); and after one
+            without a better loss training goes on from the best weights with a quarter of the
+            learning rate.
         held_out: Share of the feedback held out, from 0 (none: all epochs are run) to below 1.
         groups: A number for each comparison. Those of one number are held out together, such as
             all comparisons of one person: else held-out ones are no guide to new people. None for
@@ -170,9 +173,12 @@ def fit(
         assert model.spec is not None
         if not model.spec.image and sum(p.numel() for p in model.parameters()) <= _ONE_THREAD:
             torch.set_num_threads(1)
+        stopping = _EarlyStopping(
+            model, used[~held_out].view(), used[held_out].compact(), options.patience
+        )
         steps = math.ceil(int((~held_out).sum()) / options.batch_size)
-        patience = math.ceil(options.patience * min(1.0, _LONG_EPOCH / steps))
-        stopping = _EarlyStopping(model, used[~held_out].view(), used[held_out].compact(), patience)
+        if steps > _LONG_EPOCH:
+            stopping.long, stopping.patience = True, -(-options.patience * _LONG_EPOCH // steps)
         # Our own trainer has no logger.
         stopping.logs = options.trainer is not None or options.progress
         model.before_fit(used.view().clips)
@@ -347,6 +353,7 @@ class _EarlyStopping(L.Callback):
         self.trained_on, self.held_out, self.patience = trained_on, held_out, patience
         self.report: FitReport | None = None
         self.diverged = False
+        self.long = False
         self.epoch = 0
         self.best = float("inf")
         self.losses: list[Tensor] = []  # summed over each batch
@@ -392,6 +399,12 @@ class _EarlyStopping(L.Callback):
             self.report = FitReport(self.epoch, train, test, accuracy, len(self.held_out))
         elif self.report and self.epoch - self.report.epochs >= self.patience:
             trainer.should_stop = True
+        elif self.report and self.long:
+            # Steps of this size only go round the minimum, for many epochs of their own.
+            model.load_state_dict(self.kept, strict=False)
+            for optimizer in trainer.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] /= _SMALLER_STEPS
 
     def restore(self, model: RewardModel) -> None:
         """Put the kept weights back, and complete the posterior if an epoch was good."""

@@ -1,12 +1,12 @@
 """Fits: repeatable, interruptible, and never worse than before."""
 
 import logging
-import math
 import random
 import signal
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,20 +161,33 @@ def test_keeps_the_best_epoch_and_stops_when_it_gets_no_better():
     assert held_out_loss(model, noise[rows]) == pytest.approx(min(histories), rel=1e-4)
 
 
-def test_a_long_epoch_takes_more_of_the_patience(monkeypatch):
+@pytest.mark.parametrize(("steps", "patience"), [(5, 5), (10, 5), (25, 2)])
+def test_a_long_epoch_takes_more_of_the_patience_and_is_undone_if_no_better(
+    steps, patience, monkeypatch
+):
     monkeypatch.setattr(fitting, "_LONG_EPOCH", 10)
-    rows = len(held_out_rows(60))
-    epochs = []
-    for steps in (5, 10, 25):
-        epochs_run = plain(max_epochs=100)
-        size = -(-(60 - rows) // steps)
-        options = FitOptions(batch_size=size, patience=5, trainer=epochs_run)
-        # Without steps of a size that matters the first epoch stays the best.
-        model = fit(small(learning_rate=0.0), some(60), novelty="off", options=options)
-        assert model.fit_report.epochs == 1
-        epochs.append((-(-(60 - rows) // size), epochs_run.current_epoch - 1))
-    assert epochs == [(steps, min(5, math.ceil(5 * 10 / steps))) for steps, _ in epochs]
-    assert epochs[0][1] == 5 > epochs[-1][1]
+    started: list[tuple[float, torch.Tensor]] = []
+
+    class Starts(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, model: L.LightningModule) -> None:
+            weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+            started.append((trainer.optimizers[0].param_groups[0]["lr"], weights))
+
+    answers = some(60)
+    draw = torch.Generator().manual_seed(0)
+    answers = replace(answers, preference=torch.rand(60, generator=draw).round())  # by lot
+    size = -(-(60 - len(held_out_rows(60))) // steps)
+    trainer = plain(max_epochs=100, callbacks=[Starts()])
+    options = FitOptions(batch_size=size, patience=5, trainer=trainer)
+    model = fit(small(learning_rate=0.1), answers, novelty="off", options=options)
+    best = model.fit_report.epochs
+    assert len(started) == best + patience < 100
+    rates = [rate for rate, _ in started[best:]]
+    if steps <= 10:
+        assert set(rates) == {0.1}
+    else:
+        assert rates[1] == rates[0] / 4
+        torch.testing.assert_close(started[best][1], started[best + 1][1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("predictor", [LaplaceHead, Epinet, DeepEnsemble])
