@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from experiments.cli import main
 from experiments.labelling.auth import Person
@@ -18,8 +19,8 @@ from experiments.offline.people import answers
 from experiments.offline.report import _twice, fit_report
 from experiments.offline.run import FittedRun
 from experiments.offline.score import ScoreConfig, score_file
-from experiments.offline.selection import candidates
-from rewardmodels import InvalidInput, UnreadableFile, load
+from experiments.offline.selection import candidates, choose
+from rewardmodels import Clips, Comparisons, InvalidInput, UnreadableFile, load
 
 MODEL = "LaplaceHead(hidden=(8,), weight_decay=1.0)"
 ROWS, WRONG = 150, 7  # row 7 says the opposite of the truth
@@ -218,3 +219,14 @@ def test_wrong_input_is_refused_in_one_line(run, tmp_path, capsys, command, mess
     assert message in error
     assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_column_that_says_all_is_singled_out_among_many():
+    draw = torch.Generator().manual_seed(0)
+    items = torch.randn(240, 150, generator=draw)
+    pairs = torch.arange(240).view(120, 2)
+    preference = (items[pairs, 0].diff(dim=1)[:, 0] > 0).float()
+    known = Comparisons(Clips.of_items(items), pairs, preference)
+    tried = candidates("LaplaceHead")
+    assert choose(tried, known, torch.arange(120), np.arange(120), splits=1).endswith("standout")
+    assert list(candidates("LaplaceHead(hidden=[8])")) == ["as given"]
