@@ -88,7 +88,18 @@ class Teacher:
         queries = store.queries(round)
         if any(query.teacher is None for query in queries):
             ids = [query.id for query in queries]
-            preference = self.answer(*store.clips_of(ids), request.generator)
+            clips, pairs = store.clips_of(ids)
+            preference = self.answer(clips, pairs, request.generator)
+            # Before the comparisons, so that none is missing once the round counts as answered.
+            if (marks := self.mark(clips, pairs, request.generator)) is not None:
+                shown = list(dict.fromkeys(clip for id in ids for clip in store.shown(id)))
+                _add_missing(
+                    store,
+                    (
+                        Mark(0, shown[clip], first, last, bool(good), type(self).__name__)
+                        for clip, first, last, good in marks.rows.tolist()
+                    ),
+                )
             for query, value in zip(queries, preference.tolist(), strict=True):
                 if query.teacher is None:
                     store.answer(query.id, value, type(self).__name__)
@@ -114,6 +125,21 @@ class Teacher:
             f"teacher: expected one who answers at once, got {type(self).__name__}; pass a "
             "synthetic teacher, or a class that implements `answer`."
         )
+
+    def mark(
+        self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
+    ) -> Marks | None:
+        """Mark good and bad parts of the clips of a round; by default none.
+
+        Args:
+            clips: The N clips.
+            pairs: `(Q, 2)` integers, as in `answer`.
+            generator: Source of the teacher's randomness.
+
+        Returns:
+            Marks of these clips, or None.
+        """
+        return None
 
 
 @final
@@ -154,6 +180,8 @@ class SyntheticTeacher(Teacher):
         same_threshold: $d_\text{same}$, at least 0, reward units; at None only exact ties at
             infinite rationality are "the same".
         as_published: Compare as B-Pref's public code does.
+        marks: How many of each pair's two clips are also marked, 0 to 2, as `SyntheticMarker` does
+            by default; marks are flipped at the same rate.
 
     Raises:
         InvalidInput: A value outside its range.
@@ -175,6 +203,7 @@ class SyntheticTeacher(Teacher):
         skip_threshold: float | None = None,
         same_threshold: float | None = None,
         as_published: bool = False,
+        marks: int = 0,
     ) -> None:
         require("rationality", rationality >= 0, "a number, at least 0", rationality)
         require("myopia", 0 <= myopia <= 1, "a discount from 0 to 1", myopia)
@@ -186,7 +215,8 @@ class SyntheticTeacher(Teacher):
         require("same_threshold", valid, "a finite number from 0 or None", same)
         self.rationality, self.myopia, self.flip_rate = rationality, myopia, flip_rate
         self.skip_threshold, self.same_threshold = skip_threshold, same_threshold
-        self.as_published = as_published
+        require("marks", marks in (0, 1, 2), "0, 1 or 2 clips of a pair", marks)
+        self.as_published, self.marks = as_published, marks
 
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
@@ -205,6 +235,14 @@ class SyntheticTeacher(Teacher):
             published = (better <= threshold) & (threshold > 0)
             preference[published if self.as_published else better < threshold] = math.nan
         return preference.float().to(pairs.device)
+
+    def mark(
+        self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
+    ) -> Marks | None:
+        if not self.marks:
+            return None
+        marks = SyntheticMarker(flip_rate=self.flip_rate).mark(clips, generator)
+        return marks[torch.isin(marks.rows[:, 0], pairs[:, : self.marks].cpu())]
 
     def _prefer(self, difference: Tensor, generator: torch.Generator | None) -> Tensor:
         # Two draws for every pair whether needed or not, so that a comparison depends on its place
@@ -373,12 +411,12 @@ class SyntheticMarker:
 
     Candidates are the parts of `length` frames with the highest and the lowest sum of true rewards,
     the first of several. A part is marked if its mean reward is above that of the clip's other
-    frames (or below it, for a bad one) by at least `threshold`; with probability $\epsilon$ the
-    mark is flipped. Clips of no more than `length` frames aren't marked.
+    frames (or below it, for a bad one) by at least `stands_out` standard deviations of the true
+    reward of all frames; with probability $\epsilon$ the mark is flipped. Clips of no more than `length` frames aren't marked.
 
     Args:
         length: Frames of a part, at least 1.
-        threshold: Least difference of the means, at least 0, reward units per frame.
+        stands_out: Least difference of the means, at least 0, in standard deviations.
         flip_rate: $\epsilon$ from 0 to 1, probability that good is marked bad, or bad good.
 
     Raises:
@@ -387,16 +425,16 @@ class SyntheticMarker:
     Example:
         >>> clips = Clips(torch.zeros(2, 4, 1), torch.zeros(2, 4, 1),
         ...               rewards=torch.tensor([[0.0, 5.0, 0.0, -2.0], [1.0, 1.0, 1.0, 1.0]]))
-        >>> SyntheticMarker(length=1, threshold=0.5).mark(clips).rows
+        >>> SyntheticMarker(length=1).mark(clips).rows
         tensor([[0, 1, 1, 1],
                 [0, 3, 3, 0]])
     """
 
-    def __init__(self, length: int = 5, threshold: float = 0.0, flip_rate: float = 0.0) -> None:
+    def __init__(self, length: int = 5, stands_out: float = 0.5, flip_rate: float = 0.0) -> None:
         require("length", length >= 1, "at least 1 frame", length)
-        require("threshold", 0 <= threshold < math.inf, "a finite number from 0", threshold)
+        require("stands_out", 0 <= stands_out < math.inf, "a finite number from 0", stands_out)
         require("flip_rate", 0 <= flip_rate <= 1, "a probability", flip_rate)
-        self.length, self.threshold, self.flip_rate = length, threshold, flip_rate
+        self.length, self.stands_out, self.flip_rate = length, stands_out, flip_rate
 
     def mark(self, clips: Clips, generator: torch.Generator | None = None) -> Marks:
         """Mark N clips.
@@ -419,12 +457,13 @@ class SyntheticMarker:
         lengths = clips.lengths.cpu()
         sums = rewards.unfold(1, self.length, 1).sum(2)
         outside = torch.arange(sums.shape[1]) > (lengths - self.length)[:, None]
+        threshold = self.stands_out * rewards[clips.mask.cpu()].std()
         rows = []
         for good in (1, 0):
             sign = 2 * good - 1
             best, start = (sign * sums).masked_fill(outside, -math.inf).max(1)
             rest = (sign * rewards.sum(1) - best) / (lengths - self.length)
-            marked = best / self.length - rest >= self.threshold
+            marked = best / self.length - rest >= threshold
             marked &= lengths > self.length
             given = torch.where(draws[:, good] < self.flip_rate, 1 - good, good)
             clip, last = torch.arange(len(start)), start + self.length - 1

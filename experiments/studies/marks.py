@@ -115,11 +115,8 @@ def cell(settings: Settings, task: str, marks_per_pair: int, seed: int) -> list[
     tests = pool.half(1).clips(2 * settings.tests, settings.length, draw)
     comparisons, held_out = compare_by_return(clips), compare_by_return(tests)
     preference = held_out.preference
-    assert clips.rewards is not None
     assert tests.rewards is not None
-    marker = SyntheticMarker(
-        settings.stretch, settings.stands_out * float(clips.rewards.std()), settings.flip_rate
-    )
+    marker = SyntheticMarker(settings.stretch, settings.stands_out, settings.flip_rate)
     marks = marker.mark(clips, draw)
     # The first clip of a pair is as random as the second.
     marks = marks[marks.rows[:, 0] % 2 < marks_per_pair]

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -194,9 +195,10 @@ def test_a_comparison_depends_on_its_clips_and_its_place_alone():
                 "flip_rate": (-0.1, 1.1, math.nan),
                 "skip_threshold": (math.inf, math.nan),
                 "same_threshold": (-0.1, math.inf, math.nan),
+                "marks": (-1, 3),
             },
             HumanTeacher: {"patience": (-0.1, 1.1, math.nan)},
-            SyntheticMarker: {"length": (0,), "threshold": (-1.0, math.inf), "flip_rate": (2,)},
+            SyntheticMarker: {"length": (0,), "stands_out": (-1.0, math.inf), "flip_rate": (2,)},
         }.items()
         for name, values in settings.items()
         for value in values
@@ -247,10 +249,11 @@ def searched(clips: Clips, length: int, threshold: float) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("shorter", [0, 3, 8, 9])
-@pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_the_best_and_the_worst_part_are_marked_above_the_threshold(shorter, threshold):
+@pytest.mark.parametrize("stands_out", [0.0, 1.0])
+def test_the_best_and_the_worst_part_are_marked_above_the_threshold(shorter, stands_out):
     clips = drawn(shorter=shorter)
-    marks = SyntheticMarker(4, threshold).mark(clips)
+    marks = SyntheticMarker(4, stands_out).mark(clips)
+    threshold = stands_out * np.std(clips.rewards[clips.mask].double().numpy(), ddof=1)
     assert marks.rows.tolist() == searched(clips, 4, threshold)
     assert 0 < len(marks) <= 40
 
@@ -261,8 +264,8 @@ def test_clips_no_longer_than_a_part_are_not_marked():
 
 
 def test_flipped_marks_have_their_rate_and_are_reproducible():
-    clips, teacher = drawn(1000), SyntheticMarker(3, flip_rate=0.2)
-    right = SyntheticMarker(3).mark(clips).rows
+    clips, teacher = drawn(1000), SyntheticMarker(3, 0.0, flip_rate=0.2)
+    right = SyntheticMarker(3, 0.0).mark(clips).rows
     flipped = teacher.mark(clips, torch.Generator().manual_seed(1)).rows
     assert torch.equal(flipped[:, :3], right[:, :3])
     wrong = int((flipped[:, 3] != right[:, 3]).sum())
