@@ -412,7 +412,8 @@ class SyntheticMarker:
     Candidates are the parts of `length` frames with the highest and the lowest sum of true rewards,
     the first of several. A part is marked if its mean reward is above that of the clip's other
     frames (or below it, for a bad one) by at least `stands_out` standard deviations of the true
-    reward of all frames; with probability $\epsilon$ the mark is flipped. Clips of no more than `length` frames aren't marked.
+    reward of all frames; with probability $\epsilon$ the mark is flipped. Clips of no more than
+    `length` frames aren't marked.
 
     Args:
         length: Frames of a part, at least 1.

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from active import HumanTeacher, SyntheticMarker, SyntheticTeacher
+from active import FeedbackStore, HumanTeacher, Request, SyntheticMarker, SyntheticTeacher
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import preference_probability
@@ -273,3 +273,34 @@ def test_flipped_marks_have_their_rate_and_are_reproducible():
     assert torch.equal(teacher.mark(clips, torch.Generator().manual_seed(1)).rows, flipped)
     fewer = teacher.mark(clips[:100], torch.Generator().manual_seed(1)).rows
     assert torch.equal(fewer, flipped[:200])
+
+
+@pytest.mark.parametrize("marks", [0, 1, 2])
+def test_a_teacher_marks_so_many_clips_of_each_pair_once(marks, tmp_path, monkeypatch):
+    clips, pairs = drawn(length=25), torch.tensor([[4, 0], [2, 7], [9, 4]])
+    real, answers = FeedbackStore.answer, []
+
+    def interrupted(self, *args):
+        answers.append(args)
+        if len(answers) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(FeedbackStore, "answer", interrupted)
+    with FeedbackStore(tmp_path / "answers.sqlite") as store:
+        ids = store.add_queries(clips, pairs, round=0)
+        request, teacher = Request(store, 0, 3, propose=len), SyntheticTeacher(marks=marks)
+        with pytest.raises(KeyboardInterrupt):
+            teacher.collect(request)
+        teacher.collect(request)
+        assert store.counts().answered == 3
+        given = {row[1:5] for row in store.marks.rows()}
+        assert len(given) == len(store.marks.rows())
+        shown = [clip for id in ids for clip in store.shown(id)]
+    place = dict(zip(shown, pairs.flatten().tolist(), strict=True))
+    seen = clips[pairs.unique()].rewards.double()
+    wanted = searched(clips, 5, 0.5 * float(seen.std()))
+    marked = set(pairs[:, :marks].flatten().tolist())
+    assert {(place[clip], *rest) for clip, *rest in given} == {
+        tuple(row) for row in wanted if row[0] in marked
+    }
