@@ -88,7 +88,18 @@ class Teacher:
         queries = store.queries(round)
         if any(query.teacher is None for query in queries):
             ids = [query.id for query in queries]
-            preference = self.answer(*store.clips_of(ids), request.generator)
+            clips, pairs = store.clips_of(ids)
+            preference = self.answer(clips, pairs, request.generator)
+            # Before the comparisons, so that none is missing once the round counts as answered.
+            if (marks := self.mark(clips, pairs, request.generator)) is not None:
+                shown = list(dict.fromkeys(clip for id in ids for clip in store.shown(id)))
+                _add_missing(
+                    store,
+                    (
+                        Mark(0, shown[clip], first, last, bool(good), type(self).__name__)
+                        for clip, first, last, good in marks.rows.tolist()
+                    ),
+                )
             for query, value in zip(queries, preference.tolist(), strict=True):
                 if query.teacher is None:
                     store.answer(query.id, value, type(self).__name__)
@@ -114,6 +125,21 @@ class Teacher:
             f"teacher: expected one who answers at once, got {type(self).__name__}; pass a "
             "synthetic teacher, or a class that implements `answer`."
         )
+
+    def mark(
+        self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
+    ) -> Marks | None:
+        """Mark good and bad parts of the clips of a round; by default none.
+
+        Args:
+            clips: The N clips.
+            pairs: `(Q, 2)` integers, as in `answer`.
+            generator: Source of the teacher's randomness.
+
+        Returns:
+            Marks of these clips, or None.
+        """
+        return None
 
 
 @final
@@ -154,9 +180,8 @@ class SyntheticTeacher(Teacher):
         same_threshold: $d_\text{same}$, at least 0, reward units; at None only exact ties at
             infinite rationality are "the same".
         as_published: Compare as B-Pref's public code does.
-        marks: How many of each comparison's two clips, 0 to 2, have their best part marked good
-            and their worst bad, as by a `SyntheticMarker` with the same flip rate. 1 is the first
-            clip, which is the better one as often as the worse.
+        marks: How many of each pair's two clips are also marked, 0 to 2, as `SyntheticMarker` does
+            by default; marks are flipped at the same rate.
 
     Raises:
         InvalidInput: A value outside its range.
@@ -190,28 +215,8 @@ class SyntheticTeacher(Teacher):
         require("same_threshold", valid, "a finite number from 0 or None", same)
         self.rationality, self.myopia, self.flip_rate = rationality, myopia, flip_rate
         self.skip_threshold, self.same_threshold = skip_threshold, same_threshold
-        require("marks", marks in (0, 1, 2), "0, 1 or 2 clips of each comparison", marks)
+        require("marks", marks in (0, 1, 2), "0, 1 or 2 clips of a pair", marks)
         self.as_published, self.marks = as_published, marks
-
-    def collect(self, request: Request) -> None:
-        """Compare the round's queries, and mark clips of those that aren't skipped."""
-        super().collect(request)
-        store = request.store
-        compared = [q.id for q in store.queries(request.round) if q.preference is not None]
-        if not (self.marks and compared):
-            return
-        # One clip may be in several pairs, and is marked once.
-        ids = sorted({clip for query in compared for clip in store.shown(query)[: self.marks]})
-        # A stream of their own, since an interruption may have left marks alone to be given.
-        draw = request.generator and torch.Generator().manual_seed(
-            request.generator.initial_seed() + 1
-        )
-        marks = SyntheticMarker(flip_rate=self.flip_rate).mark(store.clips(ids), draw)
-        said = (
-            Mark(0, ids[clip], first, last, bool(good), type(self).__name__)
-            for clip, first, last, good in marks.rows.tolist()
-        )
-        _add_missing(store, said)
 
     def answer(
         self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
@@ -230,6 +235,14 @@ class SyntheticTeacher(Teacher):
             published = (better <= threshold) & (threshold > 0)
             preference[published if self.as_published else better < threshold] = math.nan
         return preference.float().to(pairs.device)
+
+    def mark(
+        self, clips: Clips, pairs: Tensor, generator: torch.Generator | None = None
+    ) -> Marks | None:
+        if not self.marks:
+            return None
+        marks = SyntheticMarker(flip_rate=self.flip_rate).mark(clips, generator)
+        return marks[torch.isin(marks.rows[:, 0], pairs[:, : self.marks].cpu())]
 
     def _prefer(self, difference: Tensor, generator: torch.Generator | None) -> Tensor:
         # Two draws for every pair whether needed or not, so that a comparison depends on its place
@@ -398,13 +411,13 @@ class SyntheticMarker:
 
     Candidates are the parts of `length` frames with the highest and the lowest sum of true rewards,
     the first of several. A part is marked if its mean reward is above that of the clip's other
-    frames (or below it, for a bad one), and that by at least `stands_out` standard deviations of a
-    frame's reward over all clips; with probability $\epsilon$ the mark is flipped. Clips of no more
-    than `length` frames aren't marked.
+    frames (or below it, for a bad one) by at least `stands_out` standard deviations of the true
+    reward of all frames; with probability $\epsilon$ the mark is flipped. Clips of no more than
+    `length` frames aren't marked.
 
     Args:
         length: Frames of a part, at least 1.
-        stands_out: Least difference of the means, at least 0, standard deviations.
+        stands_out: Least difference of the means, at least 0, in standard deviations.
         flip_rate: $\epsilon$ from 0 to 1, probability that good is marked bad, or bad good.
 
     Raises:
@@ -430,7 +443,7 @@ class SyntheticMarker:
         Args:
             clips: With the task's own rewards.
             generator: Source of flips, on the CPU. Each clip takes the same number of draws, so
-                that a flip depends on its place alone.
+                that its marks depend on its place alone.
 
         Returns:
             Two marks a clip at most, by clip, the good one first.
@@ -443,18 +456,18 @@ class SyntheticMarker:
         if clips.length <= self.length:
             return Marks(clips, torch.zeros(0, 4, dtype=torch.long))
         lengths = clips.lengths.cpu()
-        # Means of equal rewards differ by rounding.
-        least = 1e-9 * rewards.abs().max()
-        threshold = self.stands_out * rewards[clips.mask.cpu()].std()
         sums = rewards.unfold(1, self.length, 1).sum(2)
         outside = torch.arange(sums.shape[1]) > (lengths - self.length)[:, None]
+        threshold = self.stands_out * rewards[clips.mask.cpu()].std()
+        # Means of equal rewards differ by rounding.
+        threshold = threshold.clamp_min(1e-9 * float(rewards.abs().max()))
         rows = []
         for good in (1, 0):
             sign = 2 * good - 1
             best, start = (sign * sums).masked_fill(outside, -math.inf).max(1)
             rest = (sign * rewards.sum(1) - best) / (lengths - self.length)
-            gap = best / self.length - rest
-            marked = (gap > least) & (gap >= threshold) & (lengths > self.length)
+            marked = best / self.length - rest >= threshold
+            marked &= lengths > self.length
             given = torch.where(draws[:, good] < self.flip_rate, 1 - good, good)
             clip, last = torch.arange(len(start)), start + self.length - 1
             rows.append(torch.stack([clip, start, last, given], 1)[marked])

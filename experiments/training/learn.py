@@ -29,10 +29,23 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize
 from tqdm import tqdm
 
-from active import FeedbackStore, Request, Schedule, Uniform, all_pairs, mean_information
-from experiments.envs.rendering import RenderingUnavailable, render_states, write_video
+from active import (
+    FeedbackStore,
+    HumanTeacher,
+    Request,
+    Schedule,
+    Uniform,
+    all_pairs,
+    mean_information,
+)
+from experiments.envs.rendering import (
+    RenderingUnavailable,
+    check_renderable,
+    render_states,
+    write_video,
+)
 from experiments.envs.rollout import play_agent
-from experiments.envs.tasks import Task, find_task
+from experiments.envs.tasks import TASKS, Task, find_task
 from experiments.envs.vector import make_vec_env
 from experiments.training.agents import (
     AGENT_FILE,
@@ -82,6 +95,7 @@ def learn(config: LearnConfig, *, resume: bool = False, progress: bool = True) -
         InvalidInput: The directory holds a run already (or none to resume, or another), another
             process works on it, or its answers aren't those that its checkpoint was made with.
         UnreadableFile: A file of the run is damaged, or of an earlier version.
+        RenderingUnavailable: People are to compare clips of a user's task that can't be drawn.
     """
     run = RunDirectory(config.out)
     run.check_writable(config, resume=resume)
@@ -164,6 +178,8 @@ class Learner:
         self.agent = make_agent(config.algorithm, self.normalised, self.task, config.seed)
         if config.reward == "learned":
             config.teacher.check(self.env.observation_space.shape, self.env.action_space.shape)
+            if isinstance(config.teacher, HumanTeacher) and config.task not in TASKS:
+                check_renderable(self.task)  # `label` would refuse it once the run waits
         run.restore(self._read)
         self._started = time.monotonic() - self.seconds
 

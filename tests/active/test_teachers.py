@@ -1,23 +1,13 @@
 """Errors of synthetic teachers and markers against formulas, searches and binomial intervals."""
 
 import math
-from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
-from active import (
-    FeedbackStore,
-    HumanTeacher,
-    Mark,
-    Query,
-    Request,
-    SyntheticMarker,
-    SyntheticTeacher,
-)
+from active import FeedbackStore, HumanTeacher, Request, SyntheticMarker, SyntheticTeacher
 from rewardmodels.clips import Clips
 from rewardmodels.errors import InvalidInput
 from rewardmodels.likelihood import preference_probability
@@ -205,7 +195,7 @@ def test_a_comparison_depends_on_its_clips_and_its_place_alone():
                 "flip_rate": (-0.1, 1.1, math.nan),
                 "skip_threshold": (math.inf, math.nan),
                 "same_threshold": (-0.1, math.inf, math.nan),
-                "marks": (-1, 3, 0.5),
+                "marks": (-1, 3),
             },
             HumanTeacher: {"patience": (-0.1, 1.1, math.nan)},
             SyntheticMarker: {"length": (0,), "stands_out": (-1.0, math.inf), "flip_rate": (2,)},
@@ -240,9 +230,8 @@ def drawn(n: int = 20, length: int = 12, shorter: int = 0) -> Clips:
     return Clips(torch.zeros(n, length, 1), torch.zeros(n, length, 1), mask, rewards)
 
 
-def searched(clips: Clips, length: int, stands_out: float) -> list[list[int]]:
+def searched(clips: Clips, length: int, threshold: float) -> list[list[int]]:
     rows = []
-    threshold = stands_out * np.std(clips.rewards[clips.mask].double().numpy(), ddof=1)
     for clip, (rewards, real) in enumerate(zip(clips.rewards.tolist(), clips.lengths, strict=True)):
         rewards = rewards[: int(real)]
         for good, sign in ((1, 1), (0, -1)):
@@ -261,17 +250,12 @@ def searched(clips: Clips, length: int, stands_out: float) -> list[list[int]]:
 
 @pytest.mark.parametrize("shorter", [0, 3, 8, 9])
 @pytest.mark.parametrize("stands_out", [0.0, 1.0])
-def test_the_best_and_the_worst_part_are_marked_if_they_stand_out(shorter, stands_out):
+def test_the_best_and_the_worst_part_are_marked_above_the_threshold(shorter, stands_out):
     clips = drawn(shorter=shorter)
-    clips = replace(clips, rewards=3 * clips.rewards)
     marks = SyntheticMarker(4, stands_out).mark(clips)
-    assert marks.rows.tolist() == searched(clips, 4, stands_out)
+    threshold = stands_out * np.std(clips.rewards[clips.mask].double().numpy(), ddof=1)
+    assert marks.rows.tolist() == searched(clips, 4, threshold)
     assert 0 < len(marks) <= 40
-
-
-def test_equal_rewards_are_not_marked():
-    clips = replace(drawn(), rewards=torch.full((20, 12), 0.1))
-    assert len(SyntheticMarker(5, 0.0).mark(clips)) == 0
 
 
 def test_clips_no_longer_than_a_part_are_not_marked():
@@ -291,31 +275,32 @@ def test_flipped_marks_have_their_rate_and_are_reproducible():
     assert torch.equal(fewer, flipped[:200])
 
 
-@pytest.mark.parametrize("marks", [1, 2])
-def test_a_marking_teacher_compares_alike_and_marks_each_compared_clip_once(marks, tmp_path):
-    clips, pairs = drawn(), torch.combinations(torch.arange(20))[::7]
-    settings = {"flip_rate": 0.3, "skip_threshold": 0.0}
+@pytest.mark.parametrize("marks", [0, 1, 2])
+def test_a_teacher_marks_so_many_clips_of_each_pair_once(marks, tmp_path, monkeypatch):
+    clips, pairs = drawn(length=25), torch.tensor([[4, 0], [2, 7], [9, 4]])
+    real, answers = FeedbackStore.answer, []
 
-    def collect(name: str, marks: int) -> tuple[list[Query], list[Mark]]:
-        with FeedbackStore(tmp_path / name) as store:
-            draw = torch.Generator().manual_seed(4)
-            request = Request(
-                store, 0, 9, lambda n: store.add_queries(clips, pairs, round=0), generator=draw
-            )
-            SyntheticTeacher(**settings, marks=marks).collect(request)
-            return store.queries(), store.marks.rows()
+    def interrupted(self, *args):
+        answers.append(args)
+        if len(answers) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args)
 
-    compared, given = collect("whole", marks)
-    assert collect("alone", 0) == (compared, [])
-    # As after an interruption between comparisons and marks, and once more after the marks.
-    assert collect("alone", marks) == collect("alone", marks) == (compared, given)
-    kept = pairs[[q.preference is not None for q in compared]]
-    assert 0 < len(kept) < len(pairs)
-    shown = kept[:, :marks].unique()
-    with FeedbackStore(tmp_path / "whole") as store:
-        marked = store.clips(list(dict.fromkeys(mark.clip for mark in given)))
-    expected = searched(clips[shown], 5, 0.5)
-    assert len(given) == len(expected) > 5
-    assert Counter(mark[2:4] for mark in given) == Counter((a, b) for _, a, b, _ in expected)
-    rewards = clips.rewards[shown[sorted({row[0] for row in expected})]]
-    assert sorted(marked.rewards.tolist()) == sorted(rewards.tolist())
+    monkeypatch.setattr(FeedbackStore, "answer", interrupted)
+    with FeedbackStore(tmp_path / "answers.sqlite") as store:
+        ids = store.add_queries(clips, pairs, round=0)
+        request, teacher = Request(store, 0, 3, propose=len), SyntheticTeacher(marks=marks)
+        with pytest.raises(KeyboardInterrupt):
+            teacher.collect(request)
+        teacher.collect(request)
+        assert store.counts().answered == 3
+        given = {row[1:5] for row in store.marks.rows()}
+        assert len(given) == len(store.marks.rows())
+        shown = [clip for id in ids for clip in store.shown(id)]
+    place = dict(zip(shown, pairs.flatten().tolist(), strict=True))
+    seen = clips[pairs.unique()].rewards.double()
+    wanted = searched(clips, 5, 0.5 * float(seen.std()))
+    marked = set(pairs[:, :marks].flatten().tolist())
+    assert {(place[clip], *rest) for clip, *rest in given} == {
+        tuple(row) for row in wanted if row[0] in marked
+    }

@@ -215,7 +215,10 @@ def test_a_detector_that_cannot_be_used_is_refused_before_any_work(run, capsys, 
     assert reason in line
 
 
-def test_people_are_not_asked_about_what_cannot_be_drawn(run, capsys):
+def test_people_are_not_asked_about_what_cannot_be_drawn(run, tmp_path, capsys):
+    own, new = ("--task", "own_parts:Point-v7"), tmp_path / "new"
+    assert "numeric state" in refused(capsys, "learn", *own, "--teacher", "human", "--out", new)
+    assert not new.exists()
     assert "trust" in refused(capsys, "label", run)
     assert "state" in refused(capsys, "label", run, "--trust")
 

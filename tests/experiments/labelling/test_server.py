@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,12 +19,15 @@ import torch
 from filelock import FileLock
 from starlette.testclient import TestClient
 
-from active import Counts, FeedbackStore, all_pairs
+from active import Counts, FeedbackStore, HumanTeacher, all_pairs, teachers
 from experiments.labelling import label
 from experiments.labelling.auth import Authentication, Person, is_loopback
 from experiments.labelling.server import make_app
 from experiments.labelling.videos import Videos, VideoUnavailable
+from experiments.training.learn import learn
 from rewardmodels import Clips, InvalidInput, UnreadableFile
+
+from ..studying import tiny
 
 HERE = "http://127.0.0.1:8765"
 ANSWER = {"query": 1, "choice": "left", "seconds": 1.0}
@@ -510,3 +514,44 @@ def test_the_learning_curve_skips_rows_without_a_return(ann, run):
     rows = "step,comparisons,task_return\n10,4,\n20,8,1.5\n30,9,nan\n40,9,2\n"
     (run / "metrics.csv").write_text(rows)
     assert ann.get("/api/learned").json() == {"curve": [[8, 20, 1.5], [9, 40, 2]]}
+
+
+def learned_from_page(out: Path, given: str) -> bytes:
+    """Model of a run whose eight questions are answered on the page, where more is given once."""
+
+    def sit() -> None:
+        while not (out / "config.yaml").exists():
+            time.sleep(0.01)
+        app, left = app_of(out, repeat_every=0), 8
+        with TestClient(app, base_url=HERE) as client:
+            enter(client, app.tokens[0])
+            client.post("/api/name", json={"name": "Ann"})
+            while left:
+                for id in query_ids(client.post("/api/next")):
+                    on = {"query": id, "side": 0}
+                    if given == "mark" and left == 8:
+                        client.post("/api/mark", json={**on, "first": 3, "last": 9, "good": True})
+                    if given == "ratings" and left > 6:
+                        client.post("/api/rate", json={**on, "stars": left - 5})
+                    first = left == 8 and given == "comparison"
+                    choice = "left" if (id % 2 == 0) != first else "right"
+                    client.post("/api/answer", json={"query": id, "choice": choice, "seconds": 1})
+                    left -= 1
+                    if not left:
+                        return
+
+    person = threading.Thread(target=sit)
+    person.start()
+    learn(tiny(out, teacher=HumanTeacher(), rounds=1, steps=2048, comparisons=8), progress=False)
+    person.join()
+    return (out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_short_updates", "_no_report")
+def test_all_that_is_given_on_the_page_changes_what_is_learned(tmp_path, monkeypatch):
+    monkeypatch.setattr(teachers, "_POLL_SECONDS", 0.02)
+    kinds = ("none", "again", "comparison", "mark", "ratings")
+    none, again, *others = (learned_from_page(tmp_path / kind, kind) for kind in kinds)
+    assert none == again
+    assert len({none, *others}) == 4
