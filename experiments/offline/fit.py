@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
@@ -34,6 +35,7 @@ from experiments.offline.report import fit_report
 from experiments.offline.run import FittedRun
 from experiments.offline.selection import candidates, choose, fit_candidate
 from experiments.registry import find_class
+from experiments.studies import check_least
 from experiments.training.run_directory import flatten, versions
 from rewardmodels import Calibrated, Clips, Comparisons, InvalidInput, RewardModel
 from rewardmodels.calibration import log_loss
@@ -63,6 +65,7 @@ class FitConfig:
         columns: Names of the file's columns.
         features: Matrix of items (.npy or .safetensors), if the file has row numbers of it.
         embed: Folder of a language model, if the file has texts.
+        jobs: Processes that fit to parts at the same time.
         seed: Of the parts, and of initial weights.
 
     Raises:
@@ -76,12 +79,12 @@ class FitConfig:
     columns: Columns = field(default_factory=Columns)
     features: Path | None = None
     embed: Path | None = None
+    jobs: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
         find_class("model", self.model)
-        if self.seed < 0:
-            raise InvalidInput(f"seed: expected a number of at least 0, got {self.seed}.")
+        check_least(self, jobs=1, seed=0)
 
     def command(self) -> str:
         """The command with these settings."""
@@ -139,9 +142,11 @@ def fit_file(config: FitConfig) -> dict[str, Any]:
     fitting = _Fitting(config.model, table, config.seed)
     with tqdm(bar_format="{desc}", leave=False) as bar:
         bar.set_description_str("fitting to parts of the comparisons")
-        parts = [part for split in fitting.splits() for part in fitting.parts(*split)]
+        run_all = Parallel(n_jobs=1 if fitting.once else config.jobs)
+        found = run_all(delayed(fitting.parts)(*split) for split in fitting.splits())
+        parts = [part for of_split in found for part in of_split]
         bar.set_description_str("fitting to fewer comparisons, for the learning curve")
-        curve = fitting.curve(parts)
+        curve = pd.concat(run_all(delayed(fitting.curve)(parts, n) for n in range(len(parts))))
         bar.set_description_str("fitting the model that is kept")
         model, chosen = fitting.kept(parts)
     rows = fitting.predictions(parts)
@@ -208,7 +213,7 @@ class _Fitting:
         splits = by_group.split(self.groups, groups=self.groups)
         yield from itertools.islice(splits, 1 if self.once else folds)
 
-    def parts(self, train: Rows, test: Rows) -> Iterator[Part]:
+    def parts(self, train: Rows, test: Rows) -> list[Part]:
         """The part of one split; of a single split two, for each half of what is tested."""
         chosen = choose(self.candidates, self.table.comparisons, self.groups, train, seed=self.seed)
         model, halves = self.fit(chosen, train), [test]
@@ -216,11 +221,17 @@ class _Fitting:
             draw = np.random.default_rng(self.seed)
             first = (draw.permutation(int(self.groups.max()) + 1) % 2 == 0)[self.groups[test]]
             halves = [half for half in (test[first], test[~first]) if len(half)]
-        for half in halves:
-            calibrated = Calibrated(model).calibrate(
-                self.comparisons(half), random=True, groups=self.groups[half]
+        return [
+            Part(
+                Calibrated(model).calibrate(
+                    self.comparisons(half), random=True, groups=self.groups[half]
+                ),
+                train,
+                half,
+                chosen,
             )
-            yield Part(calibrated, train, half, chosen)
+            for half in halves
+        ]
 
     def fit(self, chosen: str, rows: Rows) -> RewardModel:
         make, comparisons = self.candidates[chosen], self.comparisons(rows)
@@ -271,23 +282,22 @@ class _Fitting:
             }
         )
 
-    def curve(self, parts: list[Part]) -> pd.DataFrame:
-        """Log loss of models fitted to shares of what each part was fitted to."""
-        rows = []
-        for number, part in enumerate(parts):
-            calibrated = _calibrated_on_others(part, parts)
-            groups, tests = self.groups[part.trained], self.comparisons(part.tested).compact()
-            order = np.random.default_rng(self.seed).permutation(np.unique(groups))
-            for share in CURVE:
-                some = part.trained[np.isin(groups, order[: round(share * len(order))])]
-                model, n = calibrated, len(some)
-                if share < 1:
-                    if n < _LEAST:
-                        continue
-                    model = _with_calibration(self.fit(part.chosen, some), [part])
-                p = model.posterior(tests.clips).preference(tests.pairs)
-                loss = log_loss(p.double().cpu(), tests.preference)
-                rows.append({"part": number, "comparisons": n, "log_loss": loss})
+    def curve(self, parts: list[Part], number: int) -> pd.DataFrame:
+        """Log loss of models fitted to shares of what a part was fitted to."""
+        rows, part = [], parts[number]
+        calibrated = _calibrated_on_others(part, parts)
+        groups, tests = self.groups[part.trained], self.comparisons(part.tested).compact()
+        order = np.random.default_rng(self.seed).permutation(np.unique(groups))
+        for share in CURVE:
+            some = part.trained[np.isin(groups, order[: round(share * len(order))])]
+            model, n = calibrated, len(some)
+            if share < 1:
+                if n < _LEAST:
+                    continue
+                model = _with_calibration(self.fit(part.chosen, some), [part])
+            p = model.posterior(tests.clips).preference(tests.pairs)
+            loss = log_loss(p.double().cpu(), tests.preference)
+            rows.append({"part": number, "comparisons": n, "log_loss": loss})
         return pd.DataFrame(rows)
 
 

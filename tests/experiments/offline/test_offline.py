@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit_module, "FOLDS", 2)
         patch.setattr(fit_module, "CURVE", (0.5, 1.0))
-        fit_file(FitConfig(folder / "pairs.csv", folder / "run", MODEL))
+        fit_file(FitConfig(folder / "pairs.csv", folder / "run", MODEL, jobs=1))
     return folder / "run"
 
 
