@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import import_module
@@ -20,7 +22,7 @@ from typing import Any
 
 import active
 from ood import DETECTORS, STATISTICS, OODDetector, Statistic
-from rewardmodels import InvalidInput, RewardModel, UnknownName
+from rewardmodels import InvalidInput, RewardModel, UnknownName, UnreadableFile
 from rewardmodels.saving import PREDICTORS, load
 
 _OWN_PACKAGES = ("rewardmodels", "active", "ood", "experiments")
@@ -143,19 +145,36 @@ def make_named(kind: str, name: str, **offered: Any) -> Any:
 def load_model(file: Path, settings: Mapping[str, Any]) -> Any:
     """Load the model of a run of these settings, which name its class and its network.
 
+    Its checksum is the one in `result.json` or `reward.json` beside it, unless an earlier version
+    wrote that.
+
     Raises:
         UnknownName: The class can't be imported from here.
-        UnreadableFile: Another kind of file, a damaged one, or one of another class.
+        UnreadableFile: Another kind of file, a damaged one, or one of another class or run.
     """
+    checksum = _model_checksum(file)
     model = settings.get("model")
     if not isinstance(model, Mapping) or "class_path" not in model:
-        return load(file)
+        return load(file, checksum=checksum)
     network = (model.get("init_args") or {}).get("network")
     if network is not None:
         module, _, name = network.rpartition(".")
         network = getattr(import_named("model.network", module), name, None)
     cls: Any = find_class("model", model["class_path"])
-    return load(file, cls, network=network)
+    return load(file, cls, network=network, checksum=checksum)
+
+
+def _model_checksum(file: Path) -> str | None:
+    for beside in (file.with_name("result.json"), file.with_name("reward.json")):
+        with suppress(FileNotFoundError):
+            try:
+                known = json.loads(beside.read_text("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise UnreadableFile(
+                    f"{beside}: expected a file of a run, got a damaged one ({error})."
+                ) from error
+            return known.get("model") if isinstance(known, dict) else None
+    return None
 
 
 def _import_class(

@@ -372,7 +372,7 @@ def _read_result(file: Path) -> Any:
     lists = ["final_returns", *counts]
     for name in {**dict.fromkeys(needed), **found}:
         value = found.get(name)
-        if name in ("task", "reward", "algorithm", "video_note"):
+        if name in ("task", "reward", "algorithm", "video_note", "model"):
             valid = isinstance(value, str)
         elif name == "versions":
             valid = isinstance(value, Mapping)

@@ -18,12 +18,13 @@ import yaml
 from active import FeedbackStore, all_pairs
 from experiments import deploy
 from experiments.cli import main
+from experiments.labelling.videos import best_clip
 from experiments.registry import constructor_arguments, describe_settings, find_class
 from experiments.training import learn as learning
 from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import Clips
+from rewardmodels import Clips, load, save
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
 pytestmark = pytest.mark.usefixtures("_short_updates")
@@ -493,6 +494,30 @@ def test_a_damaged_run_is_refused(file, line, unfinished, capsys):
     raw = (unfinished / file).read_bytes()
     (unfinished / file).write_bytes(raw[: len(raw) // 2] + b"\x00" * 40)
     assert line in refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
+
+
+@pytest.mark.parametrize("change", ["flipped", "swapped", "missing"])
+def test_a_run_reads_no_other_model_than_its_own(change, finished, unfinished, capsys):
+    checkpoint, out = unfinished / "checkpoints" / "0000", unfinished.with_name("guarded")
+    shutil.copytree(finished, out)
+    for file in (checkpoint / "model.safetensors", out / "model.safetensors"):
+        model, raw = load(file), bytearray(file.read_bytes())
+        if change == "missing":
+            file.unlink()
+        elif change == "flipped":
+            raw[-1] ^= 1
+            file.write_bytes(raw)
+        else:  # as sound as the run's own
+            with torch.no_grad():
+                next(model.parameters()).add_(1)
+            save(model, file)
+    line = refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
+    assert "0000: expected a whole checkpoint, got a damaged one" in line
+    line = refused(capsys, ["guard", str(out)])
+    assert re.search(r"checksum|reward model", line)
+    if change != "missing":  # then there is no best clip
+        with pytest.raises(UnreadableFile, match="checksum"):
+            best_clip(unfinished)
 
 
 @pytest.mark.parametrize("kind", ["plain", "lightning"])
