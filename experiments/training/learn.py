@@ -151,8 +151,11 @@ class Learner:
         self.clip_length = min(config.clip_length, self.task.horizon)
         self.start_over = max(settings.start_over, 2 * self.clip_length)
         # Steps of each copy that show the current policy: whole episodes, since copies start
-        # together, and a Hopper that fell is a poor sample of one that stood.
-        self.latest = max(self.steps // (self.policy_rounds * copies), self.task.horizon)
+        # together, and a Hopper that fell is a poor sample of one that stood. And so many
+        # that they hold 32 whole clips, wherever an episode ended.
+        shown = self.steps // (self.policy_rounds * copies)
+        whole = (1 + PPO_ENVS // copies) * self.clip_length
+        self.latest = max(shown, self.task.horizon, whole)
         self.clip_buffer = ClipBuffer(self.latest, copies)
         venv = make_vec_env(self.task, copies, config.seed)
         reward = baseline_reward(config.reward, config.seed)
@@ -277,7 +280,7 @@ class Learner:
             "versions": versions(),
         }
         if self.model.fitted:
-            save(self.model, out / "model.safetensors")
+            result["model"] = save(self.model, out / "model.safetensors")
             result |= score_reward(self.model, clips, out / "frames.npz", self.clip_length)
         if config.video:
             result["video_note"] = make_video(self.task, clips, out / "video.mp4")
@@ -366,8 +369,9 @@ class Learner:
         if isinstance(self.agent, OffPolicyAlgorithm):
             save_replay(self.agent, folder / "replay.npz")
         if isinstance(reward := self.env.reward, LearnedReward):
-            save(self.model, folder / "model.safetensors")
-            write_text_atomically(folder / "reward.json", json.dumps([reward.scale, reward.shift]))
+            model = save(self.model, folder / "model.safetensors")  # its checksum
+            kept = {"scale": reward.scale, "shift": reward.shift, "model": model}
+            write_text_atomically(folder / "reward.json", json.dumps(kept))
 
     def _read(self, folder: Path, number: int) -> None:
         self.rounds_done, self.seconds = number + 1, self.run.rows[-1]["seconds"]
@@ -378,11 +382,14 @@ class Learner:
         self.env.resume(state["env"])
         if isinstance(self.agent, OffPolicyAlgorithm):
             load_replay(self.agent, folder / "replay.npz")
-        if (folder / "model.safetensors").exists():
+        if (folder / "reward.json").exists():
+            kept = json.loads((folder / "reward.json").read_text())
+            if isinstance(kept, list):  # of an earlier version, without the model's checksum
+                kept = dict(zip(("scale", "shift", "model"), (*kept, None), strict=True))
             file, own = folder / "model.safetensors", self.model.make_network
-            self.model = load(file, type(self.model), network=own)
-            scale, shift = json.loads((folder / "reward.json").read_text())
-            self.env.reward = LearnedReward(self.model, self.config.pessimism, scale, shift)
+            self.model = load(file, type(self.model), network=own, checksum=kept["model"])
+            scaled = kept["scale"], kept["shift"]
+            self.env.reward = LearnedReward(self.model, self.config.pessimism, *scaled)
 
 
 REWARD_SCORES = ("reward_correlation", "epic_distance", "calibration_error", "aurc")

@@ -97,7 +97,8 @@ def test_the_policys_reward_is_the_models(finished):
     assert learner.rounds_done == ROUNDS
     learner.seed(ROUNDS, "train")
     model = load(finished / "model.safetensors")
-    scale, shift = json.loads((learner.run.checkpoints[-1] / "reward.json").read_text())
+    kept = json.loads((learner.run.checkpoints[-1] / "reward.json").read_text())
+    scale, shift = kept["scale"], kept["shift"]
     assert scale > 0
     learner.env.reset()
     for _ in range(20):
@@ -306,6 +307,18 @@ def test_warm_up_splits_the_initial_comparisons(tmp_path):
     assert metrics(out, "comparisons", "step") == [[4, 8, 12, 24], [0, 0, 4096, 6144]]
     with FeedbackStore(out / "answers.sqlite") as answers:
         assert [len(answers.queries(round)) for round in range(4)] == [4, 4, 4, 12]
+
+
+@pytest.mark.usefixtures("_no_report")
+@pytest.mark.parametrize("algorithm", ["PPO", "SAC"])
+def test_a_clip_may_be_a_whole_episode(algorithm, tmp_path):
+    # Episodes of 50 steps end within rollouts of 64, at another place in each round.
+    settings = {"task": "Reacher", "algorithm": algorithm, "clip_length": 50}
+    settings |= {"rounds": 2, "comparisons": 8, "steps": 4096 if algorithm == "PPO" else 100}
+    config = tiny(tmp_path / "run", **settings)
+    assert learn(config, progress=False)["comparisons"] == 8
+    with FeedbackStore(config.out / "answers.sqlite") as answers:
+        assert answers.comparisons().clips.observations.shape[1] == 50
 
 
 @pytest.mark.usefixtures("_no_report")
