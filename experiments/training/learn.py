@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -362,8 +363,9 @@ class Learner:
 
     def _write(self, folder: Path) -> None:
         agent = training_state(self.agent, self.normalised)
-        with (folder / AGENT_FILE).open("wb") as file:  # a full disk is then an OSError
-            torch.save({**agent, "env": self.env.progress()}, file)
+        agent_file = BytesIO()  # so that a full disk is an OSError
+        torch.save({**agent, "env": self.env.progress()}, agent_file)
+        (folder / AGENT_FILE).write_bytes(agent_file.getbuffer())
         (folder / "answers.json").write_text(json.dumps(self.answers))
         self.clip_buffer.save(folder / "clip_buffer.npz")
         if isinstance(self.agent, OffPolicyAlgorithm):

@@ -2,13 +2,16 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import time
 import zipfile
 from pathlib import Path
+from sqlite3 import OperationalError
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ import yaml
 
 from active import FeedbackStore, all_pairs
 from experiments import deploy
+from experiments.benchmarks.page import outcome
 from experiments.cli import main
 from experiments.labelling.videos import best_clip
 from experiments.registry import constructor_arguments, describe_settings, find_class
@@ -24,7 +28,7 @@ from experiments.training import learn as learning
 from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import Clips, load, save
+from rewardmodels import Clips, DeepEnsemble, load, save
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
 pytestmark = pytest.mark.usefixtures("_short_updates")
@@ -540,11 +544,47 @@ def test_ctrl_c_prints_the_command_that_resumes(kind, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        ("disk", 2, "rewardmodels: error: system: No space left on device."),
+        (
+            "SIGTERM",
+            143,
+            "rewardmodels: interrupted. To go on: rewardmodels learn --resume --out run",
+        ),
+    ],
+)
+def test_a_full_disk_and_sigterm_lose_nothing(stop, code, line, finished, capsys, monkeypatch):
+    write = Path.write_bytes
+
+    def fill(path, content):
+        write(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if stop == "disk":
+            patch.setattr(Path, "write_bytes", fill)
+        else:  # in the fit, where Lightning has a handler too
+            kill = lambda model: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+            patch.setattr(DeepEnsemble, "on_train_epoch_start", kill)
+        assert main(["learn", *TINY, "--out", "run"]) == code
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == line
+    assert "Traceback" not in err
+    assert not [*Path("run").rglob("*.part")]
+    assert main(["learn", "--resume", "--out", "run"]) == 0
+    assert outcome(Path("run")) == outcome(finished)
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         (FileNotFoundError(2, "No such file or directory", "/proc/x"), "/proc/x"),
         (OSError(28, "No space left on device"), "No space"),
+        (OperationalError("database or disk is full"), "disk is full"),
         (MemoryError("9 GiB"), "memory"),
         (RuntimeError("can't allocate memory"), "memory"),
     ],
