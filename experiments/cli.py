@@ -75,7 +75,8 @@ def _run(arguments: list[str]) -> None:
                 if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
                     raise
                 reason = "memory: expected settings that this machine has memory for, got too large"
-                raise _Exit(f"rewardmodels: error: {reason} ones ({error}).", 2) from error
+                why = " ".join(str(error).split())[:200]
+                raise _Exit(f"rewardmodels: error: {reason} ones ({why}).", 2) from error
     groups = {words.split()[0] for words in _COMMANDS if " " in words}
     group = arguments[0] if arguments and arguments[0] in groups else ""
     rest = arguments[1:] if group else arguments

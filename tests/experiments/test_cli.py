@@ -162,11 +162,21 @@ UNUSABLE = {
         *("learn --config other.yaml", "learn --config bytes.yaml"),
     ],
     "resume": ["learn --resume --out none"],
-    "out": ["learn --out list.yaml/run", "learn --out=", "demo --out="],
+    "out": [
+        *("learn --out list.yaml/run", "learn --out=", "demo --out=", "demo --out list.yaml"),
+        *("demo --out /proc/x", "study marks --out list.yaml", "study guard --out /proc/x"),
+        f"study drift --out {'x' * 300}",
+    ],
     "jobs": ["study marks --jobs 0"],
+    "first_seed": ["study marks --first_seed -1"],
+    "alpha": ["study guard --alpha 2"],
+    "settings": ["study guard --parts []"],
+    "published": ["study guard --parts [published] --published open.yaml"],
     "json": [
         *("study marks --quick --json none/a.json", "benchmark page --json none/a.json"),
         "benchmark speed --json none/a.json",
+        *("benchmark page --json /proc/q.json --quick", "benchmark speed --json ."),
+        f"study guard --json {'x' * 300}",
     ],
 }
 
