@@ -168,6 +168,7 @@ UNUSABLE = {
         f"study drift --out {'x' * 300}",
     ],
     "jobs": ["study marks --jobs 0"],
+    "chromium": ["benchmark page --quick --chromium list.yaml"],
     "first_seed": ["study marks --first_seed -1"],
     "alpha": ["study guard --alpha 2"],
     "settings": ["study guard --parts []"],
