@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import sys
 from argparse import Action, ArgumentError
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
+from sqlite3 import OperationalError
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         0 for success, 2 for input that can't be used (with a line that says why on standard
-        error), 130 for an interruption.
+        error), 130 for an interruption, 143 for SIGTERM.
     """
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # so that a user's own class can be named by its path
@@ -64,14 +66,17 @@ def _run(arguments: list[str]) -> None:
                 return command(words, arguments[len(name) :])
             except RewardModelsError as error:
                 raise _Exit(f"rewardmodels: error: {error}", 2) from error
-            except OSError as error:  # a full disk, a name that is too long, no permission
-                reason = f"{error.filename or 'system'}: {error.strerror or error}"
+            # A full disk, a name that is too long, no permission.
+            except (OSError, OperationalError) as error:
+                file, why = (getattr(error, name, None) for name in ("filename", "strerror"))
+                reason = f"{file or 'system'}: {why or error}"
                 raise _Exit(f"rewardmodels: error: {reason}.", 2) from error
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
                     raise
                 reason = "memory: expected settings that this machine has memory for, got too large"
-                raise _Exit(f"rewardmodels: error: {reason} ones ({error}).", 2) from error
+                why = " ".join(str(error).split())[:200]
+                raise _Exit(f"rewardmodels: error: {reason} ones ({why}).", 2) from error
     groups = {words.split()[0] for words in _COMMANDS if " " in words}
     group = arguments[0] if arguments and arguments[0] in groups else ""
     rest = arguments[1:] if group else arguments
@@ -283,13 +288,26 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 
 @contextmanager
 def _interruptible(how_to_resume: Callable[[], str]) -> Iterator[None]:
+    """End in one line with how to go on after Ctrl-C (130) or SIGTERM (143)."""
+    code, before = 130, signal.getsignal(signal.SIGTERM)
+
+    def terminate(*_: Any) -> None:
+        nonlocal code
+        code = 143
+        raise KeyboardInterrupt
+
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning's Trainer answers Ctrl-C with SystemExit.
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        raise _Exit(f"\nrewardmodels: interrupted. {how_to_resume()}", 130) from None
+        raise _Exit(f"\nrewardmodels: interrupted. {how_to_resume()}", code) from None
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
 
 
 _NO_SETTINGS = ("help", "config", "resume", "trust", "print_config", "print_shtab")

@@ -41,6 +41,8 @@ def demo(
             out=run.path,
         )
         if run.result is None:
+            with run.locked():  # refuses a directory that can't be written to
+                pass
             print(f"{task}, {config.reward} reward, {steps:,} steps", flush=True)
         learn(config, resume=run.exists)
     report = write_report(learned.path, references=[zero.path])

@@ -110,13 +110,21 @@ def write_described(
 
     Returns:
         The checksum.
+
+    Raises:
+        InvalidInput: `path` is a folder.
+        OSError: The system can't write the file.
     """
     tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
     checksum = content_checksum(about, tensors)
     # Within the JSON, since the metadata's own keys are written in any order.
     metadata = {key: json.dumps({**about, "checksum": checksum})}
+    require("path", not Path(path).is_dir(), "a file", f"the folder {path}")
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # a full disk, no such folder
+            raise OSError(f"{path}: {error}") from error
     return checksum
 
 
@@ -193,7 +201,9 @@ def save(model: RewardModel | Calibrated, path: str | os.PathLike[str]) -> str:
 
     Raises:
         NotFitted: The model isn't fitted, or `Calibrated` not calibrated.
-        InvalidInput: A calibrated model that holds no RewardModel, or NaN or infinity in a tensor.
+        InvalidInput: A calibrated model that holds no RewardModel, NaN or infinity in a tensor, or
+            a `path` that is a folder.
+        OSError: The system can't write the file.
 
     Example:
         >>> save(DeepEnsemble(), "model.safetensors")

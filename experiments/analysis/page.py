@@ -186,9 +186,20 @@ def publish(numbers: Mapping[str, Any], file: Path | None) -> None:
 
 
 def check_json(file: Path | None) -> None:
-    """Raise InvalidInput if `publish` couldn't write the file: its directory must exist."""
-    if file is not None and not Path(file).absolute().parent.is_dir():
-        raise InvalidInput(f"json: expected a file in a directory that exists, got {file}.")
+    """Raise InvalidInput if `publish` couldn't write the file."""
+    if file is None:
+        return
+    try:
+        if (file := Path(file)).is_dir():
+            raise IsADirectoryError("it is a directory")
+        probe = file.with_name(f".{file.name}.{'0' * 32}.part")  # as long as what `publish` renames
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        raise InvalidInput(
+            f"json: expected a file in a directory that exists and can be written to, got {file}: "
+            f"{error}."
+        ) from error
 
 
 def _finite(value: Any) -> Any:

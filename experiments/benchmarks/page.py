@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import random
 import socket
 import sqlite3
@@ -71,7 +72,8 @@ def benchmark_page(
         InvalidInput: The file's folder, Chromium or Playwright is missing.
     """
     check_json(json)
-    if find_spec("playwright") is None or not Path(chromium).is_file():
+    program = Path(chromium).is_file() and os.access(chromium, os.X_OK)
+    if find_spec("playwright") is None or not program:
         raise InvalidInput(
             f"chromium: expected Chromium, and Playwright to drive it, got {chromium}; install "
             "them with apt-get install chromium (Debian) and pip install playwright."

@@ -115,6 +115,17 @@ def run_study(
         InvalidInput: What `run_cells` refuses, or, with `report_only`, no finished cell.
     """
     check_json(json)
+    if hasattr(settings, "first_seed"):
+        check_least(settings, first_seed=0)
+    if not study.cells(settings):
+        raise InvalidInput("settings: expected some cells to compute, got a list that is empty.")
+    if run is not None and not report_only:
+        try:
+            run.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput(
+                f"out: expected a directory that can be written to, got {run.out}: {error}."
+            ) from error
     with ExitStack() as stack:
         temporary = run is None
         if run is None:

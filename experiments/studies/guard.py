@@ -144,6 +144,10 @@ class Settings(PoolSettings):
             _shifts(self.task(name), self.shifts, self.severities)
         if "published" in self.parts and self.published is None:
             raise InvalidInput("published: expected the CSV of published numbers, got none.")
+        if not 0 < self.alpha < 1:
+            raise InvalidInput(f"alpha: expected a share above 0 and below 1, got {self.alpha}.")
+        if "published" in self.parts:
+            _published_table(self)
 
     def task(self, name: str) -> Task:
         """Return a task with the study's horizon."""
@@ -342,13 +346,29 @@ def _selection(settings: Settings, task: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _published(settings: Settings, name: str, detector: str, seed: int) -> list[dict[str, Any]]:
-    """Frame-wise scores beside the published ones, for each disturbance."""
+def _published_table(settings: Settings) -> pd.DataFrame:
+    """Read the published numbers about HalfCheetah."""
     assert settings.published is not None
     try:
         table = pd.read_csv(settings.published)
-    except ValueError as error:  # not UTF-8, or an unclosed quote
-        raise InvalidInput(f"published: expected a CSV file, got a damaged one: {error}") from error
+        table = table[table["env"] == "MJHalfCheetah-v0"]
+        missing = sorted(PUBLISHED.keys() - set(table["mod"]))
+    except (ValueError, KeyError) as error:  # not UTF-8, an unclosed quote, no such column
+        raise InvalidInput(
+            "published: expected a CSV file with columns env and mod, got another or a damaged one "
+            f"({' '.join(str(error).split())})."
+        ) from error
+    if missing:
+        raise InvalidInput(
+            "published: expected rows with env MJHalfCheetah-v0 and each mod of "
+            f"{', '.join(PUBLISHED)}, got none of {', '.join(missing)} in {settings.published}."
+        )
+    return table
+
+
+def _published(settings: Settings, name: str, detector: str, seed: int) -> list[dict[str, Any]]:
+    """Frame-wise scores beside the published ones, for each disturbance."""
+    table = _published_table(settings)
     task = replace(find_task(name), horizon=1000)
     act, first = load_policy(task, settings.agent(name)), 90
     usual = play(lambda: make_env(task), act, first, seed).features()
@@ -357,12 +377,7 @@ def _published(settings: Settings, name: str, detector: str, seed: int) -> list[
     monitor.calibrate(usual[50:], alpha=0.1)
     onsets, rows = np.random.default_rng(seed).integers(2, task.horizon, settings.tests), []
     for mod, (shift, severity) in PUBLISHED.items():
-        found = table[(table["env"] == "MJHalfCheetah-v0") & (table["mod"] == mod)]
-        if not len(found):
-            raise InvalidInput(
-                f"published: expected a row with env MJHalfCheetah-v0 and mod {mod}, got none in "
-                f"{settings.published}."
-            )
+        found = table[table["mod"] == mod]
         other = [
             play(_changed(task, shift, severity, int(onset), seed, None), act, 1, seed,
                  first=first + place)

@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -383,8 +384,9 @@ class Learner:
 
     def _write(self, folder: Path) -> None:
         agent = training_state(self.agent, self.normalised)
-        with (folder / AGENT_FILE).open("wb") as file:  # a full disk is then an OSError
-            torch.save({**agent, "env": self.env.progress()}, file)
+        agent_file = BytesIO()  # so that a full disk is an OSError
+        torch.save({**agent, "env": self.env.progress()}, agent_file)
+        (folder / AGENT_FILE).write_bytes(agent_file.getbuffer())
         (folder / "answers.json").write_text(json.dumps(self.answers))
         self.clip_buffer.save(folder / "clip_buffer.npz")
         if isinstance(self.agent, OffPolicyAlgorithm):
@@ -403,7 +405,7 @@ class Learner:
         self.env.resume(state["env"])
         if isinstance(self.agent, OffPolicyAlgorithm):
             load_replay(self.agent, folder / "replay.npz")
-        if (folder / "model.safetensors").exists():
+        if (folder / "reward.json").exists():
             file, own = folder / "model.safetensors", self.model.make_network
             scale, shift, checksum = read_reward(folder)
             self.model = load(file, type(self.model), network=own, checksum=checksum)

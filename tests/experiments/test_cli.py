@@ -2,13 +2,16 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import time
 import zipfile
 from pathlib import Path
+from sqlite3 import OperationalError
 
 import numpy as np
 import pytest
@@ -17,13 +20,15 @@ import yaml
 
 from active import FeedbackStore, all_pairs
 from experiments import deploy
+from experiments.benchmarks.page import outcome
 from experiments.cli import main
+from experiments.labelling.videos import best_clip
 from experiments.registry import constructor_arguments, describe_settings, find_class
 from experiments.training import learn as learning
 from experiments.training.config import LearnConfig
 from experiments.training.report import write_report
 from experiments.training.run_directory import RunDirectory
-from rewardmodels import Clips, load, save
+from rewardmodels import Clips, DeepEnsemble, load, save
 from rewardmodels.errors import InvalidInput, UnreadableFile
 
 pytestmark = pytest.mark.usefixtures("_short_updates")
@@ -157,11 +162,22 @@ UNUSABLE = {
         *("learn --config other.yaml", "learn --config bytes.yaml"),
     ],
     "resume": ["learn --resume --out none"],
-    "out": ["learn --out list.yaml/run", "learn --out=", "demo --out="],
+    "out": [
+        *("learn --out list.yaml/run", "learn --out=", "demo --out=", "demo --out list.yaml"),
+        *("demo --out /proc/x", "study marks --out list.yaml", "study guard --out /proc/x"),
+        f"study drift --out {'x' * 300}",
+    ],
     "jobs": ["study marks --jobs 0"],
+    "chromium": ["benchmark page --quick --chromium list.yaml"],
+    "first_seed": ["study marks --first_seed -1"],
+    "alpha": ["study guard --alpha 2"],
+    "settings": ["study guard --parts []"],
+    "published": ["study guard --parts [published] --published open.yaml"],
     "json": [
         *("study marks --quick --json none/a.json", "benchmark page --json none/a.json"),
         "benchmark speed --json none/a.json",
+        *("benchmark page --json /proc/q.json --quick", "benchmark speed --json ."),
+        f"study guard --json {'x' * 300}",
     ],
 }
 
@@ -495,13 +511,28 @@ def test_a_damaged_run_is_refused(file, line, unfinished, capsys):
     assert line in refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
 
 
-def test_another_runs_model_is_refused(unfinished, capsys):
-    file = unfinished / "checkpoints" / "0000" / "model.safetensors"
-    model = load(file)
-    next(model.parameters()).data += 1
-    save(model, file)
+@pytest.mark.parametrize("change", ["flipped", "swapped", "missing"])
+def test_a_run_reads_no_other_model_than_its_own(change, finished, unfinished, capsys):
+    checkpoint, out = unfinished / "checkpoints" / "0000", unfinished.with_name("guarded")
+    shutil.copytree(finished, out)
+    for file in (checkpoint / "model.safetensors", out / "model.safetensors"):
+        model, raw = load(file), bytearray(file.read_bytes())
+        if change == "missing":
+            file.unlink()
+        elif change == "flipped":
+            raw[-1] ^= 1
+            file.write_bytes(raw)
+        else:  # as sound as the run's own
+            with torch.no_grad():
+                next(model.parameters()).add_(1)
+            save(model, file)
     line = refused(capsys, ["learn", "--resume", "--out", str(unfinished)])
-    assert "model.safetensors: expected the file with checksum" in line
+    assert "0000: expected a whole checkpoint, got a damaged one" in line
+    line = refused(capsys, ["guard", str(out)])
+    assert re.search(r"checksum|reward model", line)
+    if change != "missing":  # then there is no best clip
+        with pytest.raises(UnreadableFile, match="checksum"):
+            best_clip(unfinished)
 
 
 @pytest.mark.parametrize("kind", ["plain", "lightning"])
@@ -524,11 +555,47 @@ def test_ctrl_c_prints_the_command_that_resumes(kind, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stop", "code", "line"),
+    [
+        ("disk", 2, "rewardmodels: error: system: No space left on device."),
+        (
+            "SIGTERM",
+            143,
+            "rewardmodels: interrupted. To go on: rewardmodels learn --resume --out run",
+        ),
+    ],
+)
+def test_a_full_disk_and_sigterm_lose_nothing(stop, code, line, finished, capsys, monkeypatch):
+    write = Path.write_bytes
+
+    def fill(path, content):
+        write(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if stop == "disk":
+            patch.setattr(Path, "write_bytes", fill)
+        else:  # in the fit, where Lightning has a handler too
+            kill = lambda model: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+            patch.setattr(DeepEnsemble, "on_train_epoch_start", kill)
+        assert main(["learn", *TINY, "--out", "run"]) == code
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == line
+    assert "Traceback" not in err
+    assert not [*Path("run").rglob("*.part")]
+    assert main(["learn", "--resume", "--out", "run"]) == 0
+    assert outcome(Path("run")) == outcome(finished)
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         (FileNotFoundError(2, "No such file or directory", "/proc/x"), "/proc/x"),
         (OSError(28, "No space left on device"), "No space"),
+        (OperationalError("database or disk is full"), "disk is full"),
         (MemoryError("9 GiB"), "memory"),
         (RuntimeError("can't allocate memory"), "memory"),
     ],

@@ -357,3 +357,10 @@ def test_a_model_of_the_first_format_is_read(model, file):
     again = load(file)
     assert again.random_answer_rate == model.random_answer_rate
     assert torch.equal(again.posterior(CLIPS).samples, model.posterior(CLIPS).samples)
+
+
+def test_a_model_is_not_saved_over_a_folder(model, tmp_path):
+    with pytest.raises(InvalidInput, match="path"):
+        save(model, tmp_path)
+    with pytest.raises(OSError, match="none"):
+        save(model, tmp_path / "none" / "model.safetensors")

@@ -309,6 +309,18 @@ def test_warm_up_splits_the_initial_comparisons(tmp_path):
 
 
 @pytest.mark.usefixtures("_no_report")
+@pytest.mark.parametrize("algorithm", ["PPO", "SAC"])
+def test_a_clip_may_be_a_whole_episode(algorithm, tmp_path):
+    # Episodes of 50 steps end within rollouts of 64, at another place in each round.
+    settings = {"task": "Reacher", "algorithm": algorithm, "clip_length": 50}
+    settings |= {"rounds": 2, "comparisons": 8, "steps": 4096 if algorithm == "PPO" else 100}
+    config = tiny(tmp_path / "run", **settings)
+    assert learn(config, progress=False)["comparisons"] == 8
+    with FeedbackStore(config.out / "answers.sqlite") as answers:
+        assert answers.comparisons().clips.observations.shape[1] == 50
+
+
+@pytest.mark.usefixtures("_no_report")
 def test_one_round_asks_for_the_whole_budget(tmp_path):
     settings = {"rounds": 1, "steps": 2048, "comparisons": 12, "schedule": Constant(initial=0.5)}
     result = learn(tiny(tmp_path / "run", **settings), progress=False)
