@@ -165,7 +165,7 @@ class LaplaceHead(RewardModel):
                 z @ theta, preference, random_answer_rate=self.random_answer_rate
             )
             loss = (nll.sum() + precision / 2 * theta.square().sum()) / len(z)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
         with torch.enable_grad():

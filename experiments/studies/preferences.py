@@ -217,7 +217,7 @@ def heads(kind: str) -> Callable[[HumanData, np.ndarray, int], Predict]:
             best, waited = (float("inf"), model.state_dict()), 0
             for _ in range(STEPS):
                 optimiser.zero_grad()
-                loss(known, one_by_one=True).backward()  # type: ignore[no-untyped-call]
+                loss(known, one_by_one=True).backward()
                 optimiser.step()
                 with torch.no_grad():
                     held_out = float(loss(left, one_by_one=False))
@@ -467,7 +467,10 @@ def _withheld(results: pd.DataFrame) -> pd.DataFrame:
     table = []
     for (task, method), of in _groups(results):
         line: dict[str, Any] = {"data": task, "method": method}
-        curves = {"accuracy": of["selective"], "regret": of["regret"].dropna()}
+        curves = {
+            "accuracy": of["selective"],
+            "regret": of.get("regret", pd.Series(dtype=object)).dropna(),
+        }
         for name, curve in curves.items():
             for share in (0.0, *SHOWN):
                 at = round(share * len(WITHHELD))
