@@ -77,12 +77,12 @@ def fit_candidate(
     novelty: NoveltySetting = "learned",
 ) -> RewardModel:
     """Make a model and fit it; groups `(Q,)` are held out together, to stop by."""
-    model, options = make(), FitOptions(batch_size=_BATCH, groups=groups)
-    epochs = 200
+    model, epochs = make(), 200
+    options = FitOptions(batch_size=_BATCH, groups=groups)
     if isinstance(model, LaplaceHead) and not model.hidden and model.make_network is None:
         # It ends at the mode whatever was trained before, so all comparisons can be learned from.
         options, epochs = replace(options, held_out=0.0), 1
-    return fit(model, comparisons, epochs=epochs, seed=seed, novelty=novelty, options=options)
+    return fit(model, comparisons, seed=seed, novelty=novelty, options=options, epochs=epochs)
 
 
 def choose(

@@ -438,7 +438,8 @@ def report(results: pd.DataFrame) -> Report:
 
 
 def _groups(rows: pd.DataFrame) -> Any:
-    return rows.groupby(["task", "method"], sort=False)
+    by_task = rows.sort_values("task", kind="stable")
+    return by_task.groupby(["task", "method"], sort=False)
 
 
 def _scores(rows: pd.DataFrame) -> pd.DataFrame:
@@ -467,7 +468,9 @@ def _withheld(results: pd.DataFrame) -> pd.DataFrame:
     table = []
     for (task, method), of in _groups(results):
         line: dict[str, Any] = {"data": task, "method": method}
-        curves = {"accuracy": of["selective"], "regret": of["regret"].dropna()}
+        curves = {"accuracy": of["selective"]}
+        if "regret" in of:
+            curves["regret"] = of["regret"].dropna()
         for name, curve in curves.items():
             for share in (0.0, *SHOWN):
                 at = round(share * len(WITHHELD))

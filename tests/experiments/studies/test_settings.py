@@ -2,7 +2,16 @@
 
 import pytest
 
-from experiments.studies import backflip, drift, feedback, guard, marks, predictors, strategies
+from experiments.studies import (
+    backflip,
+    drift,
+    feedback,
+    guard,
+    marks,
+    predictors,
+    preferences,
+    strategies,
+)
 from rewardmodels import InvalidInput, UnknownName
 
 
@@ -45,6 +54,8 @@ from rewardmodels import InvalidInput, UnknownName
         (marks, {"flip_rate": 2.0}, "_rate"),
         (marks, {"seeds": 0}, "seeds"),
         (marks, {"length": 2000}, "length"),
+        (preferences, {"methods": []}, "methods"),
+        (preferences, {"methods": ["best colum"]}, "best column"),
         (predictors, {"comparisons": 3}, "comparisons"),
         (predictors, {"tests": 100}, "tests"),
         (predictors, {"predictors": ["Laplace"]}, "LaplaceHead"),
