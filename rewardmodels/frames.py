@@ -15,6 +15,8 @@ from rewardmodels.errors import InvalidInput, require
 # training would else be multiplied by a thousand.
 _SMALLEST_SCALE = 1e-3
 _CONSTANT = 1e-6  # of its size
+FURTHEST = 1e8
+"""Standard deviations beyond which inputs, and so rewards and variances, no longer change."""
 _LARGEST = 1e18  # larger ones have a variance that overflows, and the input would be ignored
 
 
@@ -179,8 +181,8 @@ class RunningNorm(nn.Module):
         self.count.copy_(total)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Return standardised frames `(..., D)`."""
-        return (frames - self.mean) / self.scale
+        """Return standardised frames `(..., D)`, none further out than `FURTHEST`."""
+        return ((frames - self.mean) / self.scale).clamp(-FURTHEST, FURTHEST)
 
     @property
     def scale(self) -> Tensor:

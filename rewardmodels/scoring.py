@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rewardmodels.errors import InvalidInput
-from rewardmodels.frames import FrameInputs, FrameSpec
+from rewardmodels.frames import FURTHEST, FrameInputs, FrameSpec
 from rewardmodels.posterior import ReturnPosterior
 
 Array = NDArray[np.float32]
@@ -142,6 +142,8 @@ class FrameScorer:
         if len(self._mean) < numbers.shape[1]:  # the reward is one of the observation alone
             numbers = numbers[:, : len(self._mean)]
         inputs = (numbers - self._mean) * self._inverse_scale
+        if np.abs(inputs).max(initial=0.0) > FURTHEST:
+            inputs = inputs.clip(-FURTHEST, FURTHEST)
         if self._choices:
             chosen = actions[:, None] == np.arange(self._choices)
             inputs = np.concatenate([inputs, chosen], 1, dtype=np.float32)
