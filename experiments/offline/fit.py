@@ -146,7 +146,8 @@ def fit_file(config: FitConfig) -> dict[str, Any]:
         found = run_all(delayed(fitting.parts)(*split) for split in fitting.splits())
         parts = [part for of_split in found for part in of_split]
         bar.set_description_str("fitting to fewer comparisons, for the learning curve")
-        curve = pd.concat(run_all(delayed(fitting.curve)(parts, n) for n in range(len(parts))))
+        fitted = range(1 if fitting.once else len(parts))  # each once, though two halves test it
+        curve = pd.concat(run_all(delayed(fitting.curve)(parts, number) for number in fitted))
         bar.set_description_str("fitting the model that is kept")
         model, chosen = fitting.kept(parts)
     rows = fitting.predictions(parts)

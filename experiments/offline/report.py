@@ -186,13 +186,13 @@ def _extrapolated(curve: pd.DataFrame) -> dict[str, Any]:
     now = float(means.mean())
     fits = np.array([_twice(of) for _, of in curve.groupby("part")])
     gain = fits[np.isfinite(fits)]
-    if len(gain) < 2:
+    if not len(gain):
         return {"text": "Too few comparisons to say. Log loss of models fitted to fewer."}
     value = bootstrap(lambda x: float(np.mean(x)), gain, resamples=1000)
     text = (
         "Log loss on held-out groups of models fitted to fewer comparisons; thin lines are the "
         f"parts. By a power law through each part's, {2 * now:,.0f} comparisons in place of "
-        f"{now:,.0f} would lower it by {value:.3f} (95% interval over the parts; it doesn't hold "
+        f"{now:,.0f} would lower it by {value:.3f} (an interval is over the parts, and doesn't hold "
         "what the law itself may have wrong)."
     )
     return {"text": text, "gain_of_twice": value.value}
