@@ -192,8 +192,8 @@ def _extrapolated(curve: pd.DataFrame) -> dict[str, Any]:
     text = (
         "Log loss on held-out groups of models fitted to fewer comparisons; thin lines are the "
         f"parts. By a power law through each part's, {2 * now:,.0f} comparisons in place of "
-        f"{now:,.0f} would lower it by {value:.3f} (an interval is over the parts, and doesn't hold "
-        "what the law itself may have wrong)."
+        f"{now:,.0f} would lower it by {value:.3f} (an interval is over the parts, and doesn't "
+        "hold what the law itself may have wrong)."
     )
     return {"text": text, "gain_of_twice": value.value}
 
