@@ -172,7 +172,7 @@ def _trust(rows: pd.DataFrame) -> Figure:
             risk.plot(found.coverage[some], found.risk[some], label=name, **line)
         reliability.set_xlabel("predicted probability")
         reliability.set_ylabel("share that came true")
-        risk.set_xlabel("share of predictions used, the most certain first")
+        risk.set_xlabel("share used, the most certain first")
         risk.set_ylabel("share wrong")
         for axis in (reliability.xaxis, reliability.yaxis, risk.xaxis, risk.yaxis):
             axis.set_major_formatter(PercentFormatter(1))
@@ -227,10 +227,11 @@ def _curve(curve: pd.DataFrame, more: dict[str, Any]) -> Figure:
             twice = end["comparisons"] * 2, end["log_loss"] - more["gain_of_twice"]
             axes.plot(*zip(tuple(end), twice, strict=True), ":", color=plots.GREY, linewidth=1.6)
         axes.axhline(_GUESS, color=plots.GREY, linestyle=":", linewidth=1)
-        axes.text(
-            curve["comparisons"].min(), _GUESS, "knowing nothing", color=plots.GREY, va="bottom"
-        )
-        axes.set_xscale("log")
+        start = curve["comparisons"].min()
+        axes.text(start, _GUESS, "knowing nothing", color=plots.GREY, va="bottom")
+        axes.set_xscale("log", base=2)
+        ticks = [float(mean["comparisons"].iloc[0]) * 2**k for k in range(5)]
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         axes.set_xlabel("comparisons that the model was fitted to")
         axes.set_ylabel("log loss on other groups")
     return figure
