@@ -275,8 +275,8 @@ def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     from rewardmodels.errors import InvalidInput
 
     for before, word in zip(["arguments", *arguments], arguments, strict=False):
-        if word == "" or re.fullmatch("--[^=]+=", word):
-            name = (word or before).strip("-=")
+        if re.fullmatch(r"(--[^=]+=)?\s*", word):
+            name = (word.strip() or before).strip("-=")
             raise InvalidInput(f"{name}: expected a value, got an empty one.")
     try:
         return parser.parse_args(arguments)

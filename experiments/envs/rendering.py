@@ -230,10 +230,14 @@ def _own_drawer(task: Task, width: int, height: int) -> Iterator[_Draw]:
 
         def draw(state: NDArray[np.float64], frame: NDArray[np.uint8]) -> None:
             drawn = picture(state)
-            # Environments draw in a size of their own, mostly above ours: nearest pixels will do.
-            rows = np.arange(height) * drawn.shape[0] // height
-            columns = np.arange(width) * drawn.shape[1] // width
-            frame[:] = drawn[np.ix_(rows, columns)]
+            # Environments draw in a size and shape of their own, mostly above ours: nearest pixels
+            # will do, with white around them.
+            factor = max(drawn.shape[0] / height, drawn.shape[1] / width)
+            sides = [max(1, round(side / factor)) for side in drawn.shape[:2]]
+            rows, columns = (np.arange(n) * drawn.shape[i] // n for i, n in enumerate(sides))
+            top, left = (height - sides[0]) // 2, (width - sides[1]) // 2
+            frame[:] = 255
+            frame[top : top + sides[0], left : left + sides[1]] = drawn[np.ix_(rows, columns)]
 
         yield draw
 

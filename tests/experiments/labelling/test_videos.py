@@ -63,8 +63,10 @@ def renderer_of(run: Path, clips: Clips, task: str = "Hopper") -> ClipRenderer:
 def test_any_environment_with_rgb_array_and_a_state_is_drawn(lamp):
     frames = render_states(find_task(lamp), np.array([[10.0], [200.0]]), 32, 24)
     assert frames.shape == (2, 24, 32, 3)
-    assert np.unique(frames[0]).tolist() == [10]
-    assert np.unique(frames[1]).tolist() == [200]
+    # 70 pixels by 50 keep their shape: 32 by 23, and white around them.
+    assert np.unique(frames[0, :23]).tolist() == [10]
+    assert np.unique(frames[1, :23]).tolist() == [200]
+    assert np.unique(frames[:, 23:]).tolist() == [255]
 
 
 def test_a_renderer_draws_each_clip_as_if_it_were_the_first():
@@ -95,7 +97,8 @@ def test_clips_of_the_same_states_share_one_video(lamp, tmp_path, monkeypatch):
     name = renderer.clip(1)
     frames = decoded(renderer.folder / name)
     assert frames.shape == (3, SIZE_PX, SIZE_PX, 3)
-    assert frames.mean((1, 2, 3)) == pytest.approx([40, 80, 120], abs=3)
+    middle = frames[:, SIZE_PX // 4 : -SIZE_PX // 4]
+    assert middle.mean((1, 2, 3)) == pytest.approx([40, 80, 120], abs=3)
     monkeypatch.setattr(module, "write_video", None)  # must not be called again
     assert renderer.clip(2) == name
     assert [file.name for file in renderer.folder.iterdir()] == [name]
