@@ -33,7 +33,11 @@ def test_the_quick_benchmark_has_every_key(tmp_path):
     keys = [
         *("throughput_ratio", "pairs_seconds", "greedy_seconds"),
         *("kcenter_seconds", "guard_step_us", "guard_step_share", "fit_million_seconds"),
-        *(f"frame_us.{name}" for name in PREDICTORS),
+        *(
+            f"{key}.{name}"
+            for key in ("frame_us", "novelty_fit", "novelty_clips")
+            for name in PREDICTORS
+        ),
     ]
     assert all(numbers[key] > 0 for key in keys)
     # The growth of the process's peak: none where an earlier test needed as much.
