@@ -27,6 +27,7 @@ from rewardmodels.novelty import NoveltySetting
 _SETTINGS: dict[str, dict[str, object]] = {
     "weight decay 1": {"weight_decay": 1.0},
     "weight decay 30": {"weight_decay": 30.0},
+    "linear, precision 0.1": {"prior_precision": 0.1, "hidden": ()},
     "linear, precision 1": {"prior_precision": 1.0, "hidden": ()},
     "linear, precision 30": {"prior_precision": 30.0, "hidden": ()},
     "linear, precision 1000": {"prior_precision": 1000.0, "hidden": ()},
@@ -40,6 +41,7 @@ _SETTINGS: dict[str, dict[str, object]] = {
 _BATCH = 256
 _LINEAR = "linear"  # how the names of candidates without hidden layers begin
 _MOST_NUMBERS = 20_000_000  # compared, up to which these are tried: they hold them several times
+_EPOCHS = 60  # at most, in which settings show which is better
 _FEW = 1500  # comparisons up to which several splits are averaged
 
 Candidates = Mapping[str, Callable[[], RewardModel]]
@@ -73,11 +75,12 @@ def fit_candidate(
     comparisons: Comparisons,
     groups: Tensor,
     *,
+    epochs: int = 200,
     seed: int = 0,
     novelty: NoveltySetting = "learned",
 ) -> RewardModel:
     """Make a model and fit it; groups `(Q,)` are held out together, to stop by."""
-    model, epochs = make(), 200
+    model = make()
     options = FitOptions(batch_size=_BATCH, groups=groups)
     if isinstance(model, LaplaceHead) and not model.hidden and model.make_network is None:
         # It ends at the mode whatever was trained before, so all comparisons can be learned from.
@@ -119,7 +122,8 @@ def choose(
         tests = comparisons[asked].compact()
         for place, name in enumerate(names):
             fitted_to = comparisons[known], groups[known]
-            model = fit_candidate(made[name], *fitted_to, seed=seed, novelty="off")
+            options: dict[str, Any] = {"epochs": _EPOCHS, "seed": seed, "novelty": "off"}
+            model = fit_candidate(made[name], *fitted_to, **options)
             p = model.posterior(tests.clips).preference(tests.pairs)
             losses[place] += log_loss(p, tests.preference)
     return names[int(losses.argmin())]
