@@ -204,6 +204,9 @@ def fit(
             trainer.accumulate_grad_batches = accumulated
             trainer.callbacks.remove(stopping)  # type: ignore[attr-defined]
             stopping.restore(model)
+            if stopping.report is not None and not stopping.diverged:
+                with isolated_randomness(seed):
+                    model.update_novelty(used, novelty)  # also of a fit that was interrupted
     if stopping.diverged:
         raise FitDiverged(
             f"{type(model).__name__}: the loss or the posterior stopped being finite in epoch "
@@ -213,8 +216,6 @@ def fit(
     ran = f"epoch {trainer.current_epoch}, max_epochs {trainer.max_epochs}"
     got = f"one that ran none ({ran}); give each fit a new one"
     require("trainer", stopping.report is not None, "one that runs at least one epoch", got)
-    with isolated_randomness(seed):
-        model.update_novelty(used, novelty)
     return model
 
 

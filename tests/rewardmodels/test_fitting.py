@@ -281,6 +281,15 @@ def test_ctrl_c_keeps_the_best_so_far_and_the_next_one_works(epoch):
     assert fit(model, some(), epochs=1).fitted
 
 
+def test_a_first_fit_that_is_interrupted_has_its_novelty():
+    model, options = small(), FitOptions(trainer=plain(max_epochs=9, callbacks=[At(2, interrupt)]))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, some(), novelty=0.5, options=options)
+    whole = fit(small(), some(), novelty=0.5, epochs=2)
+    assert model.novelty.amplitude.all()
+    torch.testing.assert_close(model.novelty.amplitude, whole.novelty.amplitude)
+
+
 def test_another_error_comes_through_and_undoes_nothing_good():
     def broken(model: L.LightningModule) -> None:
         raise OSError("disk full")
