@@ -130,7 +130,7 @@ def _text(value: Any) -> str | None:
 
 
 def _settings(model: Path) -> tuple[str, int]:
-    """How a model's tokens become one vector, "mean" or "cls", and how many it reads."""
+    """Pooling of a model's tokens, "mean" or "cls", and the number of tokens that it reads."""
     here = (model / "config.json").is_file() and any(
         path.suffix in _WEIGHTS for path in model.glob("*")
     )

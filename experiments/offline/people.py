@@ -61,7 +61,7 @@ def answers(run: Path) -> Comparisons | None:
 
 
 def describe(record: Mapping[str, object], template: str | None) -> str:
-    r"""What people see of an item: the template with its columns' values, or all of them by name.
+    r"""Text of an item: the template with its columns' values, or all of them by name.
 
     Example:
         >>> describe({"price": 3.5, "title": "Two nights"}, "{title} for {price}")
